@@ -1,0 +1,33 @@
+"""The errors a user meets: each says where, what, and what to write instead."""
+
+
+class StageError(Exception):
+    """Something the user can put right. The command line prints it as one line, without a traceback."""
+
+    exit_code = 1
+
+
+class InputError(StageError):
+    """Wrong input: a recipe, a prompt file, an option or a path."""
+
+    exit_code = 2
+
+
+class RecipeError(InputError):
+    """A recipe that cannot be used as written."""
+
+
+class WeightsError(InputError):
+    """A folder or hub id that does not hold the weights it should."""
+
+
+class RewardError(StageError):
+    """A reward function that fails or gives no usable value."""
+
+
+class CheckpointError(StageError):
+    """A run folder without a checkpoint that can be loaded, or one that cannot be written."""
+
+
+class DivergedError(StageError):
+    """A loss or gradient that is not finite, or a run that no longer learns."""

@@ -1,0 +1,140 @@
+"""What the trainer and the rollout engine ask of a model family.
+
+Shape suffixes: P prompts, N completions, T image tokens, L prompt slots, D model width,
+C codebook channels, V codebook size, H x W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from stage_rl.types import Prompt
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Prompts as input embeddings, right-padded to a common number of slots.
+
+    Row b is used up to `lengths_P[b]`; what stands behind is never attended.
+    """
+
+    embeds_PLD: Tensor
+    lengths_P: Tensor
+    uncond_embeds_PLD: Tensor | None
+    """The same slots for the unconditional row; None for a family without guidance."""
+
+    def repeat(self, group_size: int) -> Prefix:
+        """Each prompt `group_size` times, group by group: P -> N rows."""
+        uncond = self.uncond_embeds_PLD
+        return Prefix(
+            self.embeds_PLD.repeat_interleave(group_size, 0),
+            self.lengths_P.repeat_interleave(group_size, 0),
+            None if uncond is None else uncond.repeat_interleave(group_size, 0),
+        )
+
+    def unconditional(self) -> Prefix:
+        """The unconditional rows as a prefix of their own."""
+        assert self.uncond_embeds_PLD is not None
+        return Prefix(self.uncond_embeds_PLD, self.lengths_P, None)
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """How the T tokens of an image lie on its grid."""
+
+    grid: tuple[int, int]
+    """Rows and columns; T = rows x columns where no token is forced."""
+    num_tokens: int
+    forced_T: Tensor | None = None
+    """Token id where a token is forced (no log-probability), -1 where it is sampled; None: all are."""
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One decoder layer in the shapes of `nn.Linear` weights; optional parts are None."""
+
+    attention_norm: Tensor
+    wq: Tensor
+    wk: Tensor
+    wv: Tensor
+    wo: Tensor
+    mlp_norm: Tensor
+    w_gate: Tensor
+    w_up: Tensor
+    w_down: Tensor
+    bq: Tensor | None = None
+    bk: Tensor | None = None
+    bv: Tensor | None = None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class DecoderWeights:
+    """Everything the rollout engine copies; views of the module's own tensors, no clones."""
+
+    layers: Sequence[LayerWeights]
+    final_norm: Tensor
+    norm_eps: float
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rotary_cos_SR: Tensor
+    """Cosines by position (slot) and rotary dimension, fp32; R = head_dim, half-split convention."""
+    rotary_sin_SR: Tensor
+    token_embeds_VD: Tensor
+    """What image token v becomes as an input of the decoder."""
+    head: Sequence[tuple[Tensor, Tensor | None]]
+    """(weight, bias) of the linear layers of the image head, exact GELU between them."""
+
+
+class Codebook(Protocol):
+    """The visual vocabulary."""
+
+    size: int
+
+    def vectors(self, tokens_NT: Tensor) -> Tensor:
+        """The codebook vectors of tokens, codes_NTC in fp32."""
+        ...
+
+    def decode(self, tokens_NT: Tensor) -> Tensor:
+        """The images of tokens, images_NHWC uint8."""
+        ...
+
+
+class Policy(Protocol):
+    """An autoregressive text-to-image model as the trainer and the engine see it."""
+
+    module: nn.Module
+    """What is trained, sharded and saved."""
+    trunk_blocks: Sequence[nn.Module]
+    """The decoder layers, bottom up: the units of sharding and checkpointing."""
+    codebook: Codebook
+
+    def encode(self, prompts: Sequence[Prompt]) -> Prefix:
+        """The prompts as embeddings. An empty or over-long prompt is an `InputError`."""
+        ...
+
+    def layout(self, prompts: Sequence[Prompt]) -> TokenLayout:
+        """The token grid."""
+        ...
+
+    def embed(self, tokens_NT: Tensor) -> Tensor:
+        """Image tokens as decoder inputs, embeds_NTD."""
+        ...
+
+    def hidden(self, prefix: Prefix, tokens_NT: Tensor) -> Tensor:
+        """Teacher-forced last hidden states that predict each image token, hidden_NTD, with gradient."""
+        ...
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits over the codebook; the last axis goes from D to V."""
+        ...
+
+    def decoder_weights(self) -> DecoderWeights:
+        """The weights the engine copies once per step."""
+        ...

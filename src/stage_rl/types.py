@@ -1,0 +1,64 @@
+"""The values that pass between the floors of the package.
+
+Shape suffixes: P prompts, G group, N = P x G completions (group by group), T image tokens,
+H x W pixels, C colour channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text to draw, with what the rewards need to judge the drawing."""
+
+    text: str
+    index: int = 0
+    """Place in its prompt set; with seed, step and image number it keys the random stream."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """The record the prompt came from, such as GenEval's tag, include and exclude clauses."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """The completions of one step. Row i * G + k is image k of prompt i."""
+
+    prompts: tuple[Prompt, ...]
+    group_size: int
+    tokens_NT: Tensor
+    images_NHWC: Tensor
+    """uint8, on the CPU."""
+    logprobs_NT: Tensor | None = None
+    """Conditional log-probability of each token at temperature 1, by the sampler (nats)."""
+    guided_logprobs_NT: Tensor | None = None
+    """Log-probability under the distribution that was sampled from (nats)."""
+    entropy_NT: Tensor | None = None
+    """Entropy of the conditional distribution at temperature 1, by the sampler (nats)."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Teacher-forced log-probabilities and entropies of one rollout or group (fp32, nats)."""
+
+    logprobs_NT: Tensor
+    entropy_NT: Tensor
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What the rewards said of a rollout."""
+
+    rewards_PG: Tensor
+    """Weighted sum of the scores, fp32; 0 in groups that left the step."""
+    kept_P: Tensor
+    """False where a reward failed and the whole group leaves the step."""
+    columns: Mapping[str, Tensor]
+    """Raw scores by reward name, PG; NaN where the reward does not apply to the prompt."""
+    reasons: tuple[str, ...]
+    """One sentence per completion, in the order of the rollout."""
