@@ -1,0 +1,207 @@
+"""A small Janus from nothing: random weights, a word-level tokenizer, the folder of both.
+
+What it builds is a plain `JanusForConditionalGeneration` with a plain `JanusProcessor`: the saved
+folder loads with `from_pretrained` and `AutoProcessor`, with or without torchvision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import JanusForConditionalGeneration, JanusProcessor, PreTrainedTokenizerFast
+
+PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
+IMAGE, BEGIN_OF_IMAGE, END_OF_IMAGE = (
+    "<image_placeholder>",
+    "<begin_of_image>",
+    "<end_of_image>",
+)
+SPECIAL_TOKENS = (PAD, BOS, EOS, UNKNOWN, IMAGE, BEGIN_OF_IMAGE, END_OF_IMAGE)
+
+# Every prompt token is attended to at every image token, so the template adds none: the words of
+# the messages, nothing else. The tokenizer puts BOS in front, the processor begin-of-image behind.
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}{%- for content in message['content'] -%}"
+    "{%- if content['type'] == 'text' -%}{{ content['text'] | trim }}"
+    "{%- else -%}<image_placeholder>{%- endif -%}"
+    "{%- endfor -%}{%- endfor -%}"
+)
+
+
+@dataclass(frozen=True)
+class JanusSize:
+    """The dimensions of a small Janus."""
+
+    width: int = 256
+    layers: int = 6
+    heads: int = 8
+    mlp: int = 704
+    codebook_size: int = 1024
+    codebook_dim: int = 8
+    image_size: int = 48
+    patch_size: int = 4
+    """Downsampling of the tokenizer: a power of two, one more level for each halving."""
+    base_channels: int = 32
+    """A multiple of 32, the number of groups of the tokenizer's normalisation."""
+    latent_channels: int = 64
+    max_positions: int = 256
+    """Prompt tokens and image tokens together."""
+
+    @property
+    def grid_side(self) -> int:
+        """Image tokens along one side."""
+        return self.image_size // self.patch_size
+
+
+def build_janus(
+    size: JanusSize, *, words: Sequence[str], seed: int
+) -> tuple[JanusForConditionalGeneration, JanusProcessor]:
+    """A Janus with random fp32 weights drawn from the seed, and the processor that knows the words.
+
+    The global random state is left as it was.
+    """
+    import torch
+    from transformers import JanusForConditionalGeneration
+
+    processor = build_processor(size, words)
+    config = _config(size, processor.tokenizer)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = JanusForConditionalGeneration(config)
+    model.generation_config = _generation_config(processor.tokenizer)
+    return model.eval(), processor
+
+
+def save_janus(
+    model: JanusForConditionalGeneration, processor: JanusProcessor, folder: str | Path
+) -> None:
+    """Writes weights, configurations, tokenizer and processor in transformers' layout."""
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def build_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer: lower case, split at spaces and punctuation, one id for each word."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    entries = [*SPECIAL_TOKENS, *words]
+    assert len(set(entries)) == len(entries), "a word is listed twice"
+    vocabulary = {entry: index for index, entry in enumerate(entries)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    for word in words:
+        normal = tokenizer.normalizer.normalize_str(word)
+        pieces = tokenizer.pre_tokenizer.pre_tokenize_str(normal)
+        assert [piece for piece, _ in pieces] == [word], f"'{word}' is not one lower-case word"
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, vocabulary[BOS])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        unk_token=UNKNOWN,
+        padding_side="left",
+        extra_special_tokens={
+            "image_token": IMAGE,
+            "boi_token": BEGIN_OF_IMAGE,
+            "eoi_token": END_OF_IMAGE,
+        },
+    )
+
+
+def build_processor(size: JanusSize, words: Sequence[str]) -> JanusProcessor:
+    """The tokenizer with its prompt template and the image processor of the size."""
+    from transformers import JanusProcessor
+    from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
+
+    image_processor = JanusImageProcessorPil(
+        size={"height": size.image_size, "width": size.image_size},
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.5, 0.5, 0.5],
+    )
+    return JanusProcessor(
+        image_processor,
+        build_tokenizer(words),
+        chat_template=CHAT_TEMPLATE,
+        num_image_tokens=size.grid_side**2,
+    )
+
+
+def _config(size: JanusSize, tokenizer):
+    from transformers import JanusConfig, LlamaConfig
+
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=size.width,
+        intermediate_size=size.mlp,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        max_position_embeddings=size.max_positions,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        # No pad id: torch would hold its embedding at zero; the unconditional row is made of it.
+        pad_token_id=None,
+    )
+    return JanusConfig(
+        text_config=text,
+        vision_config=_vision_config(size),
+        vq_config=_vq_config(size),
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
+    )
+
+
+def _vision_config(size: JanusSize):
+    """The image encoder is for understanding only: as small as it can be, yet it runs."""
+    from transformers import JanusVisionConfig
+
+    return JanusVisionConfig(
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        mlp_ratio=1.0,
+        depth=1,
+        projection_dim=size.width,
+        image_size=size.image_size,
+        patch_size=size.patch_size,
+        num_image_tokens=size.grid_side**2,
+    )
+
+
+def _vq_config(size: JanusSize):
+    """The image tokenizer; `projection_dim` is the head's inner width and the aligner's output."""
+    from transformers import JanusVQVAEConfig
+
+    halvings = size.patch_size.bit_length() - 1
+    assert 2**halvings == size.patch_size, "patch_size is a power of two"
+    return JanusVQVAEConfig(
+        embed_dim=size.codebook_dim,
+        num_embeddings=size.codebook_size,
+        latent_channels=size.latent_channels,
+        base_channels=size.base_channels,
+        channel_multiplier=[1] * halvings + [2],
+        num_res_blocks=1,
+        num_patches=size.grid_side,
+        projection_dim=size.width,
+        image_token_embed_dim=size.width,
+    )
+
+
+def _generation_config(tokenizer):
+    """A fresh one: ids set on the one derived from the model's configuration are lost on reload."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        guidance_scale=5,
+        generation_kwargs={"boi_token_id": tokenizer.convert_tokens_to_ids(BEGIN_OF_IMAGE)},
+    )
