@@ -1,0 +1,128 @@
+"""Scenes for records: places the objects that a GenEval record asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from stage_rl.shapes.scenes import (
+    COLORS,
+    IMAGE_SIZE,
+    RADII,
+    SHAPES,
+    SIZES,
+    Object,
+    Scene,
+    apart,
+    random_background,
+)
+
+UNSEEN_PAIRS = frozenset(
+    {
+        ("circle", "purple"),
+        ("square", "orange"),
+        ("triangle", "white"),
+        ("star", "blue"),
+        ("cross", "pink"),
+        ("ring", "red"),
+        ("heart", "brown"),
+        ("moon", "green"),
+    }
+)
+"""Class and colour pairs that no training image or caption contains."""
+
+SAME_COLOR_SHARE = 0.7
+"""Share of scenes in which the objects of one clause that names no colour have the same one."""
+
+
+def seen_colors(shape: str) -> list[str]:
+    """The colours a shape has in training images."""
+    return [color for color in COLORS if (shape, color) not in UNSEEN_PAIRS]
+
+
+def scene_for(record: Mapping[str, Any], rng: np.random.Generator) -> Scene:
+    """A scene that satisfies a record; everything the record leaves open is drawn.
+
+    Beyond GenEval's keys a clause may carry `size` ("small", "large") and the record `tone` and
+    `texture` of the background.
+    """
+    clauses = record["include"]
+    wanted = [
+        (clause, index, color)
+        for index, clause in enumerate(clauses)
+        for color in _colors(clause, rng)
+    ]
+    objects = None
+    while objects is None:
+        objects = _place(wanted, rng)
+    background = random_background(rng, record.get("tone"), record.get("texture"))
+    return Scene(tuple(objects), background)
+
+
+def random_scene(rng: np.random.Generator) -> Scene:
+    """A scene of one to four objects of any seen class and colour, with no caption in mind."""
+    shapes = rng.choice(SHAPES, rng.integers(1, 5))
+    return scene_for({"include": [{"class": str(s), "count": 1} for s in shapes]}, rng)
+
+
+def _colors(clause: Mapping[str, Any], rng: np.random.Generator) -> list[str]:
+    count = clause["count"]
+    if clause.get("color"):
+        return [clause["color"]] * count
+    palette = seen_colors(clause["class"])
+    if rng.uniform() < SAME_COLOR_SHARE:
+        return [str(rng.choice(palette))] * count
+    return [str(color) for color in rng.choice(palette, count)]
+
+
+def _place(
+    wanted: Sequence[tuple[Mapping[str, Any], int, str]], rng: np.random.Generator
+) -> list[Object] | None:
+    """One attempt to place all objects; None when it runs into a corner."""
+    placed: list[tuple[int, Object]] = []
+    largest = max(RADII) if len(wanted) <= 2 else 8
+    for clause, index, color in wanted:
+        for _ in range(30):
+            thing = _draw(clause, color, largest, rng)
+            if all(apart(thing, other) for _, other in placed) and _fits(clause, thing, placed):
+                placed.append((index, thing))
+                break
+        else:
+            return None
+    return [thing for _, thing in placed]
+
+
+def _draw(
+    clause: Mapping[str, Any], color: str, largest: int, rng: np.random.Generator
+) -> Object:
+    radii = SIZES.get(clause.get("size", ""), [r for r in RADII if r <= largest])
+    radius = int(rng.choice(radii))
+    x, y = (int(rng.integers(radius + 1, IMAGE_SIZE - radius - 1)) for _ in range(2))
+    return Object(clause["class"], color, x, y, radius)
+
+
+def _fits(
+    clause: Mapping[str, Any], thing: Object, placed: Sequence[tuple[int, Object]]
+) -> bool:
+    """Whether an object stands clearly where its clause wants it."""
+    if not clause.get("position"):
+        return True
+    relation, target = clause["position"]
+    return all(
+        _clearly(relation, thing.x - other.x, thing.y - other.y)
+        for index, other in placed
+        if index == target
+    )
+
+
+def _clearly(relation: str, dx: int, dy: int) -> bool:
+    """One axis carries the relation, the other stays below half of it."""
+    along, across = {
+        "left of": (-dx, dy),
+        "right of": (dx, dy),
+        "above": (-dy, dx),
+        "below": (dy, dx),
+    }[relation]
+    return along > 0 and abs(across) <= along / 2
