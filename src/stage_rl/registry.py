@@ -23,13 +23,24 @@ def resolve(family: str, name: str) -> Any:
     """The class behind a name of a family (policy, prompts, reward, detector)."""
     target = BUILT_IN[family].get(name, name)
     module_name, _, class_name = target.partition(":")
-    if not class_name:
+    if not (module_name and class_name):
         near = difflib.get_close_matches(name, BUILT_IN[family], n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"one of {', '.join(BUILT_IN[family])}"
-        raise RecipeError(f"{family}: unknown kind '{name}'; {hint}, or module:Class")
+        known = ", ".join(BUILT_IN[family])
+        hint = f"did you mean '{near[0]}'?" if near else f"write one of: {known}, or module:Class"
+        raise RecipeError(f"unknown {family} kind '{name}'; {hint}")
     try:
         return getattr(importlib.import_module(module_name), class_name)
     except ModuleNotFoundError as error:
-        raise RecipeError(f"{family}: cannot import '{module_name}': {error}") from error
+        raise RecipeError(
+            f"cannot import '{module_name}' ({error}); write an importable module:Class"
+        ) from error
     except AttributeError as error:
-        raise RecipeError(f"{family}: '{module_name}' has no '{class_name}'") from error
+        raise RecipeError(
+            f"'{module_name}' has no '{class_name}'; write the name of a class in it"
+        ) from error
+
+
+def name_of(family: str, component: type) -> str:
+    """The name by which `resolve` finds a class: the short one where there is one."""
+    target = f"{component.__module__}:{component.__qualname__}"
+    return next((name for name, known in BUILT_IN[family].items() if known == target), target)

@@ -1,0 +1,241 @@
+"""What a recipe may say: the component families and the typed tree.
+
+Free of torch, so that a wrong recipe is answered at once. The docstring under an attribute is the
+reference of its key: `stage recipes show` prints it.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from stage_rl import registry
+from stage_rl.objective import AlgorithmConfig
+from stage_rl.settings import Component, Settings, complaint
+from stage_rl.types import Prompt
+
+if TYPE_CHECKING:
+    import torch
+
+    from stage_rl.policies.base import Policy
+    from stage_rl.rewards.base import Detector, Reward
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Every = Annotated[int, Field(ge=0)]
+
+
+class PolicyConfig(Component):
+    """Base of the model families."""
+
+    family: ClassVar[str] = "policy"
+
+    trainable: tuple[str, ...] = ("*",)
+    """Name patterns of the parameters that train, in the spelling of `fnmatch`."""
+
+    @abstractmethod
+    def build(self, device: torch.device) -> Policy:
+        """The policy with its weights on a device."""
+
+
+class PromptsConfig(Component):
+    """Base of the prompt sets."""
+
+    family: ClassVar[str] = "prompts"
+
+    @abstractmethod
+    def build(self) -> tuple[Prompt, ...]:
+        """The prompts in their own order; the trainer draws from them by seed."""
+
+
+class DetectorConfig(Component):
+    """Base of the object detectors that a reward can be given."""
+
+    family: ClassVar[str] = "detector"
+
+    @abstractmethod
+    def build(self, device: torch.device) -> Detector:
+        """The detector with its weights on a device."""
+
+
+class RewardConfig(Component):
+    """Base of the rewards."""
+
+    family: ClassVar[str] = "reward"
+    required_fields: ClassVar[tuple[str, ...]] = ()
+    """Metadata a prompt must carry to be judged."""
+
+    name: str = Field(default="", pattern=r"^[A-Za-z0-9_.-]+$")
+    """Column of this reward in metrics and reports; the kind where none is given."""
+    weight: float = 1.0
+    """Factor of the score in the summed reward; 0 only logs it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_after_kind(cls, data: Any) -> Any:
+        if isinstance(data, dict) and not data.get("name"):
+            kind = registry.name_of(cls.family, cls)
+            return {**data, "name": kind.rpartition(":")[2]}
+        return data
+
+    @abstractmethod
+    def build(self, device: torch.device) -> Reward:
+        """The reward with its weights on a device."""
+
+
+class RolloutConfig(Settings):
+    """How a step's images are sampled."""
+
+    prompts_per_step: Count = 8
+    """Prompts of one step."""
+    group_size: int = Field(default=8, ge=2)
+    """Images per prompt."""
+    guidance_scale: NonNegative = 5.0
+    """Unconditional + scale x (conditional - unconditional); 1 needs no unconditional rows."""
+    temperature: Positive = 1.0
+    """Divides the guided logits."""
+    top_k: Every = 0
+    """Draw from the k likeliest tokens; 0: from all, as the policy gradient assumes."""
+    top_p: Fraction = 1.0
+    """Draw from the likeliest tokens that hold this share; 1: from all."""
+    dtype: Literal["float32", "mixed"] = "float32"
+    """Precision of the sampler; mixed: bf16 linear layers, the rest in fp32."""
+
+
+class OptimizerConfig(Settings):
+    """The optimizer and its schedule; the defaults are those of the paper."""
+
+    kind: Literal["adamw"] = "adamw"
+    """Update rule; with weight_decay 0 this is the paper's Adam."""
+    lr: Positive = 5e-6
+    """Learning rate after warm-up."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
+        0.9,
+        0.999,
+    )
+    """Decay of the first and second moment."""
+    eps: Positive = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay."""
+    schedule: Literal["linear", "constant", "cosine"] = "linear"
+    """Course of the learning rate after warm-up; linear and cosine end at 0 with the last step."""
+    warmup_steps: Every = 0
+    """Steps over which the learning rate rises from 0."""
+    max_grad_norm: Positive | None = 1.0
+    """Norm the gradient is clipped to; null: not clipped."""
+    updates_per_rollout: Count = 1
+    """Optimizer updates on one rollout; more than one needs the clipped ratio."""
+
+
+class TrainingConfig(Settings):
+    """Where and in what pieces the gradient is computed."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU where there is one."""
+    dtype: Literal["float32", "mixed"] = "float32"
+    """Compute precision of the trunk; mixed: bf16 linear layers. Parameters stay fp32."""
+    groups_per_microbatch: Count | None = None
+    """Groups that share one backward pass, a matter of memory only; null: all of a step."""
+    logprob_rows: Count = 2048
+    """Token rows whose image-head logits exist at one time."""
+
+
+class ProbeConfig(Settings):
+    """The fixed reference samples on which exact KL and entropy drift are measured."""
+
+    every: Every = 10
+    """Steps between measurements; 0: never."""
+    num_prompts: Count = 8
+    """Prompts of the set, the first of the training set."""
+    images_per_prompt: Count = 2
+    """Reference samples per prompt."""
+
+
+class EvaluationConfig(Settings):
+    """What base and trained policy are compared on after the last step."""
+
+    benchmark: str = "shapes-geneval"
+    """Name of the benchmark, as `stage eval` takes it."""
+    images_per_task: Count = 100
+    """Images per task."""
+    guidance_scale: NonNegative | None = None
+    """Guidance while evaluating; null: that of the rollout."""
+    seed: Every = 0
+    """Seed of the random streams, the same for both policies."""
+
+
+class RunConfig(Settings):
+    """The run folder."""
+
+    dir: str | None = None
+    """Folder of the run; null: runs/NAME-HASH8."""
+    save_every: Every = 20
+    """Steps between checkpoints; 0: only at the end."""
+    keep_checkpoints: Count = 2
+    """Newest checkpoints that are kept."""
+    log_images_every: Every = 10
+    """Steps between image grids with reasons and samples/STEP.npz; 0: never."""
+    log_groups: Count = 2
+    """Groups in a grid and in samples/STEP.npz."""
+
+
+class LivenessConfig(Settings):
+    """Steps in a row with a sign of being dead after which a run stops; 0: it never does."""
+
+    equal_reward_steps: Every = 10
+    """Every group's rewards are equal."""
+    zero_gradient_steps: Every = 3
+    """The gradient is exactly 0."""
+    constant_reward_steps: Every = 10
+    """The summed reward is one and the same number for all images."""
+    failed_reward_steps: Every = 3
+    """A reward failed and groups left the step."""
+
+
+class Recipe(Settings):
+    """Everything that decides a run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    """Name of the run; the file's name where none is given."""
+    steps: Count
+    """Training steps; the same run goes on where this is raised."""
+    seed: Every = 0
+    """Keys every random stream of the run."""
+    policy: PolicyConfig
+    """The model."""
+    prompts: PromptsConfig
+    """The training prompts."""
+    rewards: tuple[RewardConfig, ...] = Field(min_length=1)
+    """The reward is the weighted sum of these."""
+    rollout: RolloutConfig = RolloutConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    probe: ProbeConfig = ProbeConfig()
+    evaluation: EvaluationConfig | None = None
+    """null: no comparison after the last step."""
+    run: RunConfig = RunConfig()
+    liveness: LivenessConfig = LivenessConfig()
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        """Refuses settings that contradict each other."""
+        for name, count in Counter(reward.name for reward in self.rewards).items():
+            if count > 1:
+                text = f"{count} rewards are named '{name}'; give each its own name"
+                raise complaint("rewards", text)
+        groups = self.training.groups_per_microbatch
+        if groups is not None and groups > self.rollout.prompts_per_step:
+            most = self.rollout.prompts_per_step
+            text = f"{groups} groups, but a step has {most}; write at most {most}, or null"
+            raise complaint("training.groups_per_microbatch", text)
+        if self.optimizer.warmup_steps > self.steps:
+            text = f"{self.optimizer.warmup_steps} is more than steps ({self.steps}); write fewer"
+            raise complaint("optimizer.warmup_steps", text)
+        return self
