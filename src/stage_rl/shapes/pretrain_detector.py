@@ -1,0 +1,88 @@
+"""Trains the reward's detector on renders of the shapes world.
+
+Shape suffixes: N images, C channels, H x W pixels, Y x X cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from stage_rl.shapes.detector import CELL, DetectorNet, DetectorOutput
+from stage_rl.shapes.layouts import random_scene
+from stage_rl.shapes.pretrain_tokenizer import learning_rate, to_pixels
+from stage_rl.shapes.scenes import COLORS, IMAGE_SIZE, SHAPES, Scene, render
+
+BATCH = 64
+PEAK_LR = 3e-3
+_CELLS = IMAGE_SIZE // CELL
+_COLORS = list(COLORS)
+
+
+def targets(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
+    """What the network should say: a centre map (NYX) and, for each object, a row of
+
+    image, cell y, cell x, class, colour, and the four sides in tenths of ten pixels.
+    """
+    center = torch.zeros(len(scenes), _CELLS, _CELLS)
+    rows: list[list[float]] = []
+    for n, scene in enumerate(scenes):
+        for thing in scene.objects:
+            y, x = thing.y // CELL, thing.x // CELL
+            center[n, y, x] = 1
+            x0, y0, x1, y1 = thing.box
+            cx, cy = (x + 0.5) * CELL, (y + 0.5) * CELL
+            sides = [(cx - x0) / 10, (cy - y0) / 10, (x1 - cx) / 10, (y1 - cy) / 10]
+            ids = [n, y, x, SHAPES.index(thing.shape), _COLORS.index(thing.color)]
+            rows.append([*ids, *sides])
+    return center, torch.tensor(rows)
+
+
+def detector_loss(output: DetectorOutput, center_NYX: Tensor, rows: Tensor) -> Tensor:
+    """Cross-entropy of centre, class and colour, L1 of the sides."""
+    n, y, x, shape, color = rows[:, :5].long().unbind(1)
+    weight = torch.where(center_NYX > 0, 5.0, 1.0)
+    center = F.binary_cross_entropy_with_logits(output.object_NYX, center_NYX, weight)
+    return (
+        10 * center
+        + F.cross_entropy(output.shape_NCYX[n, :, y, x], shape)
+        + F.cross_entropy(output.color_NCYX[n, :, y, x], color)
+        + F.l1_loss(output.sides_NCYX[n, :, y, x], rows[:, 5:])
+    )
+
+
+def _soften(pixels: Tensor, rng: np.random.Generator) -> Tensor:
+    """Half of the batches are blurred a little, as decoded images are."""
+    if rng.uniform() < 0.5:
+        return pixels
+    return torch.lerp(pixels, F.avg_pool2d(pixels, 3, 1, 1), float(rng.uniform(0.2, 0.9)))
+
+
+def train_detector(
+    path: Path, *, steps: int, seed: int, report: Callable[[str], None]
+) -> DetectorNet:
+    """Trains a detector and writes its weights in fp16."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = DetectorNet()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=PEAK_LR)
+    for step in range(steps):
+        rng = np.random.Generator(np.random.Philox(key=[seed, 1_000_000 + step]))
+        scenes = [random_scene(rng) for _ in range(BATCH)]
+        center, rows = targets(scenes)
+        loss = detector_loss(net(_soften(to_pixels(render(scenes)), rng)), center, rows)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps=steps, warmup_steps=50, peak=PEAK_LR)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if (step + 1) % 100 == 0:
+            report(f"detector: step {step + 1}/{steps} loss {loss.item():.4f}")
+    save_file({name: t.half().contiguous() for name, t in net.state_dict().items()}, path)
+    return net
