@@ -36,8 +36,8 @@ NonNegative = Annotated[float, Field(ge=0)]
 class EntropyConfig(Settings):
     """How the policy is held to the reference's entropy."""
 
-    mode: Literal["reward", "loss", "off"] = "reward"
-    """reward: equations 11 and 12; loss: the penalty of equations 13 and 14; off: neither."""
+    mode: Literal["reward", "loss", "none"] = "reward"
+    """reward: equations 11 and 12; loss: the penalty of equations 13 and 14; none: neither."""
     scale: NonNegative = 0.4
     """lambda of equations 12 and 14."""
     scope: Literal["best", "all"] = "best"

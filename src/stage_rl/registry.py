@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import re
 from typing import Any
 
 from stage_rl.errors import RecipeError
@@ -11,7 +12,7 @@ from stage_rl.errors import RecipeError
 BUILT_IN = {
     "policy": {"janus": "stage_rl.policies.config:JanusConfig"},
     "prompts": {
-        "geneval": "stage_rl.prompts:GenEvalPromptsConfig",
+        "geneval": "stage_rl.prompts.config:GenEvalPromptsConfig",
         "shapes": "stage_rl.shapes.config:ShapesPromptsConfig",
     },
     "reward": {"geneval": "stage_rl.rewards.config:GenEvalRewardConfig"},
@@ -23,14 +24,14 @@ def resolve(family: str, name: str) -> Any:
     """The class behind a name of a family (policy, prompts, reward, detector)."""
     target = BUILT_IN[family].get(name, name)
     module_name, _, class_name = target.partition(":")
-    if not (module_name and class_name):
+    if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", target):
         near = difflib.get_close_matches(name, BUILT_IN[family], n=1)
         known = ", ".join(BUILT_IN[family])
         hint = f"did you mean '{near[0]}'?" if near else f"write one of: {known}, or module:Class"
         raise RecipeError(f"unknown {family} kind '{name}'; {hint}")
     try:
         return getattr(importlib.import_module(module_name), class_name)
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         raise RecipeError(
             f"cannot import '{module_name}' ({error}); write an importable module:Class"
         ) from error

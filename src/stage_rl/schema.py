@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections import Counter
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from stage_rl import registry
 from stage_rl.objective import AlgorithmConfig
@@ -222,6 +222,17 @@ class Recipe(Settings):
     """null: no comparison after the last step."""
     run: RunConfig = RunConfig()
     liveness: LivenessConfig = LivenessConfig()
+    _given: str = PrivateAttr("")
+
+    def model_post_init(self, context: Any) -> None:
+        """Keeps the text the recipe was read from."""
+        if isinstance(context, dict):
+            self._given = context.get("given", "")
+
+    @property
+    def given(self) -> str:
+        """The file as it was read, with the overrides as comments; empty where built in Python."""
+        return self._given
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

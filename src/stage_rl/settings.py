@@ -29,7 +29,9 @@ def near_or_all(name: str, known: Iterable[str]) -> str:
     names = list(known)
     if not names:
         return "none is allowed here"
-    near = difflib.get_close_matches(name, names, n=1) or [n for n in names if n.startswith(name)]
+    near = difflib.get_close_matches(name, names, n=1) or [
+        n for n in names if name and n.startswith(name)
+    ]
     return f"did you mean '{near[0]}'?" if near else f"write one of: {', '.join(names)}"
 
 

@@ -1,0 +1,207 @@
+"""From a recipe's name or file to a checked `Recipe`, and back to text.
+
+Every mistake is a `RecipeError` of one line: RECIPE: dotted.key: what; what to write instead.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
+from yaml import MarkedYAMLError, YAMLError
+
+from stage_rl.errors import RecipeError
+from stage_rl.recipe_errors import explain
+from stage_rl.schema import Recipe
+from stage_rl.settings import Component, Settings, near_or_all
+
+COMMENT_COLUMN = 44
+FILE_SUFFIXES = (".yaml", ".yml", ".json")
+
+
+def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a built-in recipe by name, or a file, with overrides of the form dotted.key=value.
+
+    The file's stem is the run's name where the file gives none. Raises RecipeError.
+    """
+    where = str(name_or_path)
+    source = _find(where)
+    try:
+        text = source.read_text(encoding="utf-8")
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise RecipeError(f"{where}: cannot be read ({reason}); name a recipe file") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{where}: is not UTF-8 text; name a recipe file") from error
+    tree = _parse(text, where)
+    for override in overrides:
+        _apply(tree, override, where)
+    values = _plain(tree, where)
+    values.setdefault("name", Path(source.name).stem)
+    given = "".join([text, *(f"# {override}\n" for override in overrides)])
+    try:
+        return Recipe.model_validate(values, context={"given": given})
+    except ValidationError as error:
+        raise RecipeError(f"{where}: {explain(error)}") from error
+
+
+def list_recipes() -> dict[str, str]:
+    """The built-in recipes: name and first line of the opening comment."""
+    files = sorted(_folder().iterdir(), key=lambda file: file.name)
+    return {
+        Path(file.name).stem: file.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        for file in files
+        if file.name.endswith(".yaml")
+    }
+
+
+def describe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML with every key explained; itself a recipe that gives the same."""
+    lines = (
+        f"{line:<{COMMENT_COLUMN}} # {comment}" if comment else line
+        for line, comment in _lines(recipe)
+    )
+    return "\n".join(lines) + "\n"
+
+
+def resolved_json(recipe: Recipe) -> str:
+    """The resolved recipe as JSON; `load_recipe` reads it back."""
+    return recipe.model_dump_json(indent=2) + "\n"
+
+
+def run_hash8(recipe: Recipe) -> str:
+    """Eight hexadecimal digits that stand for everything in a recipe but its number of steps."""
+    values = recipe.model_dump(mode="json", exclude={"steps"})
+    text = json.dumps(values, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def run_folder(recipe: Recipe) -> Path:
+    """Where the run of a recipe lives."""
+    return Path(recipe.run.dir or f"runs/{recipe.name}-{run_hash8(recipe)}")
+
+
+def diff_recipes(one: Recipe, other: Recipe) -> tuple[str, ...]:
+    """The dotted keys in which two recipes differ, in the order of the recipe."""
+    left = dict(_leaves(one.model_dump(mode="json")))
+    right = dict(_leaves(other.model_dump(mode="json")))
+    absent = object()
+    keys = dict.fromkeys([*left, *right])
+    return tuple(key for key in keys if left.get(key, absent) != right.get(key, absent))
+
+
+def _folder() -> Traversable:
+    return resources.files("stage_rl") / "recipes"
+
+
+def _find(name: str) -> Traversable:
+    path = Path(name)
+    if path.suffix in FILE_SUFFIXES or len(path.parts) > 1:
+        if path.is_file():
+            return path
+        raise RecipeError(f"{name}: no such file; name a recipe file, or one of `stage recipes`")
+    file = _folder() / f"{name}.yaml"
+    if file.is_file():
+        return file
+    hint = near_or_all(name, list_recipes())
+    raise RecipeError(f"{name}: unknown recipe; {hint} (or a path that ends in .yaml)")
+
+
+def _parse(text: str, where: str) -> DictConfig:
+    try:
+        tree = OmegaConf.load(io.StringIO(text))
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise RecipeError(f"{where}: {_yaml_reason(error)}") from error
+    except OSError:  # OmegaConf's answer to a bare number
+        tree = None
+    if not isinstance(tree, DictConfig) or _is_bare_text(tree):
+        raise RecipeError(f"{where}: is no mapping; write lines of the form key: value")
+    if not tree:
+        raise RecipeError(f"{where}: is empty; start from `stage recipes show NAME`")
+    return tree
+
+
+def _is_bare_text(tree: DictConfig) -> bool:
+    """OmegaConf reads bare text as a mapping of that text to nothing."""
+    return len(tree) == 1 and OmegaConf.to_container(tree, resolve=False) == dict.fromkeys(tree)
+
+
+def _yaml_reason(error: Exception) -> str:
+    if not isinstance(error, MarkedYAMLError) or error.problem_mark is None:
+        return f"{str(error).splitlines()[0]}; write plain keys and values"
+    hint = "write each key once" if "duplicate key" in str(error.problem) else "correct the YAML"
+    return f"line {error.problem_mark.line + 1}: {error.problem}; {hint}"
+
+
+def _apply(tree: DictConfig, override: str, where: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise RecipeError(f"{where}: {override}: is no override; write dotted.key=value")
+    try:
+        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise RecipeError(f"{where}: {key}: the value is not YAML; quote it") from error
+    assert isinstance(parsed, dict)
+    try:
+        OmegaConf.update(tree, key, parsed["value"], merge=False)
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        # The latter two are OmegaConf's answers to a word where the number of an item belongs.
+        hint = "write the number of an item, from 0"
+        raise RecipeError(f"{where}: {key}: no such list item; {hint}") from error
+
+
+def _plain(tree: DictConfig, where: str) -> dict[str, Any]:
+    try:
+        values = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "recipe"
+        reason = str(error).splitlines()[0]
+        raise RecipeError(f"{where}: {key}: {reason}; write the value itself") from error
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def _lines(settings: Settings) -> Iterator[tuple[str, str]]:
+    """The YAML lines of one mapping, unindented, each with its comment."""
+    if isinstance(settings, Component):
+        yield f"kind: {json.dumps(settings.kind)}", ""
+    for key, info in type(settings).model_fields.items():
+        value = getattr(settings, key)
+        comment = " ".join((info.description or "").split())
+        if isinstance(value, Settings):
+            yield f"{key}:", comment or (type(value).__doc__ or "")
+            yield from ((f"  {line}", said) for line, said in _lines(value))
+        elif isinstance(value, tuple) and any(isinstance(item, Settings) for item in value):
+            yield f"{key}:", comment
+            yield from _items(value)
+        else:
+            plain = settings.model_dump(mode="json", include={key})[key]
+            yield f"{key}: {json.dumps(plain, ensure_ascii=False)}", comment
+
+
+def _items(settings: Iterable[Settings]) -> Iterator[tuple[str, str]]:
+    for item in settings:
+        for number, (line, comment) in enumerate(_lines(item)):
+            yield f"  {'- ' if number == 0 else '  '}{line}", comment
+
+
+def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of every leaf of a tree of mappings and lists."""
+    if isinstance(value, dict):
+        pairs = value.items()
+    elif isinstance(value, list):
+        pairs = enumerate(value)
+    else:
+        yield prefix, value
+        return
+    for key, item in pairs:
+        yield from _leaves(item, f"{prefix}.{key}" if prefix else str(key))
