@@ -1,0 +1,1 @@
+"""Rewards: what scores an image, by rule or by model."""

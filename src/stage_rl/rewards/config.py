@@ -1,0 +1,48 @@
+"""What a recipe says of the built-in rewards."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from stage_rl.schema import DetectorConfig, RewardConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from stage_rl.rewards.geneval import GenEvalReward
+
+
+class GenEvalRewardConfig(RewardConfig):
+    """The GenEval rules on what a detector finds."""
+
+    required_fields: ClassVar[tuple[str, ...]] = ("tag", "include")
+
+    detector: DetectorConfig
+    """What finds the objects and their colours."""
+    compat: Literal["fixed", "release"] = "fixed"
+    """release: the released score, which adds 1 to a missed relation."""
+    clip_count: bool | None = None
+    """Count terms end at 0; null: in the fixed form only."""
+    threshold: float = Field(default=0.3, ge=0, lt=1)
+    """Confidence above which an object counts."""
+    counting_threshold: float = Field(default=0.9, ge=0, lt=1)
+    """The same for counting prompts."""
+    max_objects: int = Field(default=16, ge=1)
+    """Most confident objects of a class that are looked at."""
+
+    def build(self, device: torch.device) -> GenEvalReward:
+        """The reward with its detector on a device."""
+        from stage_rl.rewards.geneval import GenEvalReward, judge
+
+        rules = functools.partial(
+            judge,
+            compat=self.compat,
+            clip_count=self.clip_count,
+            threshold=self.threshold,
+            counting_threshold=self.counting_threshold,
+            max_objects=self.max_objects,
+        )
+        return GenEvalReward(self.detector.build(device), rules)

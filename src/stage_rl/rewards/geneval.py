@@ -1,0 +1,257 @@
+"""The GenEval rules: from the objects found in an image to a verdict with its reasons.
+
+`correct` is the verdict of the published evaluator, `strict` asks for the exact number of objects,
+`reward` is the soft score that training uses: the mean over the terms of all include clauses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from stage_rl.prompts import validate_metadata
+from stage_rl.prompts.geneval import plural, with_article
+from stage_rl.rewards.base import Detection, Detector, Score
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stage_rl.types import Prompt
+
+__all__ = [
+    "Clause",
+    "Compat",
+    "Detection",
+    "GenEvalReward",
+    "Verdict",
+    "judge",
+    "relative_position",
+]
+
+Compat = Literal["fixed", "release"]
+Box = tuple[float, float, float, float]
+
+POSITION_MARGIN = 0.1
+"""Share of the two objects' sizes that an offset must exceed before it counts."""
+
+
+@dataclass(frozen=True)
+class Clause:
+    """One term of the soft score."""
+
+    kind: Literal["count", "color", "position"]
+    value: float
+    why: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the rules say of one image."""
+
+    reward: float
+    """Mean of the terms; at most 1, below 0 only where counts are not clipped."""
+    correct: bool
+    strict: bool
+    clauses: tuple[Clause, ...]
+    """The terms that `reward` is the mean of, in the order of the include clauses."""
+    why: str
+
+
+def relative_position(a: Box, b: Box) -> frozenset[str]:
+    """Where a lies relative to b: up to two of left of, right of, above, below.
+
+    Boxes are x0, y0, x1, y1 with y down. The offset of the centres, shortened by a tenth of both
+    sizes, must exceed half of the unshortened distance along an axis.
+    """
+    offset_x, offset_y = (a[0] + a[2] - b[0] - b[2]) / 2, (a[1] + a[3] - b[1] - b[3]) / 2
+    width, height = abs(a[2] - a[0]) + abs(b[2] - b[0]), abs(a[3] - a[1]) + abs(b[3] - b[1])
+    beyond_x = max(abs(offset_x) - POSITION_MARGIN * width, 0)
+    beyond_y = max(abs(offset_y) - POSITION_MARGIN * height, 0)
+    if beyond_x < 1e-3 and beyond_y < 1e-3:
+        return frozenset()
+    half = math.hypot(offset_x, offset_y) / 2
+    relations = set()
+    if beyond_x > half:
+        relations.add("left of" if offset_x < 0 else "right of")
+    if beyond_y > half:
+        relations.add("above" if offset_y < 0 else "below")
+    return frozenset(relations)
+
+
+def judge(
+    detections: Sequence[Detection],
+    metadata: Mapping[str, Any],
+    *,
+    compat: Compat = "fixed",
+    threshold: float = 0.3,
+    counting_threshold: float = 0.9,
+    max_objects: int = 16,
+    clip_count: bool | None = None,
+) -> Verdict:
+    """The verdict on one image from its detections, in any order and of any confidence.
+
+    A detection counts above the threshold (`counting_threshold` for counting prompts), the
+    `max_objects` most confident of each class. `release` gives the released score, which lets a
+    count below 0 and adds 1 after a missed relation; `clip_count` sets the first of these apart.
+    Metadata that is not GenEval's is an `InputError`.
+    """
+    record = validate_metadata(metadata, where="GenEval metadata")
+    found = _confident(
+        detections,
+        threshold=counting_threshold if record["tag"] == "counting" else threshold,
+        max_objects=max_objects,
+    )
+    clip = compat == "fixed" if clip_count is None else clip_count
+    terms, strict = _soft_terms(found, record["include"], compat=compat, clip_count=clip)
+    objection = _official_objection(found, record)
+    why = "; ".join(term.why for term in terms)
+    return Verdict(
+        reward=sum(term.value for term in terms) / len(terms),
+        correct=objection is None,
+        strict=strict,
+        clauses=terms,
+        why=why if objection is None else f"{why}; not correct: {objection}",
+    )
+
+
+Found = Mapping[str, list[Detection]]
+
+
+def _confident(
+    detections: Sequence[Detection], *, threshold: float, max_objects: int
+) -> dict[str, list[Detection]]:
+    """The detections that count, by class, most confident first."""
+    found: dict[str, list[Detection]] = {}
+    for detection in sorted(detections, key=lambda one: -one.score):
+        if detection.score > threshold:
+            found.setdefault(detection.label, []).append(detection)
+    return {label: objects[:max_objects] for label, objects in found.items()}
+
+
+def _soft_terms(
+    found: Found, include: Sequence[Mapping[str, Any]], *, compat: Compat, clip_count: bool
+) -> tuple[tuple[Clause, ...], bool]:
+    """The terms of the soft score, and whether all clauses hold with exact counts.
+
+    Colour and position are looked at only where the clauses before them hold.
+    """
+    terms: list[Clause] = []
+    groups: list[list[Detection] | None] = []
+    for clause in include:
+        objects = found.get(clause["class"], [])
+        added = [_count_term(objects, clause, clip=clip_count)]
+        matched = len(objects) == clause["count"]
+        if not matched and ("color" in clause or "position" in clause):
+            kind = "color" if "color" in clause else "position"
+            added.append(Clause(kind, 0.0, f"{kind} not looked at ({kind} 0.00)"))
+        if matched and "color" in clause:
+            added.append(_color_term(objects, clause))
+            matched = added[-1].value == 1
+        if matched and "position" in clause:
+            place = _position_term(objects, clause, groups[clause["position"][1]])
+            added.append(place)
+            matched = place.value == 1
+            if compat == "release" and groups[clause["position"][1]] is not None:
+                added[-1:] = _released_position(place)
+        terms += added
+        groups.append(objects if matched else None)
+    return tuple(terms), all(group is not None for group in groups)
+
+
+def _count_term(objects: Sequence[Detection], clause: Mapping[str, Any], *, clip: bool) -> Clause:
+    """1 - |found - wanted| / wanted."""
+    wanted, name = clause["count"], clause["class"]
+    value = 1 - abs(wanted - len(objects)) / wanted
+    value = max(value, 0.0) if clip else value
+    words = name if wanted == 1 else plural(name)
+    return Clause(
+        "count", value, f"wanted {wanted} {words}, found {len(objects)} (count {value:.2f})"
+    )
+
+
+def _color_term(objects: Sequence[Detection], clause: Mapping[str, Any]) -> Clause:
+    """The share of objects in the wanted colour."""
+    wanted = clause["color"]
+    value = sum(one.color == wanted for one in objects) / len(objects)
+    seen = ", ".join(one.color or "no colour" for one in objects)
+    return Clause(
+        "color", value, f"wanted {wanted} {clause['class']}, found {seen} (color {value:.2f})"
+    )
+
+
+def _position_term(
+    objects: Sequence[Detection], clause: Mapping[str, Any], targets: Sequence[Detection] | None
+) -> Clause:
+    """The share of (object, target) pairs in the wanted relation; 0 without a target."""
+    relation, name = clause["position"][0], clause["class"]
+    if targets is None:
+        return Clause(
+            "position",
+            0.0,
+            f"nothing that {with_article(name)} could be {relation} (position 0.00)",
+        )
+    seen = [relative_position(one.box, other.box) for one in objects for other in targets]
+    value = sum(relation in relations for relations in seen) / len(seen)
+    words = ", ".join(" and ".join(sorted(relations)) or "neither side" for relations in seen)
+    target = targets[0].label
+    return Clause(
+        "position",
+        value,
+        f"wanted {name} {relation} {target}, found {words} (position {value:.2f})",
+    )
+
+
+def _released_position(place: Clause) -> list[Clause]:
+    """The released form: 0 for any wrong pair, and a further 1 whether right or wrong."""
+    always = Clause("position", 1.0, "added to every relation (position 1.00)")
+    return [always] if place.value == 1 else [Clause("position", 0.0, place.why), always]
+
+
+def _official_objection(found: Found, record: Mapping[str, Any]) -> str | None:
+    """What the published evaluator objects to first; None: the image is correct.
+
+    It takes the most confident objects of a class, as many as wanted, and overlooks the others.
+    """
+    groups: list[list[Detection]] = []
+    for clause in record["include"]:
+        wanted, name = clause["count"], clause["class"]
+        objects = found.get(name, [])[:wanted]
+        if len(objects) < wanted:
+            return f"{name}: {len(objects)} of {wanted}"
+        if "color" in clause and any(one.color != clause["color"] for one in objects):
+            return f"{name}: not {clause['color']}"
+        if "position" in clause:
+            relation, target = clause["position"]
+            pairs = [(one.box, other.box) for one in objects for other in groups[target]]
+            if not all(relation in relative_position(*pair) for pair in pairs):
+                return f"{name}: not {relation} {groups[target][0].label}"
+        groups.append(objects)
+    for clause in record.get("exclude", []):
+        name = clause["class"]
+        if len(found.get(name, [])) >= clause["count"]:
+            return f"{len(found[name])} {plural(name)}, fewer than {clause['count']} wanted"
+    return None
+
+
+@dataclass(frozen=True)
+class GenEvalReward:
+    """Scores images by the GenEval rules on what a detector finds."""
+
+    detector: Detector
+    judge: Callable[[Sequence[Detection], Mapping[str, Any]], Verdict] = judge
+    """From detections and metadata to a verdict: `judge`, or with coefficients of its own."""
+
+    def __call__(self, images_NHWC: Tensor, prompts: list[Prompt]) -> list[Score]:
+        """The soft score of each image; the extras are the official and the strict verdict."""
+        assert len(images_NHWC) == len(prompts)
+        detections = self.detector(images_NHWC, prompts)
+        verdicts = [
+            self.judge(found, prompt.metadata)
+            for found, prompt in zip(detections, prompts, strict=True)
+        ]
+        return [
+            Score(one.reward, one.why, {"correct": float(one.correct), "strict": float(one.strict)})
+            for one in verdicts
+        ]
