@@ -1,0 +1,161 @@
+"""Scores by task with their standard errors, and the paired difference of two policies.
+
+Images of one prompt resemble each other, so a standard error counts prompts, not images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+NORMAL_95 = 1.959964
+"""Two-sided 95 % quantile of the normal distribution."""
+
+
+@dataclass(frozen=True)
+class ImageScore:
+    """One image's score: 1 or 0 where it is a verdict, or any number."""
+
+    task: str
+    prompt: int
+    """Index of the prompt in its set."""
+    image: int
+    """Which of the prompt's images, and so which random stream."""
+    value: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its standard error."""
+
+    mean: float
+    standard_error: float | None
+    """None: not known, as with a single prompt."""
+    num_images: int
+    num_prompts: int
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % interval, mean -+ 1.96 standard errors."""
+        if self.standard_error is None:
+            return None
+        half = NORMAL_95 * self.standard_error
+        return self.mean - half, self.mean + half
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """The estimate of each task, and overall: the unweighted mean over the tasks."""
+
+    tasks: Mapping[str, Estimate]
+    overall: Estimate
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values, with the 95 % intervals."""
+        rows = {**self.tasks, "overall": self.overall}
+        return {name: {**asdict(row), "interval": row.interval} for name, row in rows.items()}
+
+
+def clustered_mean(values: Sequence[float], prompts: Sequence[int]) -> Estimate:
+    """The mean over images and its standard error clustered by prompt.
+
+    With m prompts, n images and d = value - mean: sqrt(m / (m - 1) sum_p (sum_{i in p} d_i)^2) / n,
+    which is std(prompt means) / sqrt(m) where every prompt has as many images.
+    """
+    value_N = np.asarray(values, float)
+    assert value_N.size
+    _, prompt_N = np.unique(np.asarray(prompts), return_inverse=True)
+    sum_P = np.bincount(prompt_N, value_N - value_N.mean())
+    m, n = len(sum_P), len(value_N)
+    error = math.sqrt(m / (m - 1) * float(np.sum(sum_P**2))) / n if m > 1 else None
+    return Estimate(float(value_N.mean()), error, n, m)
+
+
+def task_scores(scores: Iterable[ImageScore]) -> TaskScores:
+    """The scores of one policy by task, tasks in the order they come in."""
+    by_task: dict[str, list[ImageScore]] = {}
+    for score in scores:
+        by_task.setdefault(score.task, []).append(score)
+    tasks = {
+        task: clustered_mean([one.value for one in rows], [one.prompt for one in rows])
+        for task, rows in by_task.items()
+    }
+    return TaskScores(tasks, _overall(list(tasks.values())))
+
+
+def _overall(rows: Sequence[Estimate]) -> Estimate:
+    assert rows
+    errors = [row.standard_error for row in rows if row.standard_error is not None]
+    error = math.hypot(*errors) / len(rows) if len(errors) == len(rows) else None
+    mean = sum(row.mean for row in rows) / len(rows)
+    images, prompts = sum(row.num_images for row in rows), sum(row.num_prompts for row in rows)
+    return Estimate(mean, error, images, prompts)
+
+
+def paired_difference(
+    scores: Iterable[ImageScore], baseline: Iterable[ImageScore]
+) -> list[ImageScore]:
+    """Score minus baseline, image by image; `task_scores` of it are the paired differences.
+
+    Both must hold the same images (task, prompt, image), as policies do that were evaluated on the
+    same prompts and random streams.
+    """
+    before = {(one.task, one.prompt, one.image): one.value for one in baseline}
+    after = {(one.task, one.prompt, one.image): one.value for one in scores}
+    assert before.keys() == after.keys(), "the two policies were not judged on the same images"
+    return [ImageScore(*key, value - before[key]) for key, value in after.items()]
+
+
+def bootstrap_interval(
+    scores: Iterable[ImageScore], *, seed: int = 0, num_resamples: int = 10_000
+) -> tuple[float, float]:
+    """The 95 % percentile interval of the overall mean; prompts are drawn anew within each task.
+
+    Of a paired difference it is the paired interval, and needs no normal distribution.
+    """
+    rng = np.random.default_rng(seed)
+    by_task: dict[str, dict[int, list[float]]] = {}
+    for score in scores:
+        by_task.setdefault(score.task, {}).setdefault(score.prompt, []).append(score.value)
+    mean_R = np.zeros(num_resamples)
+    for prompts in by_task.values():
+        mean_R += _resampled_means(list(prompts.values()), rng, num_resamples) / len(by_task)
+    low, high = np.quantile(mean_R, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def _resampled_means(
+    prompts: Sequence[Sequence[float]], rng: np.random.Generator, num_resamples: int
+) -> NDArray[np.float64]:
+    sum_P, count_P = np.array([sum(p) for p in prompts]), np.array([len(p) for p in prompts])
+    draw_RP = rng.integers(len(prompts), size=(num_resamples, len(prompts)))
+    return sum_P[draw_RP].sum(1) / count_P[draw_RP].sum(1)
+
+
+def render_table(columns: Mapping[str, TaskScores], *, signed: bool = False) -> str:
+    """Several policies side by side, one task per line, as mean +- standard error.
+
+    `signed` writes the sign of every mean, as differences want. Equal tasks are assumed.
+    """
+    assert len({tuple(scores.tasks) for scores in columns.values()}) == 1
+
+    def cell(row: Estimate) -> str:
+        error = "" if row.standard_error is None else f" +- {row.standard_error:.3f}"
+        return f"{row.mean:{'+' if signed else ''}.3f}{error}"
+
+    names = [*next(iter(columns.values())).tasks, "overall"]
+    table = [["task", *columns]]
+    for name in names:
+        rows = [{**scores.tasks, "overall": scores.overall}[name] for scores in columns.values()]
+        table.append([name, *map(cell, rows)])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = [
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
+        for line in table
+    ]
+    return "\n".join(lines)

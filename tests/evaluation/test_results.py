@@ -1,0 +1,138 @@
+import json
+import math
+
+import numpy as np
+import pytest
+
+from stage_rl.evaluation.results import (
+    ImageScore,
+    bootstrap_interval,
+    clustered_mean,
+    paired_difference,
+    render_table,
+    task_scores,
+)
+
+
+def images(task, values_by_prompt):
+    return [
+        ImageScore(task, prompt, image, value)
+        for prompt, values in enumerate(values_by_prompt)
+        for image, value in enumerate(values)
+    ]
+
+
+def test_the_standard_error_counts_prompts():
+    # Prompt means 1, 0, 1/2, 1/2: std sqrt(1/6), over sqrt(4) prompts.
+    estimate = clustered_mean([1, 1, 0, 0, 1, 0, 0, 1], [0, 0, 1, 1, 2, 2, 3, 3])
+    assert estimate.mean == 0.5
+    assert estimate.standard_error == pytest.approx(math.sqrt(1 / 6) / 2)
+    assert (estimate.num_images, estimate.num_prompts) == (8, 4)
+
+
+def test_prompts_may_have_different_numbers_of_images():
+    # Mean 3/4; sums of deviations: 3 * 1/4 and -3/4: sqrt(2 / 1 * (9/16 + 9/16)) / 4 = 1.5 / 4.
+    estimate = clustered_mean([1, 1, 1, 0], [0, 0, 0, 1])
+    assert estimate.standard_error == pytest.approx(0.375)
+
+
+def test_one_prompt_has_no_standard_error():
+    estimate = clustered_mean([1, 0], [5, 5])
+    assert estimate.standard_error is None
+    assert estimate.interval is None
+
+
+def test_the_interval_covers_the_true_mean_as_often_as_it_says():
+    # 400 sets of 60 prompts x 4 images with prompt effects; 95 % +- 3 x 1.1 %.
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(400):
+        chance_P = rng.beta(2, 2, 60)
+        values = rng.random((60, 4)) < chance_P[:, None]
+        estimate = clustered_mean(values.ravel().astype(float), np.repeat(np.arange(60), 4))
+        low, high = estimate.interval
+        hits += low <= 0.5 <= high
+    assert 0.917 <= hits / 400 <= 0.983
+
+
+def test_overall_is_the_unweighted_mean_over_tasks():
+    # 1 and 1/4, however many images each has; errors 0 and std(1, 0, 0, 0) / 2 = 1/4.
+    scores = task_scores(
+        [*images("colors", [[1, 1], [1, 1]]), *images("position", [[1], [0], [0], [0]])]
+    )
+    assert scores.overall.mean == pytest.approx(0.625)
+    assert scores.overall.standard_error == pytest.approx(0.25 / 2)
+    assert (scores.overall.num_images, scores.overall.num_prompts) == (8, 6)
+    assert list(scores.tasks) == ["colors", "position"]
+
+
+def test_all_correct_in_one_of_six_tasks_is_a_sixth():
+    scores = [score for task in "abcdef" for score in images(task, [[float(task == "a")] * 4] * 3)]
+    assert task_scores(scores).overall.mean == pytest.approx(1 / 6)
+
+
+def test_overall_without_an_error_of_each_task_has_none():
+    scores = task_scores([*images("colors", [[1, 1]]), *images("position", [[1], [0]])])
+    assert scores.overall.standard_error is None
+
+
+BASE = images("colors", [[0, 1], [0, 0], [1, 1], [0, 1]])
+BETTER = images("colors", [[1, 1], [0, 1], [1, 1], [0, 1]])
+
+
+def test_the_paired_difference_is_taken_image_by_image():
+    # Differences 1 0 | 0 1 | 0 0 | 0 0: prompt means 1/2, 1/2, 0, 0: std sqrt(1/12), over sqrt(4).
+    difference = task_scores(paired_difference(BETTER, BASE[::-1]))
+    estimate = difference.tasks["colors"]
+    assert estimate.mean == 0.25
+    assert estimate.standard_error == pytest.approx(math.sqrt(1 / 12) / 2)
+    assert estimate.interval == pytest.approx(
+        (0.25 - 1.96 * 0.144338, 0.25 + 1.96 * 0.144338), abs=1e-4
+    )
+
+
+def test_pairing_refuses_other_images():
+    with pytest.raises(AssertionError, match="not judged on the same images"):
+        paired_difference(BETTER, BASE[1:])
+
+
+def test_the_bootstrap_interval_agrees_with_the_normal_one_for_many_prompts():
+    rng = np.random.default_rng(1)
+    scores = [
+        *images("colors", rng.integers(0, 2, (150, 4)).astype(float)),
+        *images("position", rng.integers(0, 2, (150, 4)).astype(float)),
+    ]
+    normal = task_scores(scores).overall.interval
+    assert bootstrap_interval(scores) == pytest.approx(normal, abs=0.004)
+    assert bootstrap_interval(scores, seed=3) == bootstrap_interval(scores, seed=3)
+
+
+def test_the_bootstrap_of_equal_scores_has_no_width():
+    assert bootstrap_interval(images("colors", [[1, 1], [1, 1]]), num_resamples=50) == (1, 1)
+
+
+def test_the_table_has_a_line_per_task_and_a_column_per_policy():
+    text = render_table({"base": task_scores(BASE), "trained": task_scores(BETTER)})
+    # base: prompt means 1/2, 0, 1, 1/2: std 0.408 / 2; trained: 1, 1/2, 1, 1/2: std 0.289 / 2.
+    assert text.splitlines() == [
+        "task               base         trained",
+        "colors   0.500 +- 0.204  0.750 +- 0.144",
+        "overall  0.500 +- 0.204  0.750 +- 0.144",
+    ]
+
+
+def test_a_table_of_differences_writes_signs():
+    difference = task_scores(paired_difference(BASE, BETTER))
+    assert "-0.250 +- 0.144" in render_table({"change": difference}, signed=True)
+    assert "+0.250" in render_table(
+        {"change": task_scores(paired_difference(BETTER, BASE))}, signed=True
+    )
+
+
+def test_json_holds_every_figure():
+    saved = json.loads(json.dumps(task_scores(BASE).to_json()))
+    assert saved.keys() == {"colors", "overall"}
+    assert saved["colors"]["mean"] == 0.5
+    assert saved["colors"]["num_prompts"] == 4
+    low, high = saved["colors"]["interval"]
+    assert low < 0.5 < high
