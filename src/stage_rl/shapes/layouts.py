@@ -45,8 +45,8 @@ def seen_colors(shape: str) -> list[str]:
 def scene_for(record: Mapping[str, Any], rng: np.random.Generator) -> Scene:
     """A scene that satisfies a record; everything the record leaves open is drawn.
 
-    Beyond GenEval's keys a clause may carry `size` ("small", "large") and the record `tone` and
-    `texture` of the background.
+    Beyond GenEval's keys the record may carry `size` ("small", "large") of its objects, and `tone`
+    and `texture` of the background.
     """
     clauses = record["include"]
     wanted = [
@@ -56,7 +56,7 @@ def scene_for(record: Mapping[str, Any], rng: np.random.Generator) -> Scene:
     ]
     objects = None
     while objects is None:
-        objects = _place(wanted, rng)
+        objects = _place(wanted, record.get("size"), rng)
     background = random_background(rng, record.get("tone"), record.get("texture"))
     return Scene(tuple(objects), background)
 
@@ -78,14 +78,17 @@ def _colors(clause: Mapping[str, Any], rng: np.random.Generator) -> list[str]:
 
 
 def _place(
-    wanted: Sequence[tuple[Mapping[str, Any], int, str]], rng: np.random.Generator
+    wanted: Sequence[tuple[Mapping[str, Any], int, str]],
+    size: str | None,
+    rng: np.random.Generator,
 ) -> list[Object] | None:
     """One attempt to place all objects; None when it runs into a corner."""
     placed: list[tuple[int, Object]] = []
     largest = max(RADII) if len(wanted) <= 2 else 8
+    radii = SIZES[size] if size else tuple(r for r in RADII if r <= largest)
     for clause, index, color in wanted:
         for _ in range(30):
-            thing = _draw(clause, color, largest, rng)
+            thing = _draw(clause["class"], color, radii, rng)
             if all(apart(thing, other) for _, other in placed) and _fits(clause, thing, placed):
                 placed.append((index, thing))
                 break
@@ -94,13 +97,10 @@ def _place(
     return [thing for _, thing in placed]
 
 
-def _draw(
-    clause: Mapping[str, Any], color: str, largest: int, rng: np.random.Generator
-) -> Object:
-    radii = SIZES.get(clause.get("size", ""), [r for r in RADII if r <= largest])
+def _draw(shape: str, color: str, radii: Sequence[int], rng: np.random.Generator) -> Object:
     radius = int(rng.choice(radii))
     x, y = (int(rng.integers(radius + 1, IMAGE_SIZE - radius - 1)) for _ in range(2))
-    return Object(clause["class"], color, x, y, radius)
+    return Object(shape, color, x, y, radius)
 
 
 def _fits(
