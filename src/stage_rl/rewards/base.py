@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from stage_rl.types import Prompt
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Score:
     """One reward's word on one image."""
 
     value: float | None
-    """None: the reward does not apply to this prompt, and the term drops out for the whole group."""
+    """None: the reward does not apply to the prompt; the term drops out for the whole group."""
     why: str
     """The reason in one sentence, for the report."""
     extras: Mapping[str, float] = field(default_factory=dict)
@@ -49,8 +50,6 @@ class Detection:
 class Detector(Protocol):
     """Finds objects; what `DetectorConfig.build` returns."""
 
-    def __call__(
-        self, images_NHWC: Tensor, prompts: Sequence[Prompt]
-    ) -> list[list[Detection]]:
+    def __call__(self, images_NHWC: Tensor, prompts: Sequence[Prompt]) -> list[list[Detection]]:
         """The detections of each image, most confident first, unfiltered by threshold."""
         ...

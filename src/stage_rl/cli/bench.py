@@ -1,0 +1,43 @@
+"""`stage bench`: the shipped benchmarks; each prints one line with its ratio."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stage_rl.cli.options import FORWARD, call, check_writable, write_json
+
+app = typer.Typer(
+    help="Measure what costs time; `stage bench NAME --help` lists the options.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+BENCHMARKS = {
+    "rollout": "The engine against transformers' own generate.",
+    "logprobs": "Chunked log-probability and entropy against the naive form.",
+    "reweight": "One batched product against the loop over pairs.",
+    "step": "A training step against one built on generate and naive forms.",
+}
+
+
+def _register(name: str, purpose: str) -> None:
+    @app.command(name, help=purpose, context_settings=FORWARD)
+    def measure(
+        context: typer.Context,
+        json_file: Annotated[
+            Path | None, typer.Option("--json", help="Write all figures to this file.")
+        ] = None,
+    ) -> None:
+        check_writable(json_file)
+        module = importlib.import_module(f"stage_rl.bench.{name}")
+        result = call(module.run, context.args)
+        typer.echo(result.line())
+        write_json(json_file, result.to_dict())
+
+
+for _name, _purpose in BENCHMARKS.items():
+    _register(_name, _purpose)

@@ -1,0 +1,43 @@
+"""`stage eval`: a benchmark's table for one model, or two on the same random streams."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stage_rl.cli.options import check_writable, finite, write_json
+
+
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(help="Folder, hub id, run folder, RUN@STEP; or `shapes`.")
+    ],
+    benchmark: Annotated[str, typer.Option(help="Name of the benchmark.")] = "shapes-geneval",
+    images_per_task: Annotated[int, typer.Option(min=1)] = 400,
+    guidance_scale: Annotated[
+        float | None, typer.Option(min=0, callback=finite, help="Default: the benchmark's own.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random streams.")] = 0,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write all figures to this file.")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="A second model: paired differences on the same streams.")
+    ] = None,
+) -> None:
+    """Score a model on a benchmark."""
+    from stage_rl.evaluation.runner import evaluate as run
+
+    check_writable(json_file)
+    results = run(
+        model,
+        benchmark,
+        images_per_task=images_per_task,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        against=against,
+    )
+    typer.echo(results.table())
+    write_json(json_file, results.to_json())

@@ -1,0 +1,32 @@
+"""`stage recipes`: the built-in recipes, and one of them with every key explained."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="List the built-in recipes, or show one.", rich_markup_mode=None)
+
+
+@app.callback(invoke_without_command=True)
+def list_all(context: typer.Context) -> None:
+    """List the built-in recipes, or show one."""
+    if context.invoked_subcommand is not None:
+        return
+    from stage_rl.config import list_recipes
+
+    recipes = list_recipes()
+    width = max(map(len, recipes))
+    for name, purpose in recipes.items():
+        typer.echo(f"{name:<{width}}  {purpose}")
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="Name of a built-in recipe, or a YAML file.")],
+) -> None:
+    """Print a recipe as resolved, every key with its meaning; the output is a recipe itself."""
+    from stage_rl.config import describe, load_recipe
+
+    typer.echo(describe(load_recipe(name)), nl=False)

@@ -1,0 +1,65 @@
+"""`stage sample`: images of prompts as one PNG grid, a row per prompt.
+
+Shape suffixes: N images (prompt by prompt), H x W pixels, C colour channels.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from stage_rl.cli.options import finite
+from stage_rl.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+SHOWN_PIXELS = 192
+GAP = 4
+
+
+def sample(
+    model: Annotated[str, typer.Argument(help="Folder or hub id of the weights; or `shapes`.")],
+    prompts: Annotated[list[str], typer.Argument(help="One row of the grid each.")],
+    images: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 4,
+    guidance_scale: Annotated[float, typer.Option(min=0, callback=finite)] = 5.0,
+    temperature: Annotated[
+        float, typer.Option(min=0, callback=finite, help="0 draws the likeliest token.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("samples.png"),
+) -> None:
+    """Draw prompts with a model and write a PNG grid."""
+    if out.suffix.lower() != ".png" or not out.parent.is_dir():
+        raise InputError(f"--out {out}: no place for a grid; write FILE.png in a folder that is")
+    from stage_rl.rollout.sample import sample as draw
+
+    rollout = draw(
+        model,
+        prompts,
+        images_per_prompt=images,
+        guidance_scale=guidance_scale,
+        temperature=temperature,
+        seed=seed,
+    )
+    grid(rollout.images_NHWC.numpy(), columns=images).save(out)
+    typer.echo(str(out))
+
+
+def grid(images_NHWC: np.ndarray, *, columns: int) -> Image.Image:
+    """The images row by row on white; small ones are enlarged by a whole factor."""
+    from PIL import Image
+
+    num_images, height, width, _ = images_NHWC.shape
+    factor = max(1, SHOWN_PIXELS // max(height, width))
+    step_y, step_x = factor * height + GAP, factor * width + GAP
+    rows = -(-num_images // columns)
+    canvas = Image.new("RGB", (columns * step_x + GAP, rows * step_y + GAP), "white")
+    for number, image_HWC in enumerate(images_NHWC):
+        row, column = divmod(number, columns)
+        tile = Image.fromarray(image_HWC.repeat(factor, axis=0).repeat(factor, axis=1))
+        canvas.paste(tile, (GAP + column * step_x, GAP + row * step_y))
+    return canvas

@@ -1,0 +1,258 @@
+"""Recipes: reading, overriding, refusing, describing."""
+
+import json
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from stage_rl.config import (
+    describe,
+    diff_recipes,
+    list_recipes,
+    load_recipe,
+    resolved_json,
+    run_folder,
+    run_hash8,
+)
+from stage_rl.errors import RecipeError
+from stage_rl.objective import AlgorithmConfig
+from stage_rl.schema import RewardConfig, RolloutConfig
+
+BRIGHTNESS = '''
+from stage_rl import RewardConfig, Score
+
+class BrightnessConfig(RewardConfig):
+    day: float = 0.8
+    """Mean luminance wanted when the prompt says day."""
+
+    def build(self, device):
+        def score(images_NHWC, prompts):
+            bright_N = images_NHWC.float().mean(dim=(1, 2, 3)) / 255
+            return [Score(1 - abs(x - self.day), f"luminance {x:.2f}") for x in bright_N.tolist()]
+        return score
+'''
+
+
+def refusal(recipe, *overrides):
+    """The message of a refused recipe, without the part that names the file."""
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert caught.value.exit_code == 2
+    return message.removeprefix(f"{recipe}: ")
+
+
+def test_a_recipe_takes_the_name_of_its_file_and_the_defaults(tiny_recipe):
+    recipe = load_recipe(tiny_recipe)
+    assert (recipe.name, recipe.steps, recipe.seed) == ("tiny", 10, 0)
+    assert recipe.rollout == RolloutConfig()
+    assert recipe.policy.build(None) == 8
+    assert recipe.rewards[0].build(None) == 0.5
+    assert recipe.rewards[0].kind == "tiny_parts:TinyReward"
+    assert recipe.rewards[0].name == "TinyReward"
+
+
+def test_overrides_reach_sections_list_items_and_parts_of_parts(tiny_recipe):
+    recipe = load_recipe(
+        tiny_recipe,
+        ["optimizer.lr=5e-6", "rewards.0.weight=2", "rewards.0.detector.threshold=.25", "steps=3"],
+    )
+    assert recipe.optimizer.lr == 5e-6
+    assert recipe.rewards[0].weight == 2.0
+    assert recipe.rewards[0].build(None) == 0.25
+    assert recipe.steps == 3
+
+
+def test_an_override_may_be_a_list_a_mapping_or_refer_to_another_key(tiny_recipe):
+    recipe = load_recipe(
+        tiny_recipe,
+        ["optimizer.betas=[0.5, 0.75]", "rollout={group_size: 4}", "seed=${steps}"],
+    )
+    assert recipe.optimizer.betas == (0.5, 0.75)
+    assert recipe.rollout == RolloutConfig(group_size=4)
+    assert recipe.seed == 10
+
+
+def test_the_text_as_given_is_kept_with_its_overrides(tiny_recipe):
+    recipe = load_recipe(tiny_recipe, ["steps=3"])
+    assert recipe.given == tiny_recipe.read_text() + "# steps=3\n"
+
+
+def test_an_extension_is_one_file_on_the_import_path(tiny_recipe):
+    (tiny_recipe.parent / "bright.py").write_text(BRIGHTNESS)
+    reward = {"kind": "bright:BrightnessConfig", "name": "bright", "day": 0.5}
+    recipe = load_recipe(tiny_recipe, [f"rewards=[{json.dumps(reward)}]"])
+    assert isinstance(recipe.rewards[0], RewardConfig)
+    score = recipe.rewards[0].build("cpu")
+    # Grey 255/2 has luminance 0.5, as wanted.
+    images = torch.full((1, 2, 2, 3), 127.5)
+    assert score(images, [None])[0].value == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rollout.guidance=3", "rollout.guidance: unknown key; did you mean 'guidance_scale'?"),
+        ("lr=1e-5", "lr: unknown key; did you mean 'optimizer.lr'?"),
+        ("eps=1e-5", "eps: unknown key; did you mean 'steps'?"),
+        ("zzz=1", "zzz: unknown key; write one of: name, steps, seed, "),
+        ("rewards.0.detector.q=1", "rewards.0.detector.q: unknown key; write one of: threshold"),
+        ("steps=ten", "steps: expected a whole number, not 'ten'"),
+        ("steps=1.5", "steps: expected a whole number, not 1.5"),
+        ("steps=", "steps: expected a whole number, not null"),
+        ("steps=true", "steps: expected a whole number, not true"),
+        ("steps.more=3", "steps: expected a whole number, not {'more': 3}"),
+        ("steps=0", "steps: 0 is out of range; write a number of at least 1"),
+        ("rollout.group_size=1", "rollout.group_size: 1 is out of range; write a number of at"),
+        ("optimizer.lr=0", "optimizer.lr: 0 is out of range; write a number above 0"),
+        ("rollout.top_p=1.5", "rollout.top_p: 1.5 is out of range; write a number of at most 1"),
+        ("algorithm.clip=1", "algorithm.clip: 1 is out of range; write a number below 1"),
+        ("optimizer.lr=.nan", "optimizer.lr: expected a finite number, not nan"),
+        ("rewards.0.weight=.inf", "rewards.0.weight: expected a finite number, not inf"),
+        ("steps=.nan", "steps: expected a whole number, not nan"),
+        ("algorithm.preset=papr", "algorithm.preset: unknown value 'papr'; did you mean 'paper'?"),
+        ("algorithm.self_similarity=2", "algorithm.self_similarity: unknown value 2; write 0 or 1"),
+        ("optimizer.betas=[1,2,3]", "optimizer.betas: has 3 items; write at most 2"),
+        ("rewards=[]", "rewards: has 0 items; write at least 1"),
+        ("rewards=3", "rewards: expected a list, not 3"),
+        ("policy=janus", "policy: expected a mapping of keys, not 'janus'"),
+        ("policy={}", "policy.kind: is required; write one of: janus, or module:Class"),
+        ("policy.kind=jan", "policy.kind: unknown policy kind 'jan'; did you mean 'janus'?"),
+        ("policy.kind=no_such:X", "policy.kind: cannot import 'no_such' (No module named"),
+        ("policy.kind=json:X", "policy.kind: 'json' has no 'X'; write the name of a class in it"),
+        ("policy.kind=json:loads", "policy.kind: 'json:loads' is no PolicyConfig; name a subclass"),
+        ("policy.kind=.x:Y", "policy.kind: unknown policy kind '.x:Y'; write one of: janus"),
+        ("name=a b", "name: 'a b' will not do; write letters, digits, '_', '.' and '-' only"),
+        ("rewards.1.weight=1", "rewards.1.weight: no such list item; write the number of an item"),
+        ("rewards.first=1", "rewards.first: no such list item; write the number of an item"),
+        ("steps", "steps: is no override; write dotted.key=value"),
+        ("=3", "=3: is no override; write dotted.key=value"),
+        ("run..dir=3", "run..dir=3: is no override; write dotted.key=value"),
+        ("run.dir='x", "run.dir: the value is not YAML; quote it"),
+        ("seed=${nowhere}", "seed: Interpolation key 'nowhere' not found; write the value itself"),
+        ("seed=???", "seed: Missing mandatory value: seed; write the value itself"),
+        ("training.groups_per_microbatch=9", "training.groups_per_microbatch: 9 groups, but a"),
+        ("optimizer.warmup_steps=11", "optimizer.warmup_steps: 11 is more than steps (10)"),
+        ("algorithm.kl.weight_clip=[1,0]", "algorithm.kl.weight_clip: 1.0 is above 0.0; write"),
+    ],
+)
+def test_a_mistake_is_answered_with_key_reason_and_remedy(tiny_recipe, override, message):
+    assert refusal(tiny_recipe, override).startswith(message)
+
+
+def test_two_rewards_of_one_name_are_refused(tiny_recipe):
+    reward = "{kind: 'tiny_parts:TinyReward', detector: {kind: 'tiny_parts:TinyDetector'}}"
+    assert refusal(tiny_recipe, f"rewards=[{reward}, {reward}]") == (
+        "rewards: 2 rewards are named 'TinyReward'; give each its own name"
+    )
+
+
+def test_several_mistakes_are_counted(tiny_recipe):
+    message = refusal(tiny_recipe, "steps=0", "seed=-1")
+    assert message == "steps: 0 is out of range; write a number of at least 1 (and 1 more)"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty; start from `stage recipes show NAME`"),
+        ("# only a comment\n", "is empty; start from `stage recipes show NAME`"),
+        ("- a\n- b\n", "is no mapping; write lines of the form key: value"),
+        ("just words", "is no mapping; write lines of the form key: value"),
+        ("12", "is no mapping; write lines of the form key: value"),
+        ("steps: 1\nsteps: 2\n", "line 2: found duplicate key steps; write each key once"),
+        ("steps: [1\nseed: 2\n", "line 2: did not find expected ',' or ']'; correct the YAML"),
+        ("steps: !!set {a}", "Value 'set' is not a supported primitive type; write plain keys"),
+        ("null: 3", "Incompatible key type 'NoneType'; write plain keys and values"),
+        ("seed: 3", "steps: is required; write a value (and 3 more)"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(tmp_path, text, message):
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    assert refusal(file).startswith(message)
+
+
+def test_a_file_that_is_not_text_is_refused(tmp_path):
+    file = tmp_path / "bad.yaml"
+    file.write_bytes(b"\xff\xfe\x00")
+    assert refusal(file) == "is not UTF-8 text; name a recipe file"
+
+
+def test_a_recipe_that_is_not_there_is_answered_with_the_near_one(tmp_path):
+    assert refusal("shapes_genval").startswith("unknown recipe; did you mean 'shapes_geneval'?")
+    missing = tmp_path / "none.yaml"
+    assert refusal(missing).startswith("no such file; name a recipe file")
+    assert refusal(tmp_path).startswith("no such file; name a recipe file")
+
+
+def test_a_described_recipe_is_a_recipe_that_gives_the_same(tiny_recipe, tmp_path):
+    recipe = load_recipe(tiny_recipe, ["algorithm.preset=release", "optimizer.lr=3e-5"])
+    text = describe(recipe)
+    assert "# Width of the model." in text
+    (tmp_path / "again.yaml").write_text(text)
+    (tmp_path / "again.json").write_text(resolved_json(recipe))
+    for file in ("again.yaml", "again.json"):
+        again = load_recipe(tmp_path / file)
+        assert diff_recipes(again, recipe) == ()
+        assert run_hash8(again) == run_hash8(recipe)
+
+
+def test_the_run_folder_is_named_by_everything_but_the_steps(tiny_recipe):
+    one, longer, other = (
+        load_recipe(tiny_recipe, overrides) for overrides in ([], ["steps=99"], ["seed=1"])
+    )
+    assert run_folder(one) == run_folder(longer) != run_folder(other)
+    assert run_folder(one).parts[0] == "runs"
+    assert run_folder(load_recipe(tiny_recipe, ["run.dir=here"])).name == "here"
+
+
+def test_two_recipes_differ_in_dotted_keys(tiny_recipe):
+    one = load_recipe(tiny_recipe)
+    other = load_recipe(tiny_recipe, ["rewards.0.weight=2", "optimizer.betas=[0.9, 0.99]"])
+    assert diff_recipes(one, other) == ("rewards.0.weight", "optimizer.betas.1")
+    evaluated = load_recipe(tiny_recipe, ["evaluation={seed: 3}"])
+    assert diff_recipes(one, evaluated)[0] == "evaluation"
+
+
+def test_a_preset_sets_what_a_recipe_does_not():
+    assert AlgorithmConfig().preset == "default"
+    assert AlgorithmConfig().advantage_std_floor == 0.05
+    paper = AlgorithmConfig(preset="paper", advantage_std_floor=0.01)
+    assert (paper.mask_normalization, paper.self_similarity) == ("none", 1)
+    assert paper.advantage_std_floor == 0.01
+
+
+def test_a_key_inside_a_section_leaves_the_rest_of_the_preset():
+    release = AlgorithmConfig.model_validate({"preset": "release", "entropy": {"scale": 0.1}})
+    assert (release.entropy.scale, release.entropy.centred) == (0.1, True)
+    assert (release.ratio, release.logprob_dtype) == ("unclipped", "bfloat16")
+
+
+def test_reweight_names_what_the_similarity_weighs():
+    weighed = {
+        name: (settings.reweights_advantages, settings.weights_kl)
+        for name in ("both", "advantages", "kl", "none")
+        for settings in [AlgorithmConfig.model_validate({"reweight": name})]
+    }
+    assert weighed == {
+        "both": (True, True),
+        "advantages": (True, False),
+        "kl": (False, True),
+        "none": (False, False),
+    }
+
+
+def test_settings_are_frozen_and_strict():
+    settings = RolloutConfig()
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.top_k = 3
+    with pytest.raises(ValidationError, match="valid integer"):
+        RolloutConfig.model_validate({"top_k": "3"})
+
+
+def test_every_built_in_recipe_is_listed_with_its_first_line():
+    recipes = list_recipes()
+    assert recipes["shapes_grpo"].startswith("Baseline GRPO in the shapes world")

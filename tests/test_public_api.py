@@ -1,0 +1,40 @@
+"""The public names, and that importing the package costs nothing."""
+
+import subprocess
+import sys
+
+import pytest
+
+import stage_rl
+
+PUBLIC = {
+    *("train", "evaluate", "sample", "load_recipe"),
+    *("Recipe", "PolicyConfig", "RewardConfig"),
+    *("Policy", "Reward", "Score", "Rollout", "Prompt"),
+    "StageError",
+    "algorithm",
+}
+
+
+def test_the_public_names_are_pinned():
+    assert set(stage_rl.__all__) == PUBLIC
+    assert set(dir(stage_rl)) == PUBLIC
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_every_public_name_is_what_it_says(name):
+    found = getattr(stage_rl, name)
+    assert found.__name__.rpartition(".")[2] == name
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        _ = stage_rl.trian
+
+
+def test_an_extension_can_be_written_without_loading_torch():
+    code = (
+        "import sys; from stage_rl import load_recipe, Prompt, Recipe, RewardConfig, Score;"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
