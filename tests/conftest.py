@@ -1,6 +1,7 @@
-"""Parts that recipes of the tests are made of, and the marker of tests that need a GPU."""
+"""Parts that recipes of the tests are made of, a tiny Janus, and the marker of GPU tests."""
 
 import importlib
+from pathlib import Path
 
 import pytest
 
@@ -45,6 +46,11 @@ rewards:
     detector: {kind: tiny_parts:TinyDetector}
 """
 
+TINY_WORDS = (
+    *("a", "the", "photo", "of", "red", "green", "blue", "square", "circle", "star"),
+    *("two", "three", "and", "above", "below", ",", "."),
+)
+
 
 def pytest_collection_modifyitems(items):
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
@@ -67,3 +73,40 @@ def tiny_recipe(tiny_parts):
     file = tiny_parts / "tiny.yaml"
     file.write_text(RECIPE)
     return file
+
+
+@pytest.fixture(scope="session")
+def tiny_janus_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Janus folder: 16 image tokens, 64 codes, images of 16 x 16, 2 layers of width 32."""
+    import torch
+
+    from stage_rl.shapes.model import JanusSize, build_janus, save_janus
+
+    size = JanusSize(
+        width=32,
+        layers=2,
+        heads=2,
+        mlp=48,
+        codebook_size=64,
+        image_size=16,
+        max_positions=48,
+    )
+    model, processor = build_janus(size, words=TINY_WORDS, seed=0)
+    # At its initial scale a random model says the same everywhere; this one has opinions.
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2 and "vision_model" not in name:
+                parameter.mul_(8)
+    folder = tmp_path_factory.mktemp("janus")
+    save_janus(model, processor, folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_janus(tiny_janus_folder: Path):
+    """A fresh policy of that folder, on the CPU, with the default trainable part."""
+    import torch
+
+    from stage_rl.policies.config import JanusConfig
+
+    return JanusConfig(path=str(tiny_janus_folder)).build(torch.device("cpu"))

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from stage_rl.types import Prompt
@@ -36,6 +38,16 @@ class Prefix:
             None if uncond is None else uncond.repeat_interleave(group_size, 0),
         )
 
+    def part(self, first: int, last: int) -> Prefix:
+        """Rows `first` to `last` - 1, padded to the longest of them."""
+        uncond, lengths_P = self.uncond_embeds_PLD, self.lengths_P[first:last]
+        slots = slice(0, int(lengths_P.max()))
+        return Prefix(
+            self.embeds_PLD[first:last, slots],
+            lengths_P,
+            None if uncond is None else uncond[first:last, slots],
+        )
+
     def unconditional(self) -> Prefix:
         """The unconditional rows as a prefix of their own."""
         assert self.uncond_embeds_PLD is not None
@@ -50,7 +62,7 @@ class TokenLayout:
     """Rows and columns; T = rows x columns where no token is forced."""
     num_tokens: int
     forced_T: Tensor | None = None
-    """Token id where a token is forced (no log-probability), -1 where it is sampled; None: all are."""
+    """Id where a token is forced (no log-probability), -1 where it is sampled; None: all are."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +96,7 @@ class DecoderWeights:
     num_kv_heads: int
     head_dim: int
     rotary_cos_SR: Tensor
-    """Cosines by position (slot) and rotary dimension, fp32; R = head_dim, half-split convention."""
+    """Cosines by slot and rotary dimension, fp32; R = head_dim, half-split convention."""
     rotary_sin_SR: Tensor
     token_embeds_VD: Tensor
     """What image token v becomes as an input of the decoder."""
@@ -95,28 +107,48 @@ class DecoderWeights:
 class Codebook(Protocol):
     """The visual vocabulary."""
 
-    size: int
+    @property
+    def size(self) -> int:
+        """Number of codebook vectors, V."""
+        ...
 
     def vectors(self, tokens_NT: Tensor) -> Tensor:
         """The codebook vectors of tokens, codes_NTC in fp32."""
         ...
 
     def decode(self, tokens_NT: Tensor) -> Tensor:
-        """The images of tokens, images_NHWC uint8."""
+        """The images of tokens, images_NHWC uint8 on the CPU."""
         ...
 
 
 class Policy(Protocol):
     """An autoregressive text-to-image model as the trainer and the engine see it."""
 
-    module: nn.Module
-    """What is trained, sharded and saved."""
-    trunk_blocks: Sequence[nn.Module]
-    """The decoder layers, bottom up: the units of sharding and checkpointing."""
-    codebook: Codebook
+    @property
+    def module(self) -> nn.Module:
+        """What is trained, sharded and saved."""
+        ...
+
+    @property
+    def trunk_blocks(self) -> Sequence[nn.Module]:
+        """The decoder layers, bottom up: the units of sharding and checkpointing."""
+        ...
+
+    @property
+    def codebook(self) -> Codebook:
+        """The visual vocabulary."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        ...
 
     def encode(self, prompts: Sequence[Prompt]) -> Prefix:
-        """The prompts as embeddings. An empty or over-long prompt is an `InputError`."""
+        """The prompts as embeddings, with a gradient where these train: encode for each backward.
+
+        An empty or over-long prompt is an `InputError`.
+        """
         ...
 
     def layout(self, prompts: Sequence[Prompt]) -> TokenLayout:
@@ -128,7 +160,7 @@ class Policy(Protocol):
         ...
 
     def hidden(self, prefix: Prefix, tokens_NT: Tensor) -> Tensor:
-        """Teacher-forced last hidden states that predict each image token, hidden_NTD, with gradient."""
+        """Teacher-forced states that predict each image token, hidden_NTD, with gradient."""
         ...
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -137,4 +169,12 @@ class Policy(Protocol):
 
     def decoder_weights(self) -> DecoderWeights:
         """The weights the engine copies once per step."""
+        ...
+
+    def reference(self) -> Policy:
+        """This policy as it is now, frozen; memory is shared with the parts that do not train."""
+        ...
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the model in the layout it was loaded from."""
         ...

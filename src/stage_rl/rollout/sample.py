@@ -1,0 +1,139 @@
+"""Prompts to images: the public `sample`, and the `rollout` that training and evaluation use.
+
+Shape suffixes: P prompts, G group, N = P x G completions, T image tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stage_rl.errors import InputError
+from stage_rl.policies.base import Policy, Prefix
+from stage_rl.policies.config import JanusConfig
+from stage_rl.rollout.engine import Engine, Generated
+from stage_rl.rollout.sampling import Sampling, image_uniforms
+from stage_rl.types import Prompt, Rollout
+
+
+def sample(
+    model: str | Path | Policy,
+    prompts: str | Sequence[str | Prompt],
+    *,
+    images_per_prompt: int = 1,
+    guidance_scale: float = 5.0,
+    temperature: float = 1.0,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    dtype: str | None = None,
+) -> Rollout:
+    """Images of prompts, group by group: row i * images_per_prompt + k is image k of prompt i.
+
+    `model` is a folder, a hub id, `shapes`, or a policy. Temperature 0 draws the likeliest token.
+    Image k of a prompt is the same in any batch. `device`: None is the GPU where there is one;
+    `dtype`: `float32` (None), or `mixed` for bf16 linear layers. Wrong input is an `InputError`.
+    """
+    sampling = Sampling(guidance_scale=guidance_scale, temperature=temperature)
+    for name, value, least in (("images_per_prompt", images_per_prompt, 1), ("seed", seed, 0)):
+        if value < least:
+            raise InputError(f"{name}: {value} is out of range; write at least {least}")
+    numbered = _numbered(prompts)
+    policy = _policy_on(model, device)
+    engine = Engine(policy, dtype=dtype or "float32")
+    return rollout(
+        engine, numbered, group_size=images_per_prompt, sampling=sampling, seed=seed, step=0
+    )
+
+
+@torch.no_grad()
+def rollout(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    *,
+    group_size: int,
+    sampling: Sampling,
+    seed: int,
+    step: int,
+) -> Rollout:
+    """A group of images for each prompt, by the weights of the engine's last reload.
+
+    The random stream of an image is keyed by (seed, step, prompt.index, image number) alone. All
+    prompts are checked (`InputError`) before the first is sampled; passes have at most
+    `engine.max_images` images.
+    """
+    policy = engine.policy
+    prefix = policy.encode(prompts)
+    num_tokens = policy.layout(prompts).num_tokens
+    uniforms_NT = image_uniforms(
+        seed=seed,
+        step=step,
+        prompt_indices=[prompt.index for prompt in prompts],
+        group_size=group_size,
+        num_tokens=num_tokens,
+    )
+    uniforms_PGT = uniforms_NT.view(len(prompts), group_size, num_tokens)
+    generated = _in_passes(engine, prefix, sampling=sampling, uniforms_PGT=uniforms_PGT)
+    return Rollout(
+        prompts=tuple(prompts),
+        group_size=group_size,
+        tokens_NT=generated.tokens_NT,
+        images_NHWC=policy.codebook.decode(generated.tokens_NT),
+        logprobs_NT=generated.logprobs_NT,
+        guided_logprobs_NT=generated.guided_logprobs_NT,
+        entropy_NT=generated.entropy_NT,
+    )
+
+
+def _in_passes(
+    engine: Engine, prefix: Prefix, *, sampling: Sampling, uniforms_PGT: Tensor
+) -> Generated:
+    """Whole groups per pass where they fit, else pieces of one group."""
+    num_prompts, group_size, _ = uniforms_PGT.shape
+    prompts_per_pass = max(1, engine.max_images // group_size)
+    passes: list[list[Tensor]] = []
+    for first in range(0, num_prompts, prompts_per_pass):
+        last = min(first + prompts_per_pass, num_prompts)
+        part = prefix.part(first, last)
+        pieces = [
+            engine.generate(
+                part,
+                group_size=uniforms.shape[1],
+                sampling=sampling,
+                uniforms_NT=uniforms.flatten(0, 1),
+            )
+            for uniforms in uniforms_PGT[first:last].split(engine.max_images, dim=1)
+        ]
+        passes.append(_join_groups(pieces, last - first))
+    return Generated(*(torch.cat(column) for column in zip(*passes, strict=True)))
+
+
+def _join_groups(pieces: list[Generated], num_prompts: int) -> list[Tensor]:
+    """The fields of `Generated` with the pieces of every group side by side, NT."""
+    return [
+        torch.cat(
+            [getattr(piece, field.name).unflatten(0, (num_prompts, -1)) for piece in pieces], dim=1
+        ).flatten(0, 1)
+        for field in fields(Generated)
+    ]
+
+
+def _numbered(prompts: str | Sequence[str | Prompt]) -> list[Prompt]:
+    """Texts as prompts, numbered by their place; prompts keep their own index."""
+    listed = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not listed:
+        raise InputError("prompts: there are none; write at least one")
+    return [Prompt(p, index) if isinstance(p, str) else p for index, p in enumerate(listed)]
+
+
+def _policy_on(model: str | Path | Policy, device: str | torch.device | None) -> Policy:
+    if isinstance(model, str | Path):
+        best = "cuda" if torch.cuda.is_available() else "cpu"
+        config = JanusConfig(path=str(model), trainable=())
+        return config.build(torch.device(device if device is not None else best))
+    if device is not None and torch.device(device).type != model.device.type:
+        raise InputError(f"device: the policy is on {model.device}; leave device out, or move it")
+    return model

@@ -1,0 +1,126 @@
+"""From logits to tokens: guidance, temperature, top-k, top-p, and the draw from a uniform number.
+
+Shape suffixes: P prompts, G group, N = P x G completions, T image tokens, V codebook size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stage_rl.errors import InputError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn from the logits; a value out of range is an `InputError`."""
+
+    guidance_scale: float = 5.0
+    """Unconditional + scale x (conditional - unconditional); 1 needs no unconditional rows."""
+    temperature: float = 1.0
+    """Divides the guided logits; 0 takes the likeliest token."""
+    top_k: int = 0
+    """Draw from the k likeliest tokens; 0: from all."""
+    top_p: float = 1.0
+    """Draw from the likeliest tokens that together hold this share; 1: from all."""
+
+    def __post_init__(self) -> None:
+        for name, low, high, wanted in (
+            ("guidance_scale", 0.0, math.inf, "a number of at least 0"),
+            ("temperature", 0.0, math.inf, "a number of at least 0"),
+            ("top_k", 0, math.inf, "a whole number of at least 0"),
+            ("top_p", 1e-6, 1.0, "a share above 0, at most 1"),
+        ):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and low <= value <= high):
+                raise InputError(f"{name}: {value} is out of range; write {wanted}")
+
+    @property
+    def guided(self) -> bool:
+        """Whether unconditional rows are needed."""
+        return self.guidance_scale != 1
+
+
+def image_uniforms(
+    *, seed: int, step: int, prompt_indices: Sequence[int], group_size: int, num_tokens: int
+) -> Tensor:
+    """The random stream of every image, uniforms_NT in [0, 1), fp32 on the CPU.
+
+    Keyed by (seed, step, index of the prompt in its set, image k) alone: image k of a prompt has
+    the same stream in any batch.
+    """
+    streams = [
+        _stream(key=(seed, step), counter=(0, k, index, 0)).random(num_tokens, dtype=np.float32)
+        for index in prompt_indices
+        for k in range(group_size)
+    ]
+    return torch.from_numpy(np.stack(streams))
+
+
+def _stream(*, key: tuple[int, int], counter: tuple[int, int, int, int]) -> np.random.Generator:
+    # Philox counts up in its first word, so streams that differ in another word never meet.
+    words = np.array(counter, dtype=np.uint64), np.array(key, dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(counter=words[0], key=words[1]))
+
+
+def guide(cond_NV: Tensor, uncond_NV: Tensor | None, guidance_scale: float) -> Tensor:
+    """Guided logits: unconditional + scale x (conditional - unconditional), fp32."""
+    if uncond_NV is None:
+        return cond_NV
+    return torch.add(uncond_NV, cond_NV - uncond_NV, alpha=guidance_scale)
+
+
+def draw(guided_NV: Tensor, uniforms_N: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """tokens_N and their log-probabilities (nats) under the distribution that they are drawn from.
+
+    A token of probability 0 is never drawn, whatever the uniform number. At temperature 0 the
+    likeliest token has probability 1.
+    """
+    if sampling.temperature == 0:
+        return guided_NV.argmax(-1), torch.zeros_like(uniforms_N)
+    logits_NV = guided_NV / sampling.temperature if sampling.temperature != 1 else guided_NV
+    if sampling.top_k:
+        logits_NV = _keep_top_k(logits_NV, sampling.top_k)
+    if sampling.top_p < 1:
+        logits_NV = _keep_top_p(logits_NV, sampling.top_p)
+    logprobs_NV = logits_NV.log_softmax(-1)
+    tokens_N = invert_cdf(logprobs_NV.exp(), uniforms_N)
+    return tokens_N, logprobs_NV.gather(1, tokens_N[:, None])[:, 0]
+
+
+def invert_cdf(probs_NV: Tensor, uniforms_N: Tensor) -> Tensor:
+    """tokens_N: the first whose cumulative probability exceeds the uniform number."""
+    cdf_NV = probs_NV.cumsum(-1)
+    total_N = cdf_NV[:, -1]
+    # Below the total even where rounding takes a uniform number next to 1 up to it. The first entry
+    # above a threshold always rises over the one before, so its probability is not 0.
+    below_N = torch.nextafter(total_N, torch.zeros_like(total_N))
+    threshold_N = torch.minimum(uniforms_N * total_N, below_N)
+    return torch.searchsorted(cdf_NV, threshold_N[:, None], right=True)[:, 0]
+
+
+def conditional_statistics(cond_NV: Tensor, tokens_N: Tensor) -> tuple[Tensor, Tensor]:
+    """logprobs_N of the tokens and entropy_N of the conditional distribution (nats)."""
+    logprobs_NV = cond_NV.log_softmax(-1)
+    entropy_N = -(logprobs_NV.exp() * logprobs_NV).sum(-1)
+    return logprobs_NV.gather(1, tokens_N[:, None])[:, 0], entropy_N
+
+
+def _keep_top_k(logits_NV: Tensor, k: int) -> Tensor:
+    """-inf below the k-th largest; tokens equal to it stay."""
+    smallest_N1 = logits_NV.topk(min(k, logits_NV.shape[-1])).values[:, -1:]
+    return logits_NV.masked_fill(logits_NV < smallest_N1, -math.inf)
+
+
+def _keep_top_p(logits_NV: Tensor, p: float) -> Tensor:
+    """-inf for tokens before which, likeliest first, a share of p is already reached."""
+    sorted_NV, order_NV = logits_NV.sort(-1, descending=True)
+    probs_NV = sorted_NV.softmax(-1)
+    dropped_NV = probs_NV.cumsum(-1) - probs_NV >= p
+    dropped_NV[:, 0] = False
+    return logits_NV.masked_fill(dropped_NV.scatter(1, order_NV, dropped_NV), -math.inf)
