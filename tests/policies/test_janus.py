@@ -1,0 +1,266 @@
+import json
+import shutil
+
+import policy_contract
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+from transformers import AutoProcessor, JanusForConditionalGeneration
+
+from stage_rl.errors import InputError, RecipeError, WeightsError
+from stage_rl.policies.config import JanusConfig
+from stage_rl.policies.janus import JanusPolicy
+from stage_rl.types import Prompt
+
+SHORT = Prompt("a red square", 0)
+LONG = Prompt("a photo of two blue circle and three green star", 1)
+CPU = torch.device("cpu")
+
+
+def load(path, **settings):
+    return JanusConfig(path=str(path), **settings).build(CPU)
+
+
+@pytest.fixture
+def folder(tiny_janus_folder, tmp_path):
+    """A copy to damage."""
+    return shutil.copytree(tiny_janus_folder, tmp_path / "janus")
+
+
+def rewrite(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def transformers_ids(policy, text):
+    """Input ids by the recipe of transformers' documentation."""
+    processor = policy.processor
+    messages = [{"role": "user", "content": [{"type": "text", "text": text}]}]
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    return processor(text=prompt, generation_mode="image", return_tensors="pt")
+
+
+def test_janus_keeps_the_contract(tiny_janus):
+    policy_contract.check(tiny_janus, SHORT, LONG)
+
+
+def test_janus_with_grouped_keys_and_values_keeps_the_contract(tiny_janus):
+    config = tiny_janus.module.config
+    config.text_config.num_key_value_heads = 1
+    torch.manual_seed(0)
+    module = JanusForConditionalGeneration(config).eval()
+    module.generation_config = tiny_janus.module.generation_config
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(8)
+    policy = JanusPolicy(module, tiny_janus.processor, trainable=())
+    assert policy.trunk_blocks[0].self_attn.k_proj.weight.shape == (16, 32)
+    policy_contract.check(policy, SHORT, LONG)
+
+
+def test_prompts_become_the_ids_that_transformers_gives(tiny_janus):
+    for prompt in (SHORT, LONG):
+        inputs = transformers_ids(tiny_janus, prompt.text)
+        assert tiny_janus.prompt_ids(prompt) == inputs["input_ids"][0].tolist()
+
+
+def test_the_unconditional_row_is_bos_pads_and_begin_of_image(tiny_janus):
+    tokenizer = tiny_janus.processor.tokenizer
+    boi = tokenizer.convert_tokens_to_ids("<begin_of_image>")
+    ids = [tokenizer.bos_token_id, *[tokenizer.pad_token_id] * 3, boi]
+    embeddings = tiny_janus.module.get_input_embeddings()(torch.tensor(ids))
+    prefix = tiny_janus.encode([SHORT, LONG])
+    # BOS, three words, begin-of-image; LONG has ten words.
+    assert prefix.lengths_P.tolist() == [5, 12]
+    assert torch.equal(prefix.uncond_embeds_PLD[0, :5], embeddings)
+
+
+def test_the_pad_of_the_unconditional_row_is_the_one_of_the_generation_settings(folder):
+    rewrite(folder / "generation_config.json", pad_token_id=2)
+    policy = load(folder)
+    pad = policy.module.get_input_embeddings()(torch.tensor(2))
+    assert torch.equal(policy.encode([SHORT]).uncond_embeds_PLD[0, 1], pad)
+
+
+def test_ids_missing_from_the_generation_settings_come_from_the_tokenizer(folder, tiny_janus):
+    (folder / "generation_config.json").write_text("{}")
+    expected = tiny_janus.encode([SHORT]).uncond_embeds_PLD
+    assert torch.equal(load(folder).encode([SHORT]).uncond_embeds_PLD, expected)
+
+
+@torch.no_grad()
+def test_logits_are_those_of_transformers_on_the_whole_sequence(tiny_janus):
+    tokens_NT = torch.arange(32).view(2, 16)
+    logits_NTV = tiny_janus.head(tiny_janus.hidden(tiny_janus.encode([SHORT, LONG]), tokens_NT))
+    module = tiny_janus.module
+    for row, prompt in enumerate((SHORT, LONG)):
+        ids = transformers_ids(tiny_janus, prompt.text)["input_ids"]
+        text = module.get_input_embeddings()(ids)
+        image = module.prepare_embeddings_for_image_generation(tokens_NT[row : row + 1])
+        inputs = torch.cat([text, image], 1)
+        states = module.model.language_model(inputs_embeds=inputs).last_hidden_state
+        # The state at the last prompt token predicts the first image token, and so on.
+        expected = module.model.generation_head(states[0, ids.shape[1] - 1 : -1])
+        assert_close(logits_NTV[row], expected, atol=1e-5, rtol=0)
+
+
+def test_only_what_matches_a_pattern_trains(tiny_janus_folder):
+    policy = load(tiny_janus_folder, trainable=("*.layers.1.*", "model.generation_head.*"))
+    policy.head(policy.hidden(policy.encode([SHORT]), torch.zeros(1, 16).long())).sum().backward()
+    with_gradient = {n for n, p in policy.module.named_parameters() if p.grad is not None}
+    matching = {
+        name
+        for name, _ in policy.module.named_parameters()
+        if ".language_model.layers.1." in name or "generation_head" in name
+    }
+    assert with_gradient == matching
+    assert len(matching) == 9 + 4
+
+
+def test_by_default_the_language_model_trains_and_nothing_else(tiny_janus):
+    trained = {n for n, p in tiny_janus.module.named_parameters() if p.requires_grad}
+    assert trained == {
+        n for n, _ in tiny_janus.module.named_parameters() if n.startswith("model.language_model.")
+    }
+
+
+def test_a_pattern_that_matches_nothing_is_answered_with_near_names(tiny_janus_folder):
+    with pytest.raises(RecipeError, match=r"'model\.langage_model\.\*'.*model\.language_model\.\*"):
+        load(tiny_janus_folder, trainable=("model.langage_model.*",))
+
+
+def test_a_reference_keeps_its_weights_and_shares_what_does_not_train(tiny_janus):
+    reference = tiny_janus.reference()
+    before = reference.encode([SHORT]).embeds_PLD.clone()
+    with torch.no_grad():
+        for parameter in tiny_janus.module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1)
+    assert torch.equal(reference.encode([SHORT]).embeds_PLD, before)
+    assert not any(p.requires_grad for p in reference.module.parameters())
+    theirs = dict(reference.module.named_parameters())
+    for name, parameter in tiny_janus.module.named_parameters():
+        assert (theirs[name] is parameter) != parameter.requires_grad
+
+
+def test_a_saved_policy_loads_in_plain_transformers(tiny_janus, tmp_path):
+    tiny_janus.save(tmp_path)
+    module = JanusForConditionalGeneration.from_pretrained(tmp_path)
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    saved = tiny_janus.module.state_dict()
+    assert all(torch.equal(value, saved[name]) for name, value in module.state_dict().items())
+    assert processor.chat_template == tiny_janus.processor.chat_template
+    assert module.generation_config.generation_kwargs == {"boi_token_id": 5}
+    assert module.config._attn_implementation == "sdpa"
+
+
+def test_codes_are_those_the_image_decoder_gets(tiny_janus):
+    tokens_NT = torch.arange(32).view(2, 16)
+    quantizer = tiny_janus.module.model.vqmodel.quantize
+    expected_NCHW = quantizer.get_codebook_entry(tokens_NT)
+    codes_NTC = tiny_janus.codebook.vectors(tokens_NT)
+    assert_close(codes_NTC, expected_NCHW.flatten(2).transpose(1, 2))
+
+
+def test_decoding_in_chunks_gives_the_rounded_pixels_of_transformers(tiny_janus):
+    tokens_NT = torch.arange(48).view(3, 16)
+    with torch.no_grad():
+        pixels_NHWC = tiny_janus.module.decode_image_tokens(tokens_NT)
+    expected = ((pixels_NHWC + 1) / 2 * 255).round().clamp(0, 255)
+    tiny_janus.codebook._images_per_chunk = 2
+    images_NHWC = tiny_janus.codebook.decode(tokens_NT)
+    # One image alone and in a batch may differ in the last bit before rounding.
+    assert (images_NHWC.float() - expected).abs().max() <= 1
+    assert (images_NHWC.float() == expected).float().mean() > 0.99
+
+
+def test_autocast_trains_with_bf16_linear_layers_and_fp32_attention(tiny_janus):
+    tokens_NT = torch.arange(32).view(2, 16)
+    exact_NTD = tiny_janus.hidden(tiny_janus.encode([SHORT, LONG]), tokens_NT)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed_NTD = tiny_janus.hidden(tiny_janus.encode([SHORT, LONG]), tokens_NT)
+    mixed_NTD.sum().backward()
+    difference = (mixed_NTD - exact_NTD).abs().mean() / exact_NTD.abs().mean()
+    # bf16 keeps 8 bits: about 0.4 % a layer. Exactly equal would mean autocast did nothing.
+    assert 1e-4 < difference < 0.05
+    assert tiny_janus.trunk_blocks[0].self_attn.q_proj.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "prompt 7: is empty"),
+        (" \n", "prompt 7: is empty"),
+        ("a red zebra", "prompt 7: the model does not know 'zebra'"),
+        ("a <begin_of_image> square", "prompt 7: holds the special token '<begin_of_image>'"),
+        # 40 words with BOS and begin-of-image are 42; 48 positions less 16 image tokens are 32.
+        ("red " * 40, "prompt 7 .*: 42 tokens, but the model has room for 32"),
+    ],
+)
+def test_a_prompt_that_cannot_be_drawn_is_one_clear_line(tiny_janus, text, message):
+    with pytest.raises(InputError, match=message) as caught:
+        tiny_janus.encode([SHORT, Prompt(text, 7)])
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_do_not_fit_are_named(folder):
+    weights = load_file(folder / "model.safetensors")
+    norm, head = "model.language_model.norm.weight", "model.generation_head.vision_head.weight"
+    del weights[norm]
+    weights[head] = weights[head][:5].clone()
+    weights["model.extra.weight"] = torch.zeros(1)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(WeightsError) as caught:
+        load(folder)
+    for part in (f"missing: {norm}", "unexpected: model.extra.weight", f"another shape: {head}"):
+        assert part in str(caught.value)
+
+
+def test_a_damaged_file_of_weights_is_one_clear_line(folder):
+    (folder / "model.safetensors").write_bytes(b"not weights at all")
+    with pytest.raises(WeightsError, match="cannot load the weights") as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_weights_is_one_clear_line(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(WeightsError, match="cannot load the weights"):
+        load(folder)
+
+
+def test_a_folder_without_a_tokenizer_is_one_clear_line(folder):
+    for name in ("tokenizer.json", "tokenizer_config.json", "processor_config.json"):
+        (folder / name).unlink()
+    with pytest.raises(WeightsError, match="processor"):
+        load(folder)
+
+
+def test_what_is_no_folder_of_a_model_is_one_clear_line(tmp_path, folder):
+    with pytest.raises(WeightsError, match="no such folder"):
+        load(tmp_path / "missing")
+    with pytest.raises(WeightsError, match="no such folder"):
+        load("missing")
+    with pytest.raises(WeightsError, match=r"no config\.json"):
+        load(tmp_path)
+    with pytest.raises(WeightsError, match="is a file"):
+        load(folder / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("llama", "model_type is 'llama'"), ("multi_modality", "DeepSeek's own layout")],
+)
+def test_another_kind_of_model_is_refused(folder, kind, message):
+    rewrite(folder / "config.json", model_type=kind)
+    with pytest.raises(WeightsError, match=message):
+        load(folder)
+
+
+def test_a_janus_whose_image_does_not_fill_its_grid_is_refused(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"]["num_image_tokens"] = 15
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match=r"num_image_tokens is 15; this policy needs 16"):
+        load(folder)

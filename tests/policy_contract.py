@@ -1,0 +1,105 @@
+"""What every policy must keep; a new adapter's test calls `check` with a policy and two prompts.
+
+Shape suffixes: P prompts, N completions, T image tokens, L prompt slots, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.testing import assert_close
+
+from stage_rl.policies.base import Policy
+from stage_rl.rollout.engine import Engine, Generated
+from stage_rl.rollout.sampling import Sampling, image_uniforms
+from stage_rl.types import Prompt
+
+GUIDANCE = 3.0
+
+
+def check(policy: Policy, short: Prompt, long: Prompt) -> None:
+    """All of the contract; the two prompts differ in length."""
+    decode_agrees_with_teacher_forcing(policy, [short, long])
+    a_batch_gives_what_each_prompt_gives_alone(policy, [short, long])
+    the_unconditional_row_ignores_the_prompt(policy, short)
+    the_codebook_has_vectors_and_images(policy, short)
+    the_engine_gets_the_embeddings_of_all_tokens(policy)
+
+
+def draw(policy: Policy, prompts: Sequence[Prompt], *, temperature: float = 1.0) -> Generated:
+    """One image per prompt."""
+    uniforms_NT = image_uniforms(
+        seed=0,
+        step=0,
+        prompt_indices=[prompt.index for prompt in prompts],
+        group_size=1,
+        num_tokens=policy.layout(prompts).num_tokens,
+    )
+    sampling = Sampling(guidance_scale=GUIDANCE, temperature=temperature)
+    with torch.no_grad():
+        prefix = policy.encode(prompts)
+    return Engine(policy).generate(prefix, group_size=1, sampling=sampling, uniforms_NT=uniforms_NT)
+
+
+@torch.no_grad()
+def teacher_forced_logits(policy: Policy, prompts: Sequence[Prompt], tokens_NT: torch.Tensor):
+    """Conditional and unconditional logits, NTV."""
+    prefix = policy.encode(prompts)
+    rows = (prefix, prefix.unconditional())
+    return tuple(policy.head(policy.hidden(row, tokens_NT)) for row in rows)
+
+
+def decode_agrees_with_teacher_forcing(policy: Policy, prompts: Sequence[Prompt]) -> None:
+    drawn = draw(policy, prompts)
+    cond_NTV, uncond_NTV = teacher_forced_logits(policy, prompts, drawn.tokens_NT)
+    logprobs_NTV = cond_NTV.log_softmax(-1)
+    entropy_NT = -(logprobs_NTV.exp() * logprobs_NTV).sum(-1)
+    guided_NTV = (uncond_NTV + GUIDANCE * (cond_NTV - uncond_NTV)).log_softmax(-1)
+    index = drawn.tokens_NT[..., None]
+    near = {"atol": 1e-4, "rtol": 0}
+    assert_close(drawn.logprobs_NT, logprobs_NTV.gather(-1, index)[..., 0], **near)
+    assert_close(drawn.guided_logprobs_NT, guided_NTV.gather(-1, index)[..., 0], **near)
+    assert_close(drawn.entropy_NT, entropy_NT, **near)
+
+
+def a_batch_gives_what_each_prompt_gives_alone(policy: Policy, prompts: Sequence[Prompt]) -> None:
+    for temperature in (0.0, 1.0):
+        together = draw(policy, prompts, temperature=temperature).tokens_NT
+        alone = [draw(policy, [p], temperature=temperature).tokens_NT for p in prompts]
+        assert torch.equal(together, torch.cat(alone))
+    logits_of_all = teacher_forced_logits(policy, prompts, together)
+    for row, prompt in enumerate(prompts):
+        logits_alone = teacher_forced_logits(policy, [prompt], together[row : row + 1])
+        for batch_NTV, alone_1TV in zip(logits_of_all, logits_alone, strict=True):
+            assert_close(batch_NTV[row], alone_1TV[0], atol=1e-5, rtol=0)
+
+
+def the_unconditional_row_ignores_the_prompt(policy: Policy, prompt: Prompt) -> None:
+    first, *rest = prompt.text.split()
+    turned = Prompt(" ".join([*rest, first]), prompt.index)
+    with torch.no_grad():
+        prefix = policy.encode([prompt, turned])
+    assert prefix.lengths_P[0] == prefix.lengths_P[1]
+    assert prefix.uncond_embeds_PLD is not None
+    assert not torch.equal(prefix.embeds_PLD[0], prefix.embeds_PLD[1])
+    assert torch.equal(prefix.uncond_embeds_PLD[0], prefix.uncond_embeds_PLD[1])
+
+
+def the_codebook_has_vectors_and_images(policy: Policy, prompt: Prompt) -> None:
+    num_tokens = policy.layout([prompt]).num_tokens
+    tokens_NT = torch.arange(2 * num_tokens, device=policy.device) % policy.codebook.size
+    tokens_NT = tokens_NT.view(2, num_tokens)
+    codes_NTC = policy.codebook.vectors(tokens_NT)
+    assert codes_NTC.shape[:2] == (2, num_tokens)
+    assert codes_NTC.dtype == torch.float32
+    images_NHWC = policy.codebook.decode(tokens_NT)
+    assert images_NHWC.shape[::3] == (2, 3)
+    assert images_NHWC.dtype == torch.uint8
+    assert images_NHWC.device.type == "cpu"
+
+
+@torch.no_grad()
+def the_engine_gets_the_embeddings_of_all_tokens(policy: Policy) -> None:
+    tokens_1V = torch.arange(policy.codebook.size, device=policy.device)[None]
+    assert_close(policy.decoder_weights().token_embeds_VD, policy.embed(tokens_1V)[0])

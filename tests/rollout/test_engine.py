@@ -1,0 +1,161 @@
+import pytest
+import torch
+from torch.testing import assert_close
+
+from stage_rl.errors import InputError
+from stage_rl.policies.base import Prefix
+from stage_rl.rollout.engine import Engine
+from stage_rl.rollout.sample import rollout, sample
+from stage_rl.rollout.sampling import Sampling
+from stage_rl.types import Prompt
+
+PROMPTS = [
+    Prompt("a red square", 0),
+    Prompt("a photo of two blue circle and three green star", 1),
+    Prompt("the star above a square", 2),
+]
+
+
+def tokens(engine, prompts=PROMPTS, *, group_size=2, **sampling):
+    drawn = rollout(
+        engine, prompts, group_size=group_size, sampling=Sampling(**sampling), seed=0, step=0
+    )
+    return drawn.tokens_NT
+
+
+def test_greedy_tokens_are_those_of_transformers_generate(tiny_janus):
+    ours = tokens(Engine(tiny_janus), group_size=1, guidance_scale=5.0, temperature=0.0)
+    for row, prompt in enumerate(PROMPTS):
+        ids = torch.tensor([tiny_janus.prompt_ids(prompt)])
+        theirs = tiny_janus.module.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            generation_mode="image",
+            do_sample=False,
+            guidance_scale=5,
+        )
+        assert torch.equal(ours[row], theirs[0])
+    assert len(ours.unique()) > 10
+
+
+@torch.no_grad()
+def test_without_guidance_greedy_tokens_are_likeliest_under_teacher_forcing(tiny_janus):
+    ours = tokens(Engine(tiny_janus), group_size=1, guidance_scale=1.0, temperature=0.0)
+    logits_NTV = tiny_janus.head(tiny_janus.hidden(tiny_janus.encode(PROMPTS), ours))
+    assert torch.equal(ours, logits_NTV.argmax(-1))
+
+
+def test_guidance_1_runs_no_unconditional_rows(tiny_janus):
+    engine = Engine(tiny_janus)
+    tokens(engine, guidance_scale=1.0)
+    assert engine._cache.shape[0] == 6
+    tokens(engine, guidance_scale=1.1)
+    assert engine._cache.shape[0] == 12
+
+
+def test_an_image_does_not_depend_on_how_passes_are_cut(tiny_janus):
+    whole = tokens(Engine(tiny_janus), group_size=3)
+    # Passes of 64, 6 (two groups), 3 (one group) and 2 images (a group in two pieces).
+    for max_images in (6, 3, 2):
+        assert torch.equal(tokens(Engine(tiny_janus, max_images=max_images), group_size=3), whole)
+    assert torch.equal(tokens(Engine(tiny_janus), PROMPTS[2:], group_size=3), whole[6:])
+    assert len(whole.unique(dim=0)) == 9
+
+
+def test_an_engine_that_was_used_for_other_prompts_draws_the_same(tiny_janus):
+    engine = Engine(tiny_janus)
+    first = tokens(engine, PROMPTS[:1])
+    tokens(engine, PROMPTS[1:2])
+    assert torch.equal(tokens(engine, PROMPTS[:1]), first)
+
+
+def test_a_reload_takes_the_new_weights_into_the_same_memory(tiny_janus):
+    engine = Engine(tiny_janus)
+    before = tokens(engine)
+    address = engine.decoder.layers[0].wqkv.data_ptr()
+    with torch.no_grad():
+        for parameter in tiny_janus.module.model.language_model.layers.parameters():
+            parameter.mul_(-0.5)
+    prefix_only = tokens(engine)
+    assert torch.equal(prefix_only, before)
+    engine.reload()
+    assert engine.decoder.layers[0].wqkv.data_ptr() == address
+    assert torch.equal(tokens(engine), tokens(Engine(tiny_janus)))
+    assert not torch.equal(tokens(engine), before)
+
+
+def test_mixed_precision_stays_close_to_the_training_module(tiny_janus):
+    drawn = rollout(
+        Engine(tiny_janus, dtype="mixed"),
+        PROMPTS,
+        group_size=4,
+        sampling=Sampling(guidance_scale=3.0),
+        seed=0,
+        step=0,
+    )
+    with torch.no_grad():
+        hidden_NTD = tiny_janus.hidden(tiny_janus.encode(PROMPTS).repeat(4), drawn.tokens_NT)
+        logprobs_NTV = tiny_janus.head(hidden_NTD).log_softmax(-1)
+    exact_NT = logprobs_NTV.gather(-1, drawn.tokens_NT[..., None])[..., 0]
+    gap = (drawn.logprobs_NT - exact_NT).abs().mean()
+    # This model is far sharper than a trained one; exactly equal would mean bf16 was not used.
+    assert 1e-5 < gap < 0.1
+
+
+def test_top_k_1_draws_the_greedy_tokens(tiny_janus):
+    engine = Engine(tiny_janus)
+    greedy = tokens(engine, temperature=0.0)
+    assert torch.equal(tokens(engine, top_k=1), greedy)
+    assert torch.equal(tokens(engine, top_p=1e-6), greedy)
+
+
+def test_sample_takes_texts_and_gives_images(tiny_janus_folder, tiny_janus):
+    drawn = sample(tiny_janus_folder, [p.text for p in PROMPTS], images_per_prompt=2, seed=4)
+    assert drawn.images_NHWC.shape == (6, 16, 16, 3)
+    assert drawn.images_NHWC.dtype == torch.uint8
+    assert [prompt.index for prompt in drawn.prompts] == [0, 1, 2]
+    again = sample(tiny_janus, PROMPTS[1:2], images_per_prompt=2, seed=4)
+    assert torch.equal(again.tokens_NT, drawn.tokens_NT[2:4])
+    assert torch.equal(again.images_NHWC, drawn.images_NHWC[2:4])
+    other = sample(tiny_janus, PROMPTS[1:2], images_per_prompt=2, seed=5)
+    assert not torch.equal(other.tokens_NT, again.tokens_NT)
+
+
+def test_one_text_is_one_prompt(tiny_janus):
+    assert sample(tiny_janus, "a red square").tokens_NT.shape == (1, 16)
+
+
+def test_the_sampler_reports_what_it_drew_from(tiny_janus):
+    drawn = sample(tiny_janus, PROMPTS, guidance_scale=1.0)
+    # Without guidance, at temperature 1, the distribution drawn from is the conditional one.
+    assert_close(drawn.guided_logprobs_NT, drawn.logprobs_NT)
+    assert drawn.entropy_NT.min() >= 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"images_per_prompt": 0}, "images_per_prompt: 0"),
+        ({"seed": -1}, "seed: -1"),
+        ({"dtype": "float64"}, "unknown 'float64'; write one of: float32, mixed"),
+        ({"device": "meta"}, "the policy is on cpu"),
+        ({"temperature": -1.0}, "temperature: -1.0"),
+    ],
+)
+def test_a_wrong_option_of_sample_is_named(tiny_janus, options, message):
+    with pytest.raises(InputError, match=message):
+        sample(tiny_janus, PROMPTS, **options)
+
+
+def test_no_prompts_is_an_error(tiny_janus):
+    with pytest.raises(InputError, match="there are none"):
+        sample(tiny_janus, [])
+
+
+def test_guidance_needs_unconditional_rows(tiny_janus):
+    prefix = tiny_janus.encode(PROMPTS)
+    alone = Prefix(prefix.embeds_PLD, prefix.lengths_P, None)
+    with pytest.raises(InputError, match="no unconditional rows"):
+        Engine(tiny_janus).generate(
+            alone, group_size=1, sampling=Sampling(), uniforms_NT=torch.zeros(3, 16)
+        )
