@@ -31,3 +31,11 @@ class CheckpointError(StageError):
 
 class DivergedError(StageError):
     """A loss or gradient that is not finite, or a run that no longer learns."""
+
+
+class Stopped(StageError):
+    """A run that was asked to stop and saved what it had."""
+
+    def __init__(self, text: str, *, signal_number: int) -> None:
+        super().__init__(text)
+        self.exit_code = 128 + signal_number

@@ -23,6 +23,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "release": {
         "self_similarity": 0,
+        "equal_group_similarity": 1.0,
         "advantage_std_floor": 0.0,
         "ratio": "unclipped",
         "logprob_dtype": "bfloat16",
@@ -91,6 +92,8 @@ class AlgorithmConfig(Settings):
     """Cosine with which a sample of advantage 0 opposes itself; null: it never does."""
     equal_reward_groups: Literal["keep", "drop_policy", "drop_kl", "drop_all"] = "keep"
     """Which terms leave the loss in groups whose summed rewards are all equal."""
+    equal_group_similarity: Annotated[float, Field(ge=-1, le=1)] | None = None
+    """Similarity of all tokens in groups without any advantage; null: as computed."""
     logprobs: Literal["conditional"] = "conditional"
     """Distribution whose log-probabilities are trained."""
     logprob_dtype: Literal["float32", "bfloat16"] = "float32"

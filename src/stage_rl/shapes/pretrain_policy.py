@@ -134,13 +134,13 @@ class BaseLoss:
 
 def optimizers(model: Any, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the decoder layers, AdamW for the rest."""
-    layers = set(model.model.language_model.layers.parameters())
-    matrices = [p for p in layers if p.ndim == 2]
+    matrices = [p for p in model.model.language_model.layers.parameters() if p.ndim == 2]
+    in_muon = {id(p) for p in matrices}
     unused = ("vision_model", "vqmodel", "lm_head", "model.aligner")
     rest = [
         p
         for name, p in model.named_parameters()
-        if not (p in layers and p.ndim == 2) and not any(part in name for part in unused)
+        if id(p) not in in_muon and not any(part in name for part in unused)
     ]
     return [
         torch.optim.Muon(matrices, lr=lr, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
@@ -199,9 +199,7 @@ def train_policy(
             started, shown, total = time.monotonic(), done, 0.0
         if done % save_every == 0 or done == training.steps:
             saved = [optimizer.state_dict() for optimizer in opts]
-            save_state(
-                state_file, {"model": model.state_dict(), "optimizers": saved, "step": done}
-            )
+            save_state(state_file, {"model": model.state_dict(), "optimizers": saved, "step": done})
     model.eval()
 
 

@@ -1,0 +1,1 @@
+"""Model families: what the trainer and the engine see of them."""

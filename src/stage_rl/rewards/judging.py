@@ -1,0 +1,140 @@
+"""Judges a rollout with all rewards of a recipe: the weighted sum, what does not apply, what fails.
+
+Shape suffixes: P prompts, G group, N = P x G images, H x W pixels, C colour channels.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stage_rl.errors import InputError, RewardError, StageError
+from stage_rl.rewards.base import Reward, Score
+from stage_rl.schema import RewardConfig
+from stage_rl.types import Judged, Prompt, Rollout
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class WeightedReward:
+    """A built reward with its column name and its weight in the sum."""
+
+    name: str
+    weight: float
+    reward: Reward
+
+
+def check_fields(rewards: Sequence[RewardConfig], prompts: Sequence[Prompt]) -> None:
+    """Raises an InputError when a prompt lacks metadata that a reward needs."""
+    for config in rewards:
+        for prompt in prompts:
+            missing = [field for field in config.required_fields if field not in prompt.metadata]
+            if missing:
+                raise InputError(
+                    f"rewards: '{config.name}' needs '{missing[0]}', which prompt {prompt.index} "
+                    f"('{prompt.text[:40]}') lacks; give the prompts that field or drop the reward"
+                )
+
+
+class Judge:
+    """Scores rollouts on a thread of its own, so that the model can work meanwhile."""
+
+    def __init__(self, rewards: Sequence[WeightedReward]) -> None:
+        self._rewards = tuple(rewards)
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="judge")
+
+    def submit(self, rollout: Rollout) -> Future[Judged]:
+        """Starts judging; `result()` waits for it."""
+        return self._executor.submit(self.judge, rollout)
+
+    def judge(self, rollout: Rollout) -> Judged:
+        """All scores of a rollout. A reward that fails twice on a group takes it out of the step."""
+        size = rollout.group_size
+        shape = (len(rollout.prompts), size)
+        total, kept = torch.zeros(shape), torch.ones(shape[0], dtype=torch.bool)
+        columns: dict[str, Tensor] = {}
+        reasons = [""] * rollout.tokens_NT.shape[0]
+        for item in self._rewards:
+            groups = _score_groups(item, rollout)
+            kept &= torch.tensor([group is not None for group in groups])
+            for name, column in _columns(item.name, groups, size).items():
+                columns[name] = column
+            values = columns[item.name]
+            # A reward that skips one image of a group says nothing of the whole group.
+            applies = values.isfinite().all(1, keepdim=True)
+            total += torch.where(applies, item.weight * values, 0.0)
+            for place, score in enumerate(_flat(groups, size)):
+                reasons[place] += ("; " if reasons[place] else "") + _sentence(item.name, score)
+        total[~kept] = 0.0
+        return Judged(total, kept, columns, tuple(reasons))
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._executor.shutdown(cancel_futures=True)
+
+
+def _score_groups(item: WeightedReward, rollout: Rollout) -> list[list[Score] | None]:
+    """The scores of each group; None where the reward failed on it twice."""
+    size = rollout.group_size
+    prompts = [prompt for prompt in rollout.prompts for _ in range(size)]
+    scores = _attempt(item, rollout.images_NHWC, prompts)
+    if scores is not None:
+        return [scores[i : i + size] for i in range(0, len(scores), size)]
+    # Once more group by group, so that one bad image costs no more than its own group.
+    return [
+        _attempt(item, rollout.images_NHWC[i : i + size], prompts[i : i + size])
+        for i in range(0, len(prompts), size)
+    ]
+
+
+def _attempt(
+    item: WeightedReward, images_NHWC: Tensor, prompts: list[Prompt]
+) -> list[Score] | None:
+    """The scores, or None when the reward raises or gives a number that is not finite."""
+    try:
+        scores = item.reward(images_NHWC, prompts)
+    except StageError:
+        raise  # the user's input is wrong: trying again does not mend it
+    except Exception as error:  # a reward is the user's code and may raise anything
+        log.warning("reward '%s' failed: %s: %s", item.name, type(error).__name__, error)
+        return None
+    if len(scores) != len(prompts):
+        raise RewardError(
+            f"reward '{item.name}': {len(scores)} scores for {len(prompts)} images; give one each"
+        )
+    bad = next((s for s in scores if s.value is not None and not math.isfinite(s.value)), None)
+    if bad is not None:
+        log.warning("reward '%s' gave %s (%s)", item.name, bad.value, bad.why)
+        return None
+    return scores
+
+
+def _flat(groups: list[list[Score] | None], size: int) -> list[Score | None]:
+    return [score for group in groups for score in (group or [None] * size)]
+
+
+def _columns(name: str, groups: list[list[Score] | None], size: int) -> dict[str, Tensor]:
+    """The value and the extras as PG tensors, NaN where there is none."""
+    scores = _flat(groups, size)
+    values = {name: [math.nan if s is None or s.value is None else s.value for s in scores]}
+    extras = dict.fromkeys(key for s in scores if s is not None for key in s.extras)
+    for key in extras:
+        values[f"{name}_{key}"] = [
+            math.nan if s is None else s.extras.get(key, math.nan) for s in scores
+        ]
+    return {key: torch.tensor(column).view(-1, size) for key, column in values.items()}
+
+
+def _sentence(name: str, score: Score | None) -> str:
+    if score is None:
+        return f"{name} failed"
+    if score.value is None:
+        return f"{name} does not apply: {score.why}"
+    return f"{name} {score.value:.2f}: {score.why}"

@@ -1,0 +1,1 @@
+"""The rollout engine: samples image tokens with its own copies of the weights."""

@@ -1,0 +1,63 @@
+"""Optimizers and learning-rate schedules by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from stage_rl.errors import DivergedError
+from stage_rl.schema import OptimizerConfig
+
+
+def build_optimizer(
+    parameters: Iterable[nn.Parameter], settings: OptimizerConfig
+) -> torch.optim.Optimizer:
+    """The optimizer of the parameters that train; the rate is set before each step."""
+    return torch.optim.AdamW(
+        parameters,
+        lr=settings.lr,
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+    )
+
+
+def learning_rate(step: int, num_steps: int, settings: OptimizerConfig) -> float:
+    """The rate of a step (from 0): a linear warm-up, then the schedule down to 0 at `num_steps`."""
+    warmup = settings.warmup_steps
+    if step < warmup:
+        return settings.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, num_steps - warmup)
+    match settings.schedule:
+        case "constant":
+            return settings.lr
+        case "linear":
+            return settings.lr * (1 - progress)
+        case "cosine":
+            return settings.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def apply_gradient(
+    optimizer: torch.optim.Optimizer, *, rate: float, max_grad_norm: float | None
+) -> Tensor:
+    """Clips the gradient, updates the parameters and clears the gradient; the norm before clipping.
+
+    A norm that is not finite is a DivergedError, and the parameters stay as they are.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if not norm.isfinite():
+        raise DivergedError(
+            f"the gradient norm is {norm.item()}; the parameters were left as they were; "
+            "lower optimizer.lr, or raise algorithm.beta"
+        )
+    if max_grad_norm is not None:
+        nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm

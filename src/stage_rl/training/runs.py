@@ -1,0 +1,167 @@
+"""The run folder: recipe, environment, metrics, images with reasons, arrays for a report.
+
+Shape suffixes: G group, N completions, T image tokens, H x W pixels, C colour channels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import platform
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stage_rl.config import diff_recipes, load_recipe, resolved_json, run_folder
+from stage_rl.errors import CheckpointError, InputError
+from stage_rl.schema import Recipe
+
+PACKAGES = ("stage-rl", "torch", "transformers", "numpy", "safetensors")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run writes. Open it with `open_run`, which also locks it."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """One folder per checkpoint."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per step."""
+        return self.path / "metrics.jsonl"
+
+    def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Appends a step's numbers; what is not finite is written as null."""
+        numbers = {k: v if np.isfinite(v) else None for k, v in values.items()}
+        with writing(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **numbers}) + "\n")
+
+    def forget_after(self, step: int) -> None:
+        """Drops the metrics of steps that a resumed run does again."""
+        if not self.metrics.exists():
+            return
+        lines = self.metrics.read_text().splitlines()
+        kept = [line for line in lines if _step_of(line) < step]
+        replace_text(self.metrics, "".join(f"{line}\n" for line in kept))
+
+    def log_images(self, step: int, image: Any, captions: list[dict[str, Any]]) -> None:
+        """Writes images/STEP.png (a PIL image) with rewards and reasons in STEP.json beside it."""
+        folder = self.path / "images"
+        path = folder / f"{step:06d}.png"
+        with writing(path):
+            folder.mkdir(exist_ok=True)
+            image.save(path)
+        replace_text(path.with_suffix(".json"), json.dumps(captions, indent=1))
+
+    def log_arrays(self, step: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """Writes samples/STEP.npz."""
+        folder = self.path / "samples"
+        path = folder / f"{step:06d}.npz"
+        with writing(path):
+            folder.mkdir(exist_ok=True)
+            np.savez_compressed(path, allow_pickle=False, **arrays)
+
+
+@contextlib.contextmanager
+def open_run(recipe: Recipe) -> Iterator[RunFolder]:
+    """The folder of a recipe, made or taken up, and locked while it is open.
+
+    A folder with another recipe, or one that another process trains, is an InputError.
+    """
+    run = RunFolder(run_folder(recipe))
+    _check_same(run.path, recipe)
+    with writing(run.path):
+        run.checkpoints.mkdir(parents=True, exist_ok=True)
+    with _locked(run.path):
+        # The text as given goes first: a folder with recipe.json is complete.
+        replace_text(run.path / "recipe.yaml", recipe.given)
+        replace_text(run.path / "environment.json", json.dumps(environment(), indent=1))
+        replace_text(run.path / "recipe.json", resolved_json(recipe))
+        yield run
+
+
+def _check_same(folder: Path, recipe: Recipe) -> None:
+    saved = folder / "recipe.json"
+    if saved.exists():
+        differing = [key for key in diff_recipes(load_recipe(saved), recipe) if key != "steps"]
+        if differing:
+            raise InputError(
+                f"{folder}: holds a run of another recipe (differs in {', '.join(differing)}); "
+                "give another run.dir, or the same settings"
+            )
+    elif folder.exists() and any(folder.iterdir()) and not (folder / ".lock").exists():
+        raise InputError(f"{folder}: is no run folder and not empty; give another run.dir")
+
+
+def environment() -> dict[str, Any]:
+    """What a run was made with."""
+    import torch
+
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "command": " ".join(sys.argv),
+        "packages": {name: metadata.version(name) for name in PACKAGES if _installed(name)},
+        "threads": torch.get_num_threads(),
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns a write that fails, on a full disk say, into one clear line."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: could not be written ({error.strerror}); make room and run the same command "
+            "again: it goes on from the last checkpoint"
+        ) from error
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes beside the target and renames, so that a stop leaves the old or the new text."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with writing(path):
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _step_of(line: str) -> int:
+    """The step of a metrics line; a line that a stop cut short counts as not written."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError):
+        return sys.maxsize
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    with (folder / ".lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"{folder}: another process trains this run; wait for it") from error
+        yield

@@ -1,0 +1,250 @@
+"""Measure and learn: from a judged rollout to one or more updates of the policy.
+
+Everything runs micro-batch by micro-batch, each of whole groups. A group's advantages need its own
+samples only, so with one update per rollout the forward pass that measures also learns.
+
+Shape suffixes: P prompts, G group, N = P x G completions, T image tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from stage_rl import algorithm
+from stage_rl.errors import DivergedError
+from stage_rl.objective import AlgorithmConfig
+from stage_rl.policies.base import Policy
+from stage_rl.training.credit import Credit, credit
+from stage_rl.training.logprobs import head_logprobs
+from stage_rl.training.optim import apply_gradient
+from stage_rl.types import Judged, Measured, Prompt, Rollout
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How the forward passes are computed."""
+
+    mixed: bool = False
+    """Linear layers of the trunk in bf16; attention, norms and the image head stay fp32."""
+    round_to_bf16: bool = False
+    """Log-probabilities and entropies as bf16 holds them, like the released code."""
+    logprob_rows: int = 2048
+    """Token rows whose image-head logits exist at one time."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Some whole groups of a rollout."""
+
+    groups: slice
+    prompts: tuple[Prompt, ...]
+    group_size: int
+    tokens_NT: Tensor
+
+    def by_group(self, values_NT: Tensor) -> Tensor:
+        """NT -> PGT."""
+        return values_NT.view(len(self.prompts), self.group_size, -1)
+
+
+@dataclass(frozen=True)
+class Update:
+    """How a rollout is learned from."""
+
+    settings: AlgorithmConfig
+    precision: Precision
+    num_updates: int
+    rate: float
+    """Learning rate."""
+    max_grad_norm: float | None
+
+
+class Losses(NamedTuple):
+    """The loss of an update and its parts, scalars; total = policy + kl + entropy."""
+
+    total: Tensor
+    policy: Tensor
+    kl: Tensor
+    entropy: Tensor
+    """The penalty of equations 13 and 14; 0 where the recipe has none."""
+    clip_fraction: Tensor
+    mean_kl: Tensor
+    """k3 estimate per token, without beta and weight."""
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a step did, for metrics and logs; without gradient."""
+
+    measured: Measured
+    """Under the policy before the first update."""
+    credits: tuple[Credit, ...]
+    """Of each micro-batch."""
+    losses: Losses
+    """Of the last update, over all micro-batches."""
+    grad_norm: float
+
+
+def micro_batches(
+    rollout: Rollout, groups_per_microbatch: int | None, device: torch.device
+) -> Iterator[MicroBatch]:
+    """A rollout in pieces of at most `groups_per_microbatch` groups (None: one piece)."""
+    num_groups, size = len(rollout.prompts), rollout.group_size
+    for first in range(0, num_groups, groups_per_microbatch or num_groups):
+        last = min(num_groups, first + (groups_per_microbatch or num_groups))
+        tokens = rollout.tokens_NT[first * size : last * size].to(device)
+        yield MicroBatch(slice(first, last), rollout.prompts[first:last], size, tokens)
+
+
+def measure(
+    policy: Policy, batch: MicroBatch, precision: Precision, *, entropy_grad: bool = False
+) -> Measured:
+    """Teacher-forced log-probability and entropy of every token, NT; keeps a graph where grad is on."""
+    hidden_NTD = trunk_states(policy, batch, precision)
+    logprobs_N, entropy_N = head_logprobs(
+        policy.head,
+        hidden_NTD.flatten(0, 1),
+        batch.tokens_NT.flatten(),
+        chunk_rows=precision.logprob_rows,
+        entropy_grad=entropy_grad,
+    )
+    if precision.round_to_bf16:
+        logprobs_N, entropy_N = _as_bf16(logprobs_N), _as_bf16(entropy_N)
+    shape = batch.tokens_NT.shape
+    return Measured(logprobs_N.view(shape), entropy_N.view(shape))
+
+
+def trunk_states(policy: Policy, batch: MicroBatch, precision: Precision) -> Tensor:
+    """The states that the image head reads, hidden_NTD; fp32 where the trunk computes in a mix."""
+    prefix = policy.encode(batch.prompts).repeat(batch.group_size)
+    with torch.autocast(policy.device.type, torch.bfloat16, enabled=precision.mixed):
+        hidden_NTD = policy.hidden(prefix, batch.tokens_NT)
+    return hidden_NTD.float() if precision.mixed else hidden_NTD
+
+
+def measure_all(
+    policy: Policy, batches: Sequence[MicroBatch], precision: Precision
+) -> list[Measured]:
+    """`measure` without gradient, for the reference."""
+    with torch.no_grad():
+        return [measure(policy, batch, precision) for batch in batches]
+
+
+def learn(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[MicroBatch],
+    *,
+    judged: Judged,
+    reference: Sequence[Measured],
+    update: Update,
+) -> Learned:
+    """One or more updates on a rollout. The old policy is the one of the first pass."""
+    num_kept = int(judged.kept_P.sum())
+    assert num_kept > 0, "a step without a judged group has nothing to learn from"
+    old: list[Measured] = []
+    credits: list[Credit] = []
+    for number in range(update.num_updates):
+        parts: list[Losses] = []
+        for batch, ref in zip(batches, reference, strict=True):
+            penalized = update.settings.entropy.mode == "loss"
+            now = measure(policy, batch, update.precision, entropy_grad=penalized)
+            if number == 0:
+                old.append(Measured(now.logprobs_NT.detach(), now.entropy_NT.detach()))
+                credits.append(_credit(policy, batch, old[-1], ref, judged, update.settings))
+            index = len(parts)
+            losses = _losses(batch, now, old[index], ref, credits[index], update.settings)
+            # A group that left the step counts in the batch's mean, as 0, but not in num_kept.
+            share = len(batch.prompts) / num_kept
+            _check_finite(losses, batch)
+            (losses.total * share).backward()
+            parts.append(Losses(*(value.detach() * share for value in losses)))
+        norm = apply_gradient(optimizer, rate=update.rate, max_grad_norm=update.max_grad_norm)
+    return Learned(
+        measured=Measured(
+            torch.cat([measured.logprobs_NT for measured in old]),
+            torch.cat([measured.entropy_NT for measured in old]),
+        ),
+        credits=tuple(credits),
+        losses=Losses(*(torch.stack(values).sum() for values in zip(*parts, strict=True))),
+        grad_norm=norm.item(),
+    )
+
+
+def _credit(
+    policy: Policy,
+    batch: MicroBatch,
+    old: Measured,
+    ref: Measured,
+    judged: Judged,
+    settings: AlgorithmConfig,
+) -> Credit:
+    device = old.logprobs_NT.device
+    codes_NTC = policy.codebook.vectors(batch.tokens_NT)
+    return credit(
+        judged.rewards_PG[batch.groups].to(device),
+        kept_P=judged.kept_P[batch.groups].to(device),
+        entropy_PG=algorithm.completion_entropy(batch.by_group(old.entropy_NT)),
+        ref_entropy_PG=algorithm.completion_entropy(batch.by_group(ref.entropy_NT)),
+        codes_PGTC=codes_NTC.view(len(batch.prompts), batch.group_size, *codes_NTC.shape[1:]),
+        settings=settings,
+    )
+
+
+def _losses(
+    batch: MicroBatch,
+    now: Measured,
+    old: Measured,
+    ref: Measured,
+    weights: Credit,
+    settings: AlgorithmConfig,
+) -> Losses:
+    logprobs_PGT = batch.by_group(now.logprobs_NT)
+    # With clip an infinity, equation 3 is the released code's exp(logp - logp.detach()) x A.
+    clip = settings.clip if settings.ratio == "clipped" else math.inf
+    kl_PGT = algorithm.token_kl(logprobs_PGT, batch.by_group(ref.logprobs_NT))
+    grpo = algorithm.grpo_loss(
+        algorithm.importance_ratio(logprobs_PGT, batch.by_group(old.logprobs_NT)),
+        weights.advantages_PGT,
+        kl_PGT,
+        clip=clip,
+        clip_high=settings.clip_high if settings.ratio == "clipped" else None,
+        beta=settings.beta * weights.kl_weight_PGT,
+    )
+    penalty = logprobs_PGT.new_zeros(())
+    if settings.entropy.mode == "loss":
+        kept_P1 = weights.kept_P[:, None]
+        entropy_PG, ref_entropy_PG = (
+            algorithm.completion_entropy(batch.by_group(measured.entropy_NT)) * kept_P1
+            for measured in (now, ref)
+        )
+        penalty = algorithm.entropy_penalty(entropy_PG, ref_entropy_PG, settings.entropy.scale)
+    return Losses(
+        total=grpo.total + penalty,
+        policy=grpo.policy,
+        kl=grpo.kl,
+        entropy=penalty,
+        clip_fraction=grpo.clip_fraction,
+        mean_kl=(kl_PGT * weights.kept_P[:, None, None]).mean(),
+    )
+
+
+def _check_finite(losses: Losses, batch: MicroBatch) -> None:
+    for name in ("policy", "kl", "entropy"):
+        value = getattr(losses, name)
+        if not value.isfinite():
+            texts = ", ".join(f"'{prompt.text}'" for prompt in batch.prompts[:2])
+            raise DivergedError(
+                f"the {name} loss is {value.item()} (prompts {texts}); the parameters were left as "
+                "they were; lower optimizer.lr, or raise algorithm.beta"
+            )
+
+
+def _as_bf16(values: Tensor) -> Tensor:
+    """Rounded to what bf16 holds; the gradient passes."""
+    return values + (values.detach().bfloat16().to(values.dtype) - values.detach())

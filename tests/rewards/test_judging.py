@@ -1,0 +1,107 @@
+"""Weighted sums, rewards that do not apply, and rewards that fail."""
+
+import math
+
+import pytest
+import torch
+
+from stage_rl.errors import InputError, RewardError
+from stage_rl.rewards.base import Score
+from stage_rl.rewards.judging import Judge, WeightedReward, check_fields
+from stage_rl.schema import RewardConfig
+from stage_rl.types import Prompt, Rollout
+
+
+def a_rollout(num_prompts=2, group_size=2):
+    """Images whose first pixel is their number."""
+    num = num_prompts * group_size
+    images = torch.arange(num, dtype=torch.uint8).view(num, 1, 1, 1).expand(num, 4, 4, 3)
+    prompts = tuple(Prompt(f"prompt {i}", i) for i in range(num_prompts))
+    return Rollout(prompts, group_size, torch.zeros(num, 3, dtype=torch.long), images)
+
+
+def number(images, prompts):
+    return [Score(float(image[0, 0, 0]), f"number {image[0, 0, 0]}") for image in images]
+
+
+def judge(*rewards):
+    return Judge([WeightedReward(*reward) for reward in rewards]).judge(a_rollout())
+
+
+def test_the_reward_is_the_weighted_sum_and_columns_stay_raw():
+    constant = [Score(1.0, "always", {"strict": 0.5})]
+    judged = judge(("a", 0.5, number), ("b", 2.0, lambda images, prompts: constant * len(images)))
+    # 0.5 x number + 2 x 1
+    assert judged.rewards_PG.tolist() == [[2.0, 2.5], [3.0, 3.5]]
+    assert judged.columns["a"].tolist() == [[0, 1], [2, 3]]
+    assert judged.columns["b_strict"].tolist() == [[0.5, 0.5], [0.5, 0.5]]
+    assert judged.kept_P.tolist() == [True, True]
+    assert judged.reasons[3] == "a 3.00: number 3; b 1.00: always"
+
+
+def test_a_reward_that_skips_one_image_drops_out_for_its_whole_group():
+    def skips_image_1(images, prompts):
+        return [Score(None if s.value == 1 else s.value, s.why) for s in number(images, prompts)]
+
+    judged = judge(("a", 1.0, skips_image_1), ("b", 10.0, number))
+    # group 0: only b; group 1: a + 10 b
+    assert judged.rewards_PG.tolist() == [[0, 10], [22, 33]]
+    assert math.isnan(judged.columns["a"][0, 1])
+    assert judged.kept_P.all()
+
+
+def test_a_failing_image_takes_only_its_group_out_of_the_step():
+    calls = []
+
+    def fails_on_image_2(images, prompts):
+        calls.append(len(images))
+        if any(image[0, 0, 0] == 2 for image in images):
+            raise OSError("no such device")
+        return number(images, prompts)
+
+    judged = judge(("a", 1.0, fails_on_image_2))
+    assert judged.kept_P.tolist() == [True, False]
+    assert judged.rewards_PG.tolist() == [[0, 1], [0, 0]]
+    assert judged.columns["a"][1].isnan().all()
+    assert "a failed" in judged.reasons[2]
+    # once for all images, then once for each group
+    assert calls == [4, 2, 2]
+
+
+def test_a_reward_that_fails_once_is_asked_again():
+    calls = []
+
+    def fails_first(images, prompts):
+        calls.append(len(images))
+        if len(calls) == 1:
+            raise TimeoutError("slow")
+        return number(images, prompts)
+
+    assert judge(("a", 1.0, fails_first)).rewards_PG.tolist() == [[0, 1], [2, 3]]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_score_that_is_no_number_is_a_failure_and_not_a_zero(value):
+    def broken(images, prompts):
+        return [Score(value if s.value == 3 else s.value, s.why) for s in number(images, prompts)]
+
+    judged = judge(("a", 1.0, broken))
+    assert judged.kept_P.tolist() == [True, False]
+
+
+def test_too_few_scores_are_an_error():
+    with pytest.raises(RewardError, match="1 scores for 4 images"):
+        judge(("a", 1.0, lambda images, prompts: [Score(1.0, "")]))
+
+
+def test_a_missing_field_names_reward_and_field():
+    class NeedsTag(RewardConfig):
+        required_fields = ("tag",)
+
+        def build(self, device):
+            raise AssertionError
+
+    reward = NeedsTag(name="needs_tag")
+    check_fields([reward], [Prompt("a", 0, {"tag": "colors"})])
+    with pytest.raises(InputError, match="'needs_tag' needs 'tag', which prompt 7"):
+        check_fields([reward], [Prompt("a", 7)])

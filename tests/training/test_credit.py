@@ -1,0 +1,79 @@
+"""Credits by the recipe's settings, with hand-worked numbers."""
+
+import pytest
+import torch
+
+from stage_rl.objective import AlgorithmConfig
+from stage_rl.training.credit import credit
+
+# One group of two with rewards 1 and 0, two tokens: equal codes at the first, opposite at the second.
+CODES = torch.tensor([[[[1.0, 0.0], [1.0, 0.0]], [[1.0, 0.0], [-1.0, 0.0]]]])
+# std of (1, 0), unbiased: sqrt(1/2); advantages +-0.5 / sqrt(0.5)
+ADVANTAGE = 0.5 / 0.5**0.5
+
+
+def credits(rewards=((1.0, 0.0),), *, kept=(1.0,), entropies=((2.0, 2.0),), **settings):
+    return credit(
+        torch.tensor(rewards),
+        kept_P=torch.tensor(kept),
+        entropy_PG=torch.tensor(entropies),
+        ref_entropy_PG=torch.tensor([[2.0, 2.0]]),
+        codes_PGTC=CODES,
+        settings=AlgorithmConfig.model_validate({"advantage_eps": 1e-12, **settings}),
+    )
+
+
+NO_ENTROPY = {"entropy": {"mode": "none"}}
+
+
+def test_similar_tokens_get_no_advantage_and_full_kl_weight():
+    result = credits(**NO_ENTROPY)
+    assert result.similarity_PGT[0].tolist() == [[1, -1], [1, -1]]
+    # mask (1 - sim) / 2 = (0, 1), mean 1/2: normalised (0, 2)
+    assert result.mask_PGT[0].tolist() == [pytest.approx([0, 2], abs=1e-5)] * 2
+    expected = [[0, 2 * ADVANTAGE], [0, -2 * ADVANTAGE]]
+    assert torch.allclose(result.advantages_PGT[0], torch.tensor(expected), atol=1e-5)
+    # 0.5 + 0.5 x clip(sim + 1, 0, 1)
+    assert result.kl_weight_PGT[0].tolist() == [[1, 0.5], [1, 0.5]]
+
+
+def test_the_paper_preset_leaves_the_mask_as_it_is():
+    assert credits(preset="paper", **NO_ENTROPY).mask_PGT[0].tolist() == [[0, 1], [0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("reweight", "masked", "weighted"),
+    [("none", False, False), ("kl", False, True), ("advantages", True, False)],
+)
+def test_each_half_of_the_reweighting_can_be_left_out(reweight, masked, weighted):
+    result = credits(reweight=reweight, **NO_ENTROPY)
+    assert (result.mask_PGT != 1).any() == masked
+    assert (result.kl_weight_PGT != 1).any() == weighted
+
+
+def test_the_entropy_bonus_goes_to_the_best_of_the_group():
+    result = credits(entropies=((3.0, 3.0),))
+    # 1 / (1 + 1) x 0.4 on the sample with reward 1 alone
+    assert result.rewards_PG.tolist() == [pytest.approx([1.2, 0.0])]
+
+
+def test_a_group_with_equal_rewards_learns_from_entropy_alone_by_default():
+    entropies = ((2.0, 5.0),)
+    result = credits(rewards=((1.0, 1.0),), entropies=entropies)
+    assert result.equal_P.tolist() == [True]
+    assert (result.advantages_PGT != 0).any()
+    dropped = credits(rewards=((1.0, 1.0),), entropies=entropies, equal_reward_groups="drop_policy")
+    assert (dropped.advantages_PGT == 0).all() and (dropped.kl_weight_PGT != 0).all()
+    without_kl = credits(rewards=((1.0, 1.0),), entropies=entropies, equal_reward_groups="drop_kl")
+    assert (without_kl.kl_weight_PGT == 0).all() and (without_kl.advantages_PGT != 0).any()
+
+
+def test_the_released_code_calls_undecided_groups_wholly_similar():
+    result = credits(rewards=((1.0, 1.0),), preset="release", entropy={"mode": "none"})
+    assert (result.similarity_PGT == 1).all()
+    assert (result.mask_PGT == 0).all() and (result.kl_weight_PGT == 1).all()
+
+
+def test_a_group_that_left_the_step_moves_nothing():
+    result = credits(kept=(0.0,))
+    assert (result.advantages_PGT == 0).all() and (result.kl_weight_PGT == 0).all()
