@@ -16,7 +16,7 @@ from stage_rl import cli
 from stage_rl.cli.options import call
 from stage_rl.cli.sample import grid
 from stage_rl.config import load_recipe, resolved_json, run_folder
-from stage_rl.errors import DivergedError, InputError
+from stage_rl.errors import DivergedError, InputError, Stopped
 
 RUN = """
 import sys
@@ -143,6 +143,17 @@ def test_errors_become_one_line_and_an_exit_code(
     assert capsys.readouterr().err == f"error: {printed}\n"
 
 
+def test_a_stopped_run_says_how_to_go_on_and_exits_by_its_signal(
+    tiny_recipe, stand_in, monkeypatch, capsys
+):
+    def stop(recipe):
+        raise Stopped("stopped after step 3; run the same command again", signal_number=15)
+
+    stand_in("stage_rl.training.loop", "train", stop)
+    assert run_main(monkeypatch, "train", tiny_recipe) == 143
+    assert capsys.readouterr().err == "stopped after step 3; run the same command again\n"
+
+
 def test_an_interrupt_exits_with_130_and_no_traceback(tiny_recipe, stand_in, monkeypatch, capsys):
     def interrupt(recipe):
         raise KeyboardInterrupt
@@ -201,32 +212,65 @@ def test_a_grid_needs_a_png_in_a_folder_that_is(tmp_path, monkeypatch, capsys):
         assert capsys.readouterr().err.startswith(f"error: --out {out}: ")
 
 
+def test_a_grid_that_cannot_be_written_is_one_line(tmp_path, stand_in, monkeypatch, capsys):
+    blank = Images(np.zeros((1, 48, 48, 3), np.uint8).view(Array))
+    stand_in("stage_rl.rollout.sample", "sample", lambda *_, **__: blank)
+    out = tmp_path / "taken.png"
+    out.mkdir()
+    assert run_main(monkeypatch, "sample", "shapes", "a", "--images", 1, "--out", out) == 1
+    assert capsys.readouterr().err == f"error: --out {out}: Is a directory; name another file\n"
+
+
 def test_an_option_that_is_not_a_number_or_not_finite_is_refused():
     for value in ("nan", "inf", "much", "-1"):
         assert stage("sample", "shapes", "a", "--guidance-scale", value).exit_code == 2
 
 
-class Table:
+@dataclass
+class Scores:
+    """Stands in for a benchmark's results."""
+
+    model: str
+
     def table(self):
-        return "task  score"
+        return f"table of {self.model}"
 
     def to_json(self):
-        return {"overall": 0.5}
+        return {"model": self.model}
 
 
 def test_eval_prints_the_table_and_writes_the_figures(tmp_path, stand_in):
     seen = {}
-    stand_in(
-        "stage_rl.evaluation.runner",
-        "evaluate",
-        lambda model, benchmark, **options: seen.update(options) or Table(),
-    )
+
+    def score(model, **options):
+        seen.update(options)
+        return Scores(model)
+
+    stand_in("stage_rl.evaluation.runner", "evaluate", score)
     file = tmp_path / "out.json"
-    done = stage("eval", "shapes", "--images-per-task", 4, "--against", "other", "--json", file)
+    done = stage("eval", "shapes", "--images-per-task", 4, "--json", file)
     assert done.exit_code == 0, done.output
-    assert done.stdout == "task  score\n"
-    assert json.loads(file.read_text()) == {"overall": 0.5}
-    assert seen == {"images_per_task": 4, "guidance_scale": None, "seed": 0, "against": "other"}
+    assert done.stdout == "table of shapes\n"
+    assert json.loads(file.read_text()) == {"model": "shapes"}
+    assert seen == {
+        "benchmark": "shapes-geneval",
+        "images_per_task": 4,
+        "guidance_scale": None,
+        "seed": 0,
+        "dtype": "mixed",
+    }
+
+
+def test_eval_against_a_base_prints_the_comparison(stand_in):
+    stand_in("stage_rl.evaluation.runner", "evaluate", lambda model, **options: Scores(model))
+    stand_in(
+        "stage_rl.evaluation.benchmark",
+        "compare",
+        lambda base, trained: Scores(f"{trained.model} against {base.model}"),
+    )
+    done = stage("eval", "runs/mine", "--against", "shapes")
+    assert done.exit_code == 0, done.output
+    assert done.stdout == "table of runs/mine against shapes\n"
 
 
 class Result:

@@ -12,7 +12,7 @@ import sys
 import typer
 
 from stage_rl.cli import bench, evaluate, recipes, sample, shapes, train
-from stage_rl.errors import StageError
+from stage_rl.errors import StageError, Stopped
 
 app = typer.Typer(
     name="stage",
@@ -31,11 +31,14 @@ app.add_typer(shapes.app, name="shapes")
 
 
 def main() -> None:
-    """Runs the command line; exit codes: 0 done, 1 failed, 2 wrong input, 130 stopped."""
+    """Runs the command line; exit codes: 0 done, 1 failed, 2 wrong input, 130 / 143 stopped."""
     # A recipe may name a module:Class that lies in the working directory.
     sys.path.append(os.getcwd())
     try:
         app()
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(stopped.exit_code)
     except StageError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Annotated
 
@@ -24,20 +25,25 @@ def evaluate(
         Path | None, typer.Option("--json", help="Write all figures to this file.")
     ] = None,
     against: Annotated[
-        str | None, typer.Option(help="A second model: paired differences on the same streams.")
+        str | None, typer.Option(help="A base to compare with, on the same random streams.")
     ] = None,
+    dtype: Annotated[str, typer.Option(help="Precision: mixed or float32.")] = "mixed",
 ) -> None:
     """Score a model on a benchmark."""
+    from stage_rl.evaluation.benchmark import compare
     from stage_rl.evaluation.runner import evaluate as run
 
     check_writable(json_file)
-    results = run(
-        model,
-        benchmark,
+    from stage_rl.evaluation import runner
+
+    models = [model] if against is None else [model, against]
+    run = runner.evaluate if against is None else runner.evaluate_against
+    outcome = run(
+        *models,
+        benchmark=benchmark,
         images_per_task=images_per_task,
         guidance_scale=guidance_scale,
         seed=seed,
-        against=against,
     )
-    typer.echo(results.table())
-    write_json(json_file, results.to_json())
+    typer.echo(outcome.table())
+    write_json(json_file, outcome.to_json())

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from stage_rl.cli.options import finite
-from stage_rl.errors import InputError
+from stage_rl.errors import InputError, StageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,7 +45,11 @@ def sample(
         temperature=temperature,
         seed=seed,
     )
-    grid(rollout.images_NHWC.numpy(), columns=images).save(out)
+    picture = grid(rollout.images_NHWC.numpy(), columns=images)
+    try:
+        picture.save(out)
+    except OSError as error:
+        raise StageError(f"--out {out}: {error.strerror}; name another file") from error
     typer.echo(str(out))
 
 
