@@ -1,0 +1,189 @@
+"""What every benchmark shares: its result, fair timing and honest peak memory.
+
+A benchmark is a module with `BAR`, the bar in words, and `run(**options) -> BenchResult`, whose
+keyword arguments are its command-line options.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+Setting = int | float | str | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """What one benchmark measured."""
+
+    name: str
+    headline: str
+    """The ratio and what it compares, in words."""
+    bar: str
+    reached: bool | None
+    """Whether the bar is reached; None where it is not set for these sizes."""
+    settings: Mapping[str, Setting]
+    measures: Mapping[str, float]
+    """Figures by name; durations and sizes carry their unit in it."""
+
+    def line(self) -> str:
+        """The result as one line."""
+        verdict = {True: "reached", False: "MISSED", None: "not set for these sizes"}[self.reached]
+        return f"{self.name}: {self.headline}; bar {self.bar}: {verdict}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result and the machine, ready for JSON."""
+        return {
+            "name": self.name,
+            "headline": self.headline,
+            "bar": self.bar,
+            "reached": self.reached,
+            "settings": dict(self.settings),
+            "measures": dict(self.measures),
+            "machine": machine(),
+        }
+
+
+def machine() -> dict[str, Any]:
+    """The processor, accelerator and versions that figures belong to.
+
+    A load average above the number of cores says that others ran beside the benchmark.
+    """
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def interleaved(
+    functions: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    *,
+    calls: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
+    """Median seconds per call of each function over `rounds`, after one call each to warm up.
+
+    Each round times every function once, so a change of load falls on all of them; a function far
+    below a millisecond is timed over several `calls`. For work on one CPU thread
+    `clock=time.thread_time` counts what the thread ran, not what it waited for others: wall time on
+    a busy machine stretches the longer function more and so flatters the shorter.
+    """
+    assert rounds > 0, rounds
+    for function in functions.values():
+        function()
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            times[name].append(_seconds(function, calls, clock) / calls)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _seconds(function: Callable[[], Any], calls: int, clock: Callable[[], float]) -> float:
+    _synchronize()
+    start = clock()
+    for _ in range(calls):
+        function()
+    _synchronize()
+    return clock() - start
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch on one thread inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def peak_bytes(function: Callable[[], Any], device: str | torch.device = "cpu") -> int:
+    """The most bytes of tensors alive at one time during a call, beyond those alive before it.
+
+    On a GPU the allocator's own figure; on a CPU the storages that operations return, forward and
+    backward, without what an operation holds inside itself.
+    """
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with _StorageWatch() as watch:
+        function()
+    return watch.peak
+
+
+class _StorageWatch(TorchDispatchMode):
+    """Adds up the storages that appear inside the block, each until it is freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._live: dict[int, int] = {}
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        # What an operation is given existed before: a view or in-place result of it is not new.
+        for storage in _storages((args, kwargs)):
+            self._remember(storage)
+        result = func(*args, **kwargs)
+        for storage in _storages(result):
+            if self._remember(storage):
+                self._live[storage._cdata] = storage.nbytes()
+        self.peak = max(self.peak, sum(self._live.values()))
+        return result
+
+    def _remember(self, storage: torch.UntypedStorage) -> bool:
+        """Whether the storage is new to the watch."""
+        key = storage._cdata
+        if key in self._known:
+            return False
+        self._known.add(key)
+        weakref.finalize(storage, self._forget, key)
+        return True
+
+    def _forget(self, key: int) -> None:
+        self._known.discard(key)
+        self._live.pop(key, None)
+
+
+def _storages(values: Any) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]

@@ -1,0 +1,138 @@
+"""`stage bench logprobs`: the chunked image head against log-softmax over all logits at once.
+
+Shape suffixes: N rows (completions x tokens), D model width, V codebook size.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from stage_rl.bench.base import BenchResult, interleaved, one_thread, peak_bytes
+from stage_rl.training.logprobs import head_logprobs
+
+BAR = "memory <= 0.40x, time <= 1.1x, fp64 difference <= 1e-12"
+
+MOST_MEMORY = 0.40
+MOST_TIME = 1.1
+LARGEST_DIFFERENCE = 1e-12
+
+Form = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def naive_logprobs(
+    head: nn.Module, hidden_ND: Tensor, tokens_N: Tensor, *, entropy_grad: bool = True
+) -> tuple[Tensor, Tensor]:
+    """(logprobs_N, entropy_N) through the log-softmax of all logits, by plain autograd."""
+    logprobs_NV = head(hidden_ND).log_softmax(dim=-1)
+    entropy_from_NV = logprobs_NV if entropy_grad else logprobs_NV.detach()
+    entropy_N = -(entropy_from_NV.exp() * entropy_from_NV).sum(dim=-1)
+    return logprobs_NV.gather(-1, tokens_N[:, None]).squeeze(-1), entropy_N
+
+
+def image_head(width: int, codebook_size: int) -> nn.Sequential:
+    """A frozen head of Janus's shape: linear, exact GELU, linear."""
+    head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, codebook_size))
+    return head.requires_grad_(False)
+
+
+def run(
+    *,
+    rows: int = 576,
+    width: int = 512,
+    codebook_size: int = 16384,
+    chunk_rows: int = 128,
+    rounds: int = 5,
+    device: str = "cpu",
+) -> BenchResult:
+    """Forward and backward of both forms in fp32, and their difference in fp64.
+
+    The bar holds for the training step's own case, in which the entropy is a constant; the figures
+    with the gradient of both outputs (`_both`) stand beside it. The sizes are one image and the
+    codebook of Janus, with a narrower head. On a CPU: one thread, in processor time. There the
+    chunks save time as long as the logits are too large for the memory allocator to keep; at 1,024
+    codes they need not.
+    """
+    torch.manual_seed(0)
+    head = image_head(width, codebook_size).to(device)
+    hidden_ND = torch.randn(rows, width, device=device)
+    tokens_N = torch.randint(codebook_size, (rows,), device=device)
+    measures = {
+        **_costs(head, hidden_ND, tokens_N, chunk_rows=chunk_rows, rounds=rounds),
+        "fp64_difference": fp64_difference(head, hidden_ND, tokens_N, chunk_rows=chunk_rows),
+    }
+    return BenchResult(
+        name="logprobs",
+        headline=f"{measures['memory_ratio']:.2f}x the memory and {measures['time_ratio']:.2f}x "
+        f"the time of the naive form, fp64 difference {measures['fp64_difference']:.0e}",
+        bar=BAR,
+        reached=measures["memory_ratio"] <= MOST_MEMORY
+        and measures["time_ratio"] <= MOST_TIME
+        and measures["fp64_difference"] <= LARGEST_DIFFERENCE,
+        settings={
+            "rows": rows,
+            "width": width,
+            "codebook_size": codebook_size,
+            "chunk_rows": chunk_rows,
+            "rounds": rounds,
+            "device": device,
+        },
+        measures=measures,
+    )
+
+
+def _costs(
+    head: nn.Module, hidden_ND: Tensor, tokens_N: Tensor, *, chunk_rows: int, rounds: int
+) -> dict[str, float]:
+    """Times, peak memories and their ratios, without and with the gradient of the entropy."""
+    passes = {}
+    for suffix, entropy_grad in (("", False), ("_both", True)):
+        naive = partial(naive_logprobs, entropy_grad=entropy_grad)
+        chunked = partial(head_logprobs, chunk_rows=chunk_rows, entropy_grad=entropy_grad)
+        passes["naive" + suffix] = partial(_pass, naive, head, hidden_ND, tokens_N)
+        passes["chunked" + suffix] = partial(_pass, chunked, head, hidden_ND, tokens_N)
+    if hidden_ND.is_cuda:
+        seconds = interleaved(passes, rounds)
+    else:
+        with one_thread():
+            seconds = interleaved(passes, rounds, clock=time.thread_time)
+    peaks = {name: peak_bytes(function, hidden_ND.device) for name, function in passes.items()}
+    figures = {f"{name}_ms": value * 1e3 for name, value in seconds.items()}
+    figures |= {f"{name}_mib": value / 2**20 for name, value in peaks.items()}
+    for suffix in ("", "_both"):
+        figures["time_ratio" + suffix] = seconds["chunked" + suffix] / seconds["naive" + suffix]
+        figures["memory_ratio" + suffix] = peaks["chunked" + suffix] / peaks["naive" + suffix]
+    return figures
+
+
+def _pass(
+    form: Form, head: nn.Module, hidden_ND: Tensor, tokens_N: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Forward and backward, (logprobs_N, entropy_N, grad_ND) for a weighted sum of the outputs that
+    carry a gradient.
+    """
+    leaf_ND = hidden_ND.detach().requires_grad_()
+    logprobs_N, entropy_N = form(head, leaf_ND, tokens_N)
+    weight_N = torch.linspace(-1, 1, len(tokens_N), dtype=leaf_ND.dtype, device=leaf_ND.device)
+    loss = (weight_N * logprobs_N).sum()
+    if entropy_N.requires_grad:
+        loss = loss + (weight_N.flip(0) * entropy_N).sum()
+    (grad_ND,) = torch.autograd.grad(loss, leaf_ND)
+    return logprobs_N.detach(), entropy_N.detach(), grad_ND
+
+
+def fp64_difference(
+    head: nn.Module, hidden_ND: Tensor, tokens_N: Tensor, *, chunk_rows: int
+) -> float:
+    """Largest difference from the naive form in fp64, of values and gradients."""
+    exact_head = copy.deepcopy(head).double()
+    chunked = partial(head_logprobs, chunk_rows=chunk_rows)
+    results = [
+        _pass(form, exact_head, hidden_ND.double(), tokens_N) for form in (naive_logprobs, chunked)
+    ]
+    return max((a - b).abs().max().item() for a, b in zip(*results, strict=True))
