@@ -262,11 +262,10 @@ def test_eval_prints_the_table_and_writes_the_figures(tmp_path, stand_in):
 
 
 def test_eval_against_a_base_prints_the_comparison(stand_in):
-    stand_in("stage_rl.evaluation.runner", "evaluate", lambda model, **options: Scores(model))
     stand_in(
-        "stage_rl.evaluation.benchmark",
-        "compare",
-        lambda base, trained: Scores(f"{trained.model} against {base.model}"),
+        "stage_rl.evaluation.runner",
+        "evaluate_against",
+        lambda model, base, **options: Scores(f"{model} against {base}"),
     )
     done = stage("eval", "runs/mine", "--against", "shapes")
     assert done.exit_code == 0, done.output

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Annotated
 
@@ -30,20 +29,19 @@ def evaluate(
     dtype: Annotated[str, typer.Option(help="Precision: mixed or float32.")] = "mixed",
 ) -> None:
     """Score a model on a benchmark."""
-    from stage_rl.evaluation.benchmark import compare
-    from stage_rl.evaluation.runner import evaluate as run
-
     check_writable(json_file)
-    from stage_rl.evaluation import runner
-
     models = [model] if against is None else [model, against]
-    run = runner.evaluate if against is None else runner.evaluate_against
+    if against is None:
+        from stage_rl.evaluation.runner import evaluate as run
+    else:
+        from stage_rl.evaluation.runner import evaluate_against as run
     outcome = run(
         *models,
         benchmark=benchmark,
         images_per_task=images_per_task,
         guidance_scale=guidance_scale,
         seed=seed,
+        dtype=dtype,
     )
     typer.echo(outcome.table())
     write_json(json_file, outcome.to_json())

@@ -1,0 +1,169 @@
+"""What a benchmark says of one model, and of two on the same prompts and random streams."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from stage_rl.evaluation.results import (
+    Estimate,
+    ImageScore,
+    TaskScores,
+    paired_difference,
+    render_table,
+    task_scores,
+)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How the images of a benchmark are made; equal setups give equal random streams."""
+
+    benchmark: str
+    images_per_task: int
+    guidance_scale: float
+    seed: int
+    dtype: str
+    """Precision of the sampler: float32 or mixed."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.benchmark}, {self.images_per_task} images per task, "
+            f"guidance {self.guidance_scale:g}, seed {self.seed}, {self.dtype}"
+        )
+
+
+@dataclass(frozen=True)
+class Results:
+    """Every score of one model, image by image, under the name of its measure."""
+
+    model: str
+    setup: Setup
+    scores: Mapping[str, tuple[ImageScore, ...]]
+    by_task: tuple[str, ...]
+    """The measures whose table is printed task by task; of the others only the overall mean is."""
+
+    def summary(self, measure: str) -> TaskScores:
+        """The scores of a measure by task and overall."""
+        return task_scores(self.scores[measure])
+
+    def table(self) -> str:
+        """All measures as text, mean +- standard error."""
+        tasks = render_table({name: self.summary(name) for name in self.by_task})
+        others = [name for name in self.scores if name not in self.by_task]
+        rows = [[name, _cell(self.summary(name).overall)] for name in others]
+        return "\n".join([f"{self.model}: {self.setup}", "", tasks, "", *_aligned(rows)])
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values: summaries, and every score as [prompt, image, value] by task."""
+        return {
+            "model": self.model,
+            **asdict(self.setup),
+            "summary": {name: self.summary(name).to_json() for name in self.scores},
+            "scores": {name: _by_task(rows) for name, rows in self.scores.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A trained model beside its base, judged on the same prompts and random streams."""
+
+    base: Results
+    trained: Results
+
+    def difference(self, measure: str) -> TaskScores | None:
+        """Trained minus base, paired; None where no prompt has the measure for both.
+
+        A prompt can lack one: without any object there is no diversity of objects.
+        """
+        before, after = (
+            {(one.task, one.prompt, one.image): one for one in results.scores[measure]}
+            for results in (self.base, self.trained)
+        )
+        shared = [key for key in after if key in before]
+        if not shared:
+            return None
+        return task_scores(
+            paired_difference([after[key] for key in shared], [before[key] for key in shared])
+        )
+
+    def table(self) -> str:
+        """Base, trained, and their difference with its paired 95 % interval, as text."""
+        head = ["base", "trained", "difference", "95 % interval"]
+        lines: list[list[str]] = []
+        for name in self.base.by_task:
+            lines += [[name, *head], *self._rows(name, by_task=True), []]
+        others = [name for name in self.trained.scores if name not in self.base.by_task]
+        lines += [["overall", *head]]
+        lines += [row for name in others for row in self._rows(name, by_task=False)]
+        names = f"base {self.base.model}, trained {self.trained.model}"
+        return "\n".join([f"{self.base.setup}: {names}", "", *_aligned(lines)])
+
+    def to_json(self) -> dict[str, Any]:
+        """Both results, and the paired differences of every measure they share."""
+        differences = {name: self.difference(name) for name in self._measures}
+        return {
+            "base": self.base.to_json(),
+            "trained": self.trained.to_json(),
+            "difference": {
+                name: scores.to_json() for name, scores in differences.items() if scores is not None
+            },
+        }
+
+    @property
+    def _measures(self) -> list[str]:
+        return [name for name in self.trained.scores if name in self.base.scores]
+
+    def _rows(self, measure: str, *, by_task: bool) -> list[list[str]]:
+        change = self.difference(measure) if measure in self._measures else None
+        if change is None:
+            return []
+        before, after = self.base.summary(measure), self.trained.summary(measure)
+        rows = [(measure if not by_task else "overall", before.overall, after.overall)]
+        differences = [change.overall]
+        if by_task:
+            rows[:0] = [(task, before.tasks[task], after.tasks[task]) for task in change.tasks]
+            differences[:0] = change.tasks.values()
+        return [
+            [name, f"{old.mean:.3f}", f"{new.mean:.3f}", f"{moved.mean:+.3f}", _interval(moved)]
+            for (name, old, new), moved in zip(rows, differences, strict=True)
+        ]
+
+
+def compare(base: Results, trained: Results) -> Comparison:
+    """Pairs two results; their setups must be equal, or the streams are not the same."""
+    assert base.setup == trained.setup, "results of different setups cannot be paired"
+    return Comparison(base, trained)
+
+
+def _cell(row: Estimate) -> str:
+    error = "" if row.standard_error is None else f" +- {row.standard_error:.3f}"
+    return f"{row.mean:.3f}{error}"
+
+
+def _interval(row: Estimate) -> str:
+    if row.interval is None:
+        return "not known"
+    return "[{:+.3f}, {:+.3f}]".format(*row.interval)
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    """Rows of cells as lines, the first column to the left and the others to the right."""
+    filled = [row for row in rows if row]
+    columns = max((len(row) for row in filled), default=0)
+    widths = [max(len(row[i]) for row in filled if len(row) > i) for i in range(columns)]
+    return [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=False))
+        )
+        for row in rows
+    ]
+
+
+def _by_task(rows: Iterable[ImageScore]) -> dict[str, list[list[float]]]:
+    tasks: dict[str, list[list[float]]] = {}
+    for row in rows:
+        tasks.setdefault(row.task, []).append([row.prompt, row.image, round(row.value, 6)])
+    return tasks

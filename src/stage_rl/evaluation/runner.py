@@ -1,0 +1,162 @@
+"""Benchmarks by name: one model, or a trained one against its base."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from stage_rl.errors import CheckpointError, InputError
+from stage_rl.evaluation import shapes_geneval
+from stage_rl.evaluation.benchmark import Comparison, Results, Setup, compare
+from stage_rl.evaluation.gallery import before_after_grid
+from stage_rl.evaluation.progress import progress
+from stage_rl.policies.base import Policy
+from stage_rl.rollout.engine import Engine
+from stage_rl.rollout.sample import rollout
+from stage_rl.rollout.sampling import Sampling
+from stage_rl.schema import EvaluationConfig
+from stage_rl.settings import near_or_all
+from stage_rl.types import Rollout
+
+__all__ = ["Comparison", "Results", "compare", "evaluate", "evaluate_against", "evaluate_run"]
+
+BENCHMARKS = {shapes_geneval.NAME: shapes_geneval}
+IMAGES_IN_GRID = 4
+"""Images of each prompt and policy in the before/after grid."""
+
+
+def evaluate(
+    model: str | Path | Policy,
+    benchmark: str = shapes_geneval.NAME,
+    *,
+    images_per_task: int = 400,
+    guidance_scale: float | None = None,
+    seed: int = 0,
+    dtype: str = "mixed",
+    device: str | torch.device | None = None,
+) -> Results:
+    """Scores a model on a benchmark; image k of a prompt has the same stream for every model.
+
+    `model` is a folder, a hub id, `shapes`, a run folder or RUN@STEP, or a policy. `guidance_scale`
+    None is the benchmark's own; `device` None is the GPU where there is one. Wrong input is an
+    `InputError`.
+    """
+    setup = _setup(benchmark, images_per_task, guidance_scale, seed=seed, dtype=dtype)
+    return _run(_load(model, device), setup, name=_name(model))
+
+
+def evaluate_against(
+    model: str | Path | Policy,
+    base: str | Path | Policy,
+    benchmark: str = shapes_geneval.NAME,
+    *,
+    images_per_task: int = 400,
+    guidance_scale: float | None = None,
+    seed: int = 0,
+    dtype: str = "mixed",
+) -> Comparison:
+    """Scores a model and its base on the same streams, for paired differences; see `evaluate`."""
+    setup = _setup(benchmark, images_per_task, guidance_scale, seed=seed, dtype=dtype)
+    # Both first: a wrong name is answered before the long work.
+    policies = [_load(one, None) for one in (base, model)]
+    results = [
+        _run(policy, setup, name=_name(one))
+        for policy, one in zip(policies, (base, model), strict=True)
+    ]
+    return compare(*results)
+
+
+def evaluate_run(
+    before: Policy,
+    after: Policy,
+    *,
+    evaluation: EvaluationConfig,
+    guidance_scale: float,
+    out: Path,
+) -> str:
+    """Judges a run's policy before and after on the same streams; the printed comparison.
+
+    Writes evaluation.json and before_after.png to `out`. `guidance_scale` is that of the rollout,
+    for an evaluation that names none.
+    """
+    own = evaluation.guidance_scale
+    setup = _setup(
+        evaluation.benchmark,
+        evaluation.images_per_task,
+        guidance_scale if own is None else own,
+        seed=evaluation.seed,
+    )
+    base, trained = _run(before, setup, name="base"), _run(after, setup, name="trained")
+    comparison = compare(base, trained)
+    figures = json.dumps(comparison.to_json(), allow_nan=False)
+    _write(out / "evaluation.json", lambda path: path.write_text(figures, encoding="utf-8"))
+    grid = before_after_grid(_examples(before, setup), _examples(after, setup))
+    _write(out / "before_after.png", lambda path: grid.save(path, format="png"))
+    return comparison.table()
+
+
+def _load(model: str | Path | Policy, device: str | torch.device | None) -> Policy:
+    if not isinstance(model, str | Path):
+        return model
+    from stage_rl.training.models import load_policy
+
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    return load_policy(str(model), torch.device(best if device is None else device))
+
+
+def _name(model: str | Path | Policy) -> str:
+    return str(model) if isinstance(model, str | Path) else "policy"
+
+
+def _setup(
+    benchmark: str,
+    images_per_task: int,
+    guidance_scale: float | None,
+    *,
+    seed: int,
+    dtype: str = "mixed",
+) -> Setup:
+    if benchmark not in BENCHMARKS:
+        hint = near_or_all(benchmark, BENCHMARKS)
+        raise InputError(f"benchmark: unknown '{benchmark}'; {hint}")
+    for name, value, least in (("images_per_task", images_per_task, 1), ("seed", seed, 0)):
+        if value < least:
+            raise InputError(f"{name}: {value} is out of range; write at least {least}")
+    scale = BENCHMARKS[benchmark].GUIDANCE_SCALE if guidance_scale is None else guidance_scale
+    return Setup(benchmark, images_per_task, scale, seed, dtype)
+
+
+def _run(policy: Policy, setup: Setup, *, name: str) -> Results:
+    benchmark = BENCHMARKS[setup.benchmark]
+    with progress(f"evaluate {name}", benchmark.num_images(setup.images_per_task)) as advance:
+        return benchmark.run(policy, setup, name=name, advance=advance)
+
+
+def _examples(policy: Policy, setup: Setup) -> Rollout:
+    """The first images of some prompts, as the benchmark draws them."""
+    return rollout(
+        Engine(policy, dtype=setup.dtype),
+        BENCHMARKS[setup.benchmark].example_prompts(),
+        group_size=IMAGES_IN_GRID,
+        sampling=Sampling(guidance_scale=setup.guidance_scale),
+        seed=setup.seed,
+        step=0,
+    )
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes beside the target and renames, so that a stop leaves the old or the new file."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(temporary)
+        temporary.replace(path)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: could not be written ({error.strerror}); make room and run the same command "
+            "again"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
