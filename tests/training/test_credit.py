@@ -6,7 +6,7 @@ import torch
 from stage_rl.objective import AlgorithmConfig
 from stage_rl.training.credit import credit
 
-# One group of two with rewards 1 and 0, two tokens: equal codes at the first, opposite at the second.
+# A group of two with rewards 1 and 0 and two tokens: equal codes, then opposite ones.
 CODES = torch.tensor([[[[1.0, 0.0], [1.0, 0.0]], [[1.0, 0.0], [-1.0, 0.0]]]])
 # std of (1, 0), unbiased: sqrt(1/2); advantages +-0.5 / sqrt(0.5)
 ADVANTAGE = 0.5 / 0.5**0.5
@@ -63,17 +63,21 @@ def test_a_group_with_equal_rewards_learns_from_entropy_alone_by_default():
     assert result.equal_P.tolist() == [True]
     assert (result.advantages_PGT != 0).any()
     dropped = credits(rewards=((1.0, 1.0),), entropies=entropies, equal_reward_groups="drop_policy")
-    assert (dropped.advantages_PGT == 0).all() and (dropped.kl_weight_PGT != 0).all()
+    assert (dropped.advantages_PGT == 0).all()
+    assert (dropped.kl_weight_PGT != 0).all()
     without_kl = credits(rewards=((1.0, 1.0),), entropies=entropies, equal_reward_groups="drop_kl")
-    assert (without_kl.kl_weight_PGT == 0).all() and (without_kl.advantages_PGT != 0).any()
+    assert (without_kl.kl_weight_PGT == 0).all()
+    assert (without_kl.advantages_PGT != 0).any()
 
 
 def test_the_released_code_calls_undecided_groups_wholly_similar():
     result = credits(rewards=((1.0, 1.0),), preset="release", entropy={"mode": "none"})
     assert (result.similarity_PGT == 1).all()
-    assert (result.mask_PGT == 0).all() and (result.kl_weight_PGT == 1).all()
+    assert (result.mask_PGT == 0).all()
+    assert (result.kl_weight_PGT == 1).all()
 
 
 def test_a_group_that_left_the_step_moves_nothing():
     result = credits(kept=(0.0,))
-    assert (result.advantages_PGT == 0).all() and (result.kl_weight_PGT == 0).all()
+    assert (result.advantages_PGT == 0).all()
+    assert (result.kl_weight_PGT == 0).all()

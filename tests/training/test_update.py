@@ -160,4 +160,5 @@ def test_bf16_log_probabilities_hide_small_differences(policy):
     rounded = measure(policy, batch, Precision(round_to_bf16=True)).logprobs_NT
     assert torch.equal(rounded, rounded.bfloat16().float())
     exact = measure(policy, batch, Precision()).logprobs_NT
-    assert torch.allclose(rounded, exact, rtol=2**-8) and not torch.equal(rounded, exact)
+    assert torch.allclose(rounded, exact, rtol=2**-8)
+    assert not torch.equal(rounded, exact)

@@ -1,10 +1,14 @@
-"""`stage train`: trains a recipe, or goes on with its run."""
+"""`stage train`: trains a recipe, or goes on with its run, and compares what came out."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from stage_rl.schema import Recipe
 
 
 def train(
@@ -27,4 +31,32 @@ def train(
         return
     from stage_rl.training.loop import train as run
 
-    typer.echo(f"run: {run(settings)}")
+    folder = run(settings)
+    if settings.evaluation is not None:
+        typer.echo(_evaluation(settings, folder))
+    typer.echo(f"run: {folder}")
+
+
+def _evaluation(settings: Recipe, folder: Path) -> str:
+    """The comparison of base and trained policy; made once for every number of steps."""
+    from stage_rl.evaluation.runner import evaluate_run
+    from stage_rl.training.models import load_policy
+    from stage_rl.training.runs import replace_text
+    from stage_rl.training.setup import pick_device
+
+    assert settings.evaluation is not None
+    kept = folder / "evaluation.txt"
+    head = f"after {settings.steps} steps; "
+    if kept.exists() and kept.read_text(encoding="utf-8").startswith(head):
+        return kept.read_text(encoding="utf-8")
+    device = pick_device(settings.training.device)
+    table = evaluate_run(
+        settings.policy.build(device),
+        load_policy(str(folder), device),
+        evaluation=settings.evaluation,
+        guidance_scale=settings.rollout.guidance_scale,
+        out=folder,
+    )
+    text = f"{head}{table}\nimages: {folder / 'before_after.png'}"
+    replace_text(kept, text)
+    return text

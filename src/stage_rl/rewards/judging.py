@@ -55,7 +55,7 @@ class Judge:
         return self._executor.submit(self.judge, rollout)
 
     def judge(self, rollout: Rollout) -> Judged:
-        """All scores of a rollout. A reward that fails twice on a group takes it out of the step."""
+        """All scores. A reward that fails twice on a group takes that group out of the step."""
         size = rollout.group_size
         shape = (len(rollout.prompts), size)
         total, kept = torch.zeros(shape), torch.ones(shape[0], dtype=torch.bool)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stage_rl.algorithm import equal_reward_groups
 from stage_rl.errors import DivergedError
 from stage_rl.schema import LivenessConfig
 from stage_rl.training.credit import Credit
@@ -21,14 +22,14 @@ from stage_rl.types import Judged, Measured, Rollout
 
 def reward_metrics(judged: Judged) -> dict[str, float]:
     """What the rewards said; a column that applies to no image is left out."""
-    rewards_PG = judged.rewards_PG[judged.kept_P]
-    equal_P = rewards_PG.amax(1) == rewards_PG.amin(1)
-    numbers = {
-        "reward/mean": rewards_PG.mean().item(),
-        "reward/std": rewards_PG.std(1).mean().item(),
-        "reward/equal_groups": equal_P.float().mean().item(),
-        "reward/failed_groups": float((~judged.kept_P).sum()),
-    }
+    numbers = {"reward/failed_groups": float((~judged.kept_P).sum())}
+    if judged.kept_P.any():
+        rewards_PG = judged.rewards_PG[judged.kept_P]
+        numbers |= {
+            "reward/mean": rewards_PG.mean().item(),
+            "reward/std": rewards_PG.std(1).mean().item(),
+            "reward/equal_groups": equal_reward_groups(rewards_PG).float().mean().item(),
+        }
     for name, column_PG in judged.columns.items():
         if column_PG.isfinite().any():
             numbers[f"reward/{name}"] = column_PG.nanmean().item()
@@ -108,8 +109,7 @@ class Liveness:
         `grad_norm` is None for a step that had nothing to learn from.
         """
         rewards_PG = judged.rewards_PG[judged.kept_P]
-        some = rewards_PG.numel() > 0
-        equal = some and bool((rewards_PG.amax(1) == rewards_PG.amin(1)).all())
+        equal = len(rewards_PG) > 0 and bool(equal_reward_groups(rewards_PG).all())
         signs = {
             "failed_reward_steps": (not judged.kept_P.all(), "a reward failed on some group"),
             "equal_reward_steps": (equal, "all rewards of every group were equal"),

@@ -104,7 +104,7 @@ def micro_batches(
 def measure(
     policy: Policy, batch: MicroBatch, precision: Precision, *, entropy_grad: bool = False
 ) -> Measured:
-    """Teacher-forced log-probability and entropy of every token, NT; keeps a graph where grad is on."""
+    """Teacher-forced log-probability and entropy of every token, NT, with gradient."""
     hidden_NTD = trunk_states(policy, batch, precision)
     logprobs_N, entropy_N = head_logprobs(
         policy.head,
