@@ -6,6 +6,7 @@ Shape suffixes: P prompts, N images, R rows, L prompt slots, T image tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,13 +86,14 @@ def generate(
 ) -> Tensor:
     """Image tokens by transformers' own generate, tokens_NT; its default of top_k = 50 is off."""
     ids_NL = ids_NL.to(policy.device)
-    return policy.module.generate(
+    module: Any = policy.module
+    return module.generate(
         input_ids=ids_NL,
         attention_mask=torch.ones_like(ids_NL),
         generation_mode="image",
         do_sample=not greedy,
         guidance_scale=guidance_scale,
-        **({} if greedy else {"top_k": 0}),
+        top_k=0,
     )
 
 

@@ -34,8 +34,8 @@ def fp32_causal_attention(
     if query_NASD.device.type != "cpu":
         return sdpa_attention_forward(module, *inputs, attention_mask, **options)
     with torch.autocast("cpu", enabled=False):
-        full = (part.float() for part in inputs)
-        out_NSAD, _ = sdpa_attention_forward(module, *full, attention_mask, **options)
+        query, key, value = (part.float() for part in inputs)
+        out_NSAD, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     return out_NSAD.to(value_NASD.dtype), None
 
 

@@ -1,7 +1,8 @@
 """The key-value cache and the attention of one new token per row over the live part of it.
 
 Shape suffixes: B rows of the prefill (unique prompts), R rows of the decode, K key-value heads,
-J query heads of one key-value head, S slots, E head dimension.
+J query heads of one key-value head, W blocks of slots, U slots of a block, S slots of the live
+blocks, E head dimension.
 """
 
 from __future__ import annotations
@@ -12,16 +13,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+BLOCK = 32
+"""Slots that lie together."""
+
 
 @dataclass(frozen=True)
 class KeyValueCache:
-    """Keys and values of every layer, row, key-value head and slot, in fp32.
+    """Keys and values of every layer in fp32, in blocks of slots.
 
-    Slots lie next to each other for a row and head, so that the live ones are one strided matrix.
+    Outermost are the blocks, so that the live part is read from end to end. With all slots of a
+    row together, half of them live, the gaps between rows halve the speed of reading on a CPU
+    (measured: 17 against 10 ms a token at 100 slots, shapes model, 128 rows).
     """
 
     keys: tuple[Tensor, ...]
-    """By layer, RKSE."""
+    """By layer, WRKUE."""
     values: tuple[Tensor, ...]
 
     @classmethod
@@ -29,62 +35,65 @@ class KeyValueCache:
         cls, num_layers: int, shape_RKSE: tuple[int, int, int, int], device: torch.device
     ) -> KeyValueCache:
         """Zeros: a slot that is masked still enters a product, so it must be finite."""
-        layers = [torch.zeros((2, *shape_RKSE), device=device) for _ in range(num_layers)]
+        num_rows, num_heads, num_slots, head_dim = shape_RKSE
+        shape = (math.ceil(num_slots / BLOCK), num_rows, num_heads, BLOCK, head_dim)
+        layers = [torch.zeros((2, *shape), device=device) for _ in range(num_layers)]
         return cls(tuple(layer[0] for layer in layers), tuple(layer[1] for layer in layers))
 
-    @property
-    def shape(self) -> torch.Size:
-        """RKSE of one layer."""
-        return self.keys[0].shape
+    def fits(self, num_rows: int, num_slots: int) -> bool:
+        """Whether the cache has these rows, and slots enough."""
+        blocks, rows, *_ = self.keys[0].shape
+        return rows == num_rows and blocks * BLOCK >= num_slots
 
     def fill(self, layer: int, keys_BKSE: Tensor, values_BKSE: Tensor, group_size: int) -> None:
         """Writes a prefill to the first slots, each of its rows to a group of rows."""
-        num_rows, num_heads, num_slots, head_dim = keys_BKSE.shape
-        grouped = (num_rows, group_size, num_heads, -1, head_dim)
+        num_rows = len(keys_BKSE)
         for cache, new in ((self.keys, keys_BKSE), (self.values, values_BKSE)):
-            cache[layer].view(grouped)[:, :, :, :num_slots] = new[:, None]
+            pieces = new.split(BLOCK, dim=2)
+            for block, piece in zip(cache[layer][: len(pieces)], pieces, strict=True):
+                grouped = block.unflatten(0, (num_rows, group_size))
+                grouped[:, :, :, : piece.shape[2]] = piece[:, None]
 
-    def append(self, layer: int, keys_RKE: Tensor, values_RKE: Tensor, place: Tensor) -> None:
-        """Writes one slot per row and head at `place`, as `flat_places` gives it."""
+    def append(self, layer: int, keys_RKE: Tensor, values_RKE: Tensor, places: Tensor) -> None:
+        """Writes one slot per row and head, at `places`."""
         head_dim = keys_RKE.shape[-1]
         for cache, new in ((self.keys, keys_RKE), (self.values, values_RKE)):
-            cache[layer].view(-1, head_dim).index_copy_(0, place, new.reshape(-1, head_dim))
+            cache[layer].view(-1, head_dim).index_copy_(0, places, new.reshape(-1, head_dim))
 
-    def flat_places(self, positions_R: Tensor) -> Tensor:
+    def places(self, positions_R: Tensor) -> Tensor:
         """Where slot `positions_R` of every row and head lies among all slots of a layer."""
-        num_rows, num_heads, num_slots, _ = self.shape
-        first = torch.arange(num_rows * num_heads, device=positions_R.device) * num_slots
-        return first + positions_R.repeat_interleave(num_heads)
+        _, num_rows, num_heads, _, _ = self.keys[0].shape
+        lanes = torch.arange(num_rows * num_heads, device=positions_R.device)
+        positions = positions_R.repeat_interleave(num_heads)
+        first = (positions // BLOCK) * len(lanes) + lanes
+        return first * BLOCK + positions % BLOCK
 
 
 def live_bias(positions_R: Tensor, num_live: int) -> Tensor:
-    """0 for the slots a row has filled, -inf behind them; R1S."""
-    slot_S = torch.arange(num_live, device=positions_R.device)
-    behind_RS = slot_S > positions_R[:, None]
-    return torch.zeros(behind_RS.shape, device=positions_R.device).masked_fill_(
-        behind_RS, -math.inf
-    )[:, None]
+    """0 for the slots a row has filled, -inf behind them, up to a whole block; R1S."""
+    num_slots = math.ceil(num_live / BLOCK) * BLOCK
+    slot_S = torch.arange(num_slots, device=positions_R.device)
+    bias_RS = torch.zeros(len(positions_R), num_slots, device=positions_R.device)
+    return bias_RS.masked_fill_(slot_S > positions_R[:, None], -math.inf)[:, None]
 
 
 def decode_attention(
-    query_RKJE: Tensor,
-    keys_RKSE: Tensor,
-    values_RKSE: Tensor,
-    *,
-    num_live: int,
-    bias_R1S: Tensor | None,
+    query_RKJE: Tensor, keys_WRKUE: Tensor, values_WRKUE: Tensor, bias_R1S: Tensor
 ) -> Tensor:
-    """Attention of one token per row over the first `num_live` slots, RKJE, fp32.
+    """Attention of one token per row over the slots of the bias, RKJE, fp32.
 
-    The bias hides what a row has not filled; None where every row has filled all live slots.
-    On a CPU two batched products and a softmax take a third of the time of SDPA at one query.
+    On a CPU batched products and a softmax take a fraction of the time of SDPA at one query.
     """
     num_rows, num_heads, num_queries, head_dim = query_RKJE.shape
     batch = num_rows * num_heads
-    query = query_RKJE.reshape(batch, num_queries, head_dim)
-    keys = keys_RKSE.view(batch, -1, head_dim)[:, :num_live]
-    values = values_RKSE.view(batch, -1, head_dim)[:, :num_live]
-    scores = torch.bmm(query * head_dim**-0.5, keys.transpose(1, 2))
-    if bias_R1S is not None:
-        scores.view(num_rows, -1, num_live).add_(bias_R1S)
-    return torch.bmm(scores.softmax(-1), values).view(query_RKJE.shape)
+    query = query_RKJE.reshape(batch, num_queries, head_dim) * head_dim**-0.5
+    num_blocks = bias_R1S.shape[-1] // BLOCK
+    keys = keys_WRKUE[:num_blocks].view(num_blocks, batch, BLOCK, head_dim)
+    values = values_WRKUE[:num_blocks].view(num_blocks, batch, BLOCK, head_dim)
+    scores = torch.cat([torch.bmm(query, block.transpose(1, 2)) for block in keys], -1)
+    scores.view(num_rows, -1, num_blocks * BLOCK).add_(bias_R1S)
+    weights = scores.softmax(-1).split(BLOCK, -1)
+    mixed = torch.bmm(weights[0], values[0])
+    for weight, block in zip(weights[1:], values[1:], strict=True):
+        mixed.baddbmm_(weight, block)
+    return mixed.view(query_RKJE.shape)

@@ -130,33 +130,22 @@ class Decoder:
         return states_MD.view(num_rows, num_slots, width)[rows_B, lengths_B - 1]
 
     def step(
-        self,
-        embeds_RD: Tensor,
-        positions_R: Tensor,
-        cache: KeyValueCache,
-        *,
-        num_live: int,
-        same_length: bool,
+        self, embeds_RD: Tensor, positions_R: Tensor, cache: KeyValueCache, *, num_live: int
     ) -> Tensor:
         """One token per row at its own slot, attending to the slots up to it; states_RD.
 
-        Shapes are static and positions are a tensor; `num_live` only bounds the slots that are
-        read: the largest position plus 1.
+        Positions are a tensor; `num_live`, the largest of them plus 1, only bounds what is read.
         """
         cos, sin = self.cos_S1E[positions_R], self.sin_S1E[positions_R]
-        place = cache.flat_places(positions_R)
-        bias = None if same_length else live_bias(positions_R, num_live)
+        places = cache.places(positions_R)
+        bias = live_bias(positions_R, num_live)
 
         def attend(layer: int, qkv_R: Tensor) -> Tensor:
             query, keys, values = self._rotated(qkv_R, cos, sin)
-            cache.append(layer, keys, values, place)
-            return decode_attention(
-                query.view(len(query), self.num_kv_heads, -1, self.head_dim),
-                cache.keys[layer],
-                cache.values[layer],
-                num_live=num_live,
-                bias_R1S=bias,
-            ).view(len(query), -1)
+            cache.append(layer, keys, values, places)
+            query = query.view(len(query), self.num_kv_heads, -1, self.head_dim)
+            mixed = decode_attention(query, cache.keys[layer], cache.values[layer], bias)
+            return mixed.view(len(query), -1)
 
         return self._run(embeds_RD.clone(), attend)
 

@@ -73,7 +73,7 @@ class Engine:
         states_BD = self.decoder.prefill(embeds_BLD, lengths_B, cache, group_size=group_size)
         logits_RV = self.decoder.logits(states_BD).repeat_interleave(group_size, 0)
         positions_R = lengths_B.repeat_interleave(group_size)
-        longest, same_length = int(lengths_B.max()), bool((lengths_B == lengths_B[0]).all())
+        longest = int(lengths_B.max())
         generated = Generated.empty(uniforms_NT)
         for t in range(num_tokens):
             tokens_N = _sample_into(generated, t, logits_RV, uniforms_NT, sampling)
@@ -85,16 +85,14 @@ class Engine:
                 positions_R,
                 cache,
                 num_live=longest + t + 1,
-                same_length=same_length,
             )
             logits_RV = self.decoder.logits(states_RD)
             positions_R += 1
         return generated
 
     def _cache_for(self, num_rows: int, num_slots: int) -> KeyValueCache:
-        """The cache of the last call where its shape fits."""
-        shape = self._cache.shape if self._cache is not None else (0, 0, 0, 0)
-        if self._cache is None or shape[0] != num_rows or shape[2] < num_slots:
+        """The cache of the last call where it fits."""
+        if self._cache is None or not self._cache.fits(num_rows, num_slots):
             self._cache = None
             self._cache = self.decoder.new_cache(num_rows, num_slots)
         return self._cache
