@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Annotated
 
@@ -26,22 +27,18 @@ def evaluate(
     against: Annotated[
         str | None, typer.Option(help="A base to compare with, on the same random streams.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Precision: mixed or float32.")] = "mixed",
 ) -> None:
     """Score a model on a benchmark."""
+    from stage_rl.evaluation import runner
+
     check_writable(json_file)
-    models = [model] if against is None else [model, against]
-    if against is None:
-        from stage_rl.evaluation.runner import evaluate as run
-    else:
-        from stage_rl.evaluation.runner import evaluate_against as run
-    outcome = run(
-        *models,
-        benchmark=benchmark,
-        images_per_task=images_per_task,
-        guidance_scale=guidance_scale,
-        seed=seed,
-        dtype=dtype,
+    score = (
+        functools.partial(runner.evaluate, model)
+        if against is None
+        else functools.partial(runner.evaluate_against, model, against)
+    )
+    outcome = score(
+        benchmark, images_per_task=images_per_task, guidance_scale=guidance_scale, seed=seed
     )
     typer.echo(outcome.table())
     write_json(json_file, outcome.to_json())

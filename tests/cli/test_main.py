@@ -1,0 +1,109 @@
+"""`stage` itself, `stage train` and `stage recipes`: output, exit codes, no torch."""
+
+from pathlib import Path
+
+import pytest
+
+from stage_rl.config import load_recipe, resolved_json, run_folder
+from stage_rl.errors import DivergedError, InputError, Stopped
+
+
+def test_help_names_every_verb_without_loading_torch(stage_process):
+    done = stage_process("--help")
+    assert done.returncode == 0, done.stderr
+    for verb in ("train", "sample", "eval", "recipes", "bench", "shapes"):
+        assert f"\n  {verb} " in done.stdout
+
+
+def test_recipes_are_listed_without_loading_torch(stage_process):
+    done = stage_process("recipes")
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == [
+        "shapes_entropy",
+        "shapes_geneval",
+        "shapes_grpo",
+    ]
+
+
+def test_a_wrong_recipe_is_one_line_and_exit_code_2_without_loading_torch(stage_process):
+    done = stage_process("train", "shapes_geneval", "rollout.guidance=3")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: shapes_geneval: rollout.guidance: unknown key; did you mean 'guidance_scale'?\n"
+    )
+
+
+def test_a_component_beside_the_recipe_is_found(tiny_recipe, stage_process):
+    done = stage_process("train", "tiny.yaml", "--dry-run", folder=tiny_recipe.parent)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["trian"], ["train"], ["train", "x", "--no-such"], ["eval"]])
+def test_wrong_usage_exits_with_2(arguments, stage):
+    assert stage(*arguments).exit_code == 2
+
+
+def test_a_dry_run_prints_the_resolved_recipe(tiny_recipe, tmp_path, stage):
+    done = stage("train", tiny_recipe, "steps=3", "--dry-run")
+    assert done.exit_code == 0
+    recipe = load_recipe(tiny_recipe, ["steps=3"])
+    assert done.stdout.startswith(f"# Run folder: {run_folder(recipe)}\n")
+    (tmp_path / "printed.yaml").write_text(done.stdout)
+    assert resolved_json(load_recipe(tmp_path / "printed.yaml")) == resolved_json(recipe)
+
+
+def test_show_explains_a_recipe(tiny_recipe, stage):
+    done = stage("recipes", "show", tiny_recipe)
+    assert done.exit_code == 0
+    assert "guidance_scale: 5.0" in done.stdout
+    assert "# Images per prompt." in done.stdout
+
+
+def test_train_hands_the_recipe_to_the_loop(tiny_recipe, stand_in, stage):
+    seen = []
+    stand_in("stage_rl.training.loop", "train", lambda recipe: seen.append(recipe) or Path("r"))
+    done = stage("train", tiny_recipe, "steps=7")
+    assert done.exit_code == 0
+    assert [recipe.steps for recipe in seen] == [7]
+    assert done.stdout == "run: r\n"
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "printed"),
+    [
+        (InputError("prompt 3 is empty; write a text"), 2, "prompt 3 is empty; write a text"),
+        (DivergedError("loss is nan; lower optimizer.lr"), 1, "loss is nan; lower optimizer.lr"),
+    ],
+)
+def test_errors_become_one_line_and_an_exit_code(
+    tiny_recipe, stand_in, raised, code, printed, run_main
+):
+    def fail(recipe):
+        raise raised
+
+    stand_in("stage_rl.training.loop", "train", fail)
+    assert run_main("train", tiny_recipe) == (
+        code,
+        f"error: {printed}\n",
+    )
+
+
+def test_a_stopped_run_says_how_to_go_on_and_exits_by_its_signal(tiny_recipe, stand_in, run_main):
+    def stop(recipe):
+        raise Stopped("stopped after step 3; run the same command again", signal_number=15)
+
+    stand_in("stage_rl.training.loop", "train", stop)
+    assert run_main("train", tiny_recipe) == (
+        143,
+        "stopped after step 3; run the same command again\n",
+    )
+
+
+def test_an_interrupt_exits_with_130_and_no_traceback(tiny_recipe, stand_in, run_main):
+    def interrupt(recipe):
+        raise KeyboardInterrupt
+
+    stand_in("stage_rl.training.loop", "train", interrupt)
+    code, printed = run_main("train", tiny_recipe)
+    assert code == 130
+    assert "Traceback" not in printed
