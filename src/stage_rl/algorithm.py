@@ -87,9 +87,10 @@ def opposing_similarity(
     """
     norm_PGT1 = torch.linalg.vector_norm(codes_PGTC, dim=-1, keepdim=True)
     unit_PGTC = codes_PGTC / norm_PGT1.clamp_min(torch.finfo(codes_PGTC.dtype).tiny)
-    opposed_PGG = advantages_PG[:, :, None] * advantages_PG[:, None, :] <= 0
-    opposed_PGG.diagonal(dim1=1, dim2=2).zero_()
-    weight_PGG = opposed_PGG.to(unit_PGTC.dtype)
+    products_PGG = advantages_PG.unsqueeze(2) * advantages_PG.unsqueeze(1)
+    products_PGG.diagonal(dim1=1, dim2=2).fill_(1)
+    # In place, the comparison gives the weights 1 and 0 in the dtype of the product.
+    weight_PGG = products_PGG.le_(0).to(unit_PGTC.dtype)
     count_PG1 = weight_PGG.sum(dim=2, keepdim=True)
     # The sum of cosines with many vectors is the dot product with the sum of their unit vectors.
     opponents_PGTC = torch.bmm(weight_PGG, unit_PGTC.flatten(2)).view_as(unit_PGTC)

@@ -46,7 +46,7 @@ def run(
     group_sizes: tuple[int, ...] = (8, 64),
     num_tokens: int = 144,
     channels: int = 8,
-    rounds: int = 15,
+    rounds: int = 9,
     seed: int = 0,
 ) -> BenchResult:
     """Times both forms for random codes of one group, half of it on each side of 0.
@@ -85,7 +85,7 @@ def _measure(codes_PGTC: Tensor, advantages_PG: Tensor, rounds: int) -> dict[str
         "pairs": lambda: pair_loop_similarity(codes_PGTC, advantages_PG),
     }
     with one_thread():
-        seconds = interleaved(forms, rounds, calls=4, clock=time.thread_time)
+        seconds = interleaved(forms, rounds, calls=10, clock=time.thread_time)
         difference = (forms["product"]() - forms["pairs"]()).abs().max().item()
     return {
         f"product_ms_g{size}": seconds["product"] * 1e3,
