@@ -5,6 +5,7 @@ Shape suffixes: N images, C channels, H x W pixels, Y x X cells.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 from stage_rl.shapes.detector import CELL, DetectorNet, DetectorOutput
 from stage_rl.shapes.layouts import random_scene
-from stage_rl.shapes.pretrain_tokenizer import learning_rate, to_pixels
+from stage_rl.shapes.pretrain_tokenizer import learning_rate, progress, to_pixels
 from stage_rl.shapes.scenes import COLORS, IMAGE_SIZE, SHAPES, Scene, render
 
 BATCH = 64
@@ -72,6 +73,7 @@ def train_detector(
         torch.manual_seed(seed)
         net = DetectorNet()
     optimizer = torch.optim.AdamW(net.parameters(), lr=PEAK_LR)
+    started = time.monotonic()
     for step in range(steps):
         rng = np.random.Generator(np.random.Philox(key=[seed, 1_000_000 + step]))
         scenes = [random_scene(rng) for _ in range(BATCH)]
@@ -83,6 +85,9 @@ def train_detector(
         loss.backward()
         optimizer.step()
         if (step + 1) % 100 == 0:
-            report(f"detector: step {step + 1}/{steps} loss {loss.item():.4f}")
-    save_file({name: t.half().contiguous() for name, t in net.state_dict().items()}, path)
+            pace = (time.monotonic() - started) / (step + 1)
+            report(f"detector: {progress(step + 1, steps, pace)} loss {loss.item():.4f}")
+    temporary = path.with_suffix(".tmp")
+    save_file({name: t.half().contiguous() for name, t in net.state_dict().items()}, temporary)
+    temporary.replace(path)
     return net

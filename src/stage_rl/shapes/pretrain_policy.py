@@ -24,6 +24,7 @@ from stage_rl.shapes.captions import pretraining_record
 from stage_rl.shapes.layouts import scene_for
 from stage_rl.shapes.pretrain_tokenizer import (
     learning_rate,
+    progress,
     save_state,
     to_pixels,
     unit_codes,
@@ -31,7 +32,7 @@ from stage_rl.shapes.pretrain_tokenizer import (
 from stage_rl.shapes.scenes import render
 
 CHUNK = 2000
-"""Scenes in one file of the pool."""
+"""Scenes in one file of the pool; the last may hold fewer."""
 _POOL_KEY = 2_000_000
 
 
@@ -59,15 +60,21 @@ def tokenize(vq: Any, images_NHWC: np.ndarray) -> Tensor:
     return (unit.flatten(0, 2) @ codebook.T).argmax(1).view(len(unit), -1)
 
 
-def write_chunk(vq: Any, folder: Path, chunk: int, *, seed: int) -> None:
+def chunk_sizes(pool: int) -> list[int]:
+    """The scenes of each file of a pool."""
+    sizes = [CHUNK] * (pool // CHUNK)
+    return [*sizes, pool % CHUNK] if pool % CHUNK else sizes
+
+
+def write_chunk(vq: Any, folder: Path, chunk: int, *, size: int, seed: int) -> None:
     """Draws and tokenizes one chunk of the pool; a chunk that exists stays."""
     path = folder / f"pool-{chunk:04d}.npz"
     if path.exists():
         return
     rng = np.random.Generator(np.random.Philox(key=[seed, _POOL_KEY + chunk]))
-    records = [pretraining_record(rng) for _ in range(CHUNK)]
+    records = [pretraining_record(rng) for _ in range(size)]
     images = render([scene_for(record, rng) for record in records])
-    tokens = torch.cat([tokenize(vq, part) for part in np.array_split(images, CHUNK // 100)])
+    tokens = torch.cat([tokenize(vq, part) for part in np.array_split(images, -(-size // 100))])
     temporary = path.with_suffix(".tmp.npz")
     texts = np.array([record["prompt"] for record in records])
     np.savez(temporary, texts=texts, tokens=tokens.numpy().astype(np.uint16))
@@ -162,7 +169,7 @@ def train_policy(
 
     The pool's chunks must be in `folder`.
     """
-    texts, tokens = read_pool(folder, training.pool // CHUNK)
+    texts, tokens = read_pool(folder, len(chunk_sizes(training.pool)))
     num_tokens = tokens.shape[1]
     loss_of = BaseLoss(model, num_tokens + 16, compiled=training.compile)
     opts = optimizers(model, training.lr)
@@ -195,7 +202,7 @@ def train_policy(
         if done % 50 == 0:
             pace = (time.monotonic() - started) / (done - shown)
             mean = total / (done - shown)
-            report(f"policy: step {done}/{training.steps} loss {mean:.4f} {pace:.2f} s/step")
+            report(f"policy: {progress(done, training.steps, pace)} loss {mean:.4f}")
             started, shown, total = time.monotonic(), done, 0.0
         if done % save_every == 0 or done == training.steps:
             saved = [optimizer.state_dict() for optimizer in opts]

@@ -107,6 +107,12 @@ def learning_rate(step: int, *, steps: int, warmup_steps: int, peak: float) -> f
     return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+def progress(done: int, steps: int, pace_s: float) -> str:
+    """How far a training is, at a pace in seconds per step."""
+    left_min = pace_s * (steps - done) / 60
+    return f"step {done}/{steps}, {pace_s:.2f} s/step, {left_min:.1f} min left,"
+
+
 def reconstruction_loss(pixels: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """Weighted L1 + L2."""
     difference = pixels - target
@@ -142,7 +148,7 @@ def train_tokenizer(
         if done % 100 == 0:
             pace = (time.monotonic() - started) / (done - shown)
             used = int((codebook.counts_V > 0.05).sum())
-            report(f"tokenizer: step {done}/{training.steps} {loss} codes {used} {pace:.2f} s/step")
+            report(f"tokenizer: {progress(done, training.steps, pace)} {loss} codes {used}")
             started, shown = time.monotonic(), done
         if done % save_every == 0 or done == training.steps:
             vq.quantize.embedding.weight.data.copy_(codebook.vectors_VC)
@@ -155,7 +161,8 @@ def train_tokenizer(
                     "step": done,
                 },
             )
-    vq.eval()
+    # Gradients left behind would count when the next stage clips those of the whole model.
+    vq.eval().zero_grad()
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:

@@ -1,0 +1,127 @@
+"""Pretraining at toy size: what it writes, and that a stopped one goes on."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from stage_rl.errors import InputError
+from stage_rl.policies.config import JanusConfig
+from stage_rl.shapes import pretrain
+from stage_rl.shapes.detector import ShapesDetector
+from stage_rl.shapes.model import JanusSize
+from stage_rl.shapes.pretrain_policy import CHUNK, PolicyTraining, chunk_sizes, prompt_rows
+from stage_rl.shapes.pretrain_tokenizer import TokenizerTraining
+
+PLAN = pretrain.Plan(
+    seed=3,
+    size=JanusSize(width=16, layers=1, heads=2, mlp=16, codebook_size=32),
+    tokenizer=TokenizerTraining(steps=3, batch=2, quantize_from=1, decoder_steps=1),
+    detector_steps=1,
+    policy=PolicyTraining(steps=2, batch=4, warmup_steps=1, pool=10, compile=False),
+)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The result of the plan, and the lines it reported."""
+    out, lines = tmp_path_factory.mktemp("built") / "out", []
+    pretrain.pretrain(PLAN, out, workers=1, report=lines.append)
+    return out, lines
+
+
+def test_the_result_loads_and_tells_how_it_was_made(built):
+    out, _ = built
+    cpu = torch.device("cpu")
+    policy = JanusConfig(path=str(out / "checkpoint")).build(cpu)
+    assert policy.codebook.size == 32
+    found = ShapesDetector.load(cpu, out / "detector.safetensors")(
+        torch.zeros(2, 48, 48, 3, dtype=torch.uint8)
+    )
+    assert len(found) == 2
+    weights = load_file(out / "checkpoint" / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
+    record = json.loads((out / "checkpoint" / "training.json").read_text())
+    assert record["seed"] == 3
+    assert record["settings"]["tokenizer.steps"] == 3
+    assert list(record["seconds"]) == ["tokenizer", "detector", "pool", "policy"]
+    assert "torch" in record["packages"]
+
+
+def test_every_part_of_the_model_was_trained(built):
+    out, _ = built
+    after = load_file(out / "checkpoint" / "model.safetensors")
+    model, _ = pretrain.build_janus(PLAN.size, words=pretrain.WORDS, seed=PLAN.seed)
+    before = {name: tensor.half() for name, tensor in model.state_dict().items()}
+    changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    for part in ("language_model.layers", "generation_head", "vqmodel.decoder", "vqmodel.quantize"):
+        assert any(part in name for name in changed), part
+
+
+def test_a_stopped_pretraining_goes_on_to_the_same_weights(built, tmp_path, monkeypatch):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(pretrain, "train_policy", stop)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain.pretrain(PLAN, out, workers=1, report=lambda line: None)
+    assert not (out / "checkpoint").exists()
+    lines = []
+    pretrain.pretrain(PLAN, out, workers=1, report=lines.append)
+    assert lines[0] == "tokenizer: continues at step 3"
+    name = "checkpoint/model.safetensors"
+    assert (out / name).read_bytes() == (built[0] / name).read_bytes()
+
+
+def test_a_finished_pretraining_says_so(built):
+    out, lines = built
+    assert lines[-1] == f"{out / 'checkpoint'}: written"
+    said = []
+    pretrain.pretrain(PLAN, out, workers=1, report=said.append)
+    assert said == [f"{out}: finished; name another --out to start again"]
+
+
+def test_a_folder_with_other_settings_is_refused(built, tmp_path):
+    other = pretrain.Plan(4, PLAN.size, PLAN.tokenizer, PLAN.detector_steps, PLAN.policy)
+    with pytest.raises(InputError, match=r"other settings \(seed\)"):
+        pretrain.pretrain(other, built[0], workers=1, report=lambda line: None)
+    (tmp_path / "mine.txt").touch()
+    with pytest.raises(InputError, match="holds no pretraining"):
+        pretrain.pretrain(PLAN, tmp_path, workers=1, report=lambda line: None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"start_from": "shiped"}, "--start-from: unknown 'shiped'; write shipped"),
+        ({"tokenizer_steps": 100}, "--tokenizer-steps: 100 is too small; write at least 401"),
+        ({"pool": 10}, "--pool: 10 is too small; write at least 64"),
+        ({"lr": 0.0}, "--lr: 0.0 is out of range"),
+    ],
+)
+def test_wrong_options_are_refused_before_any_work(tmp_path, options, message):
+    with pytest.raises(InputError) as caught:
+        pretrain.main(out=str(tmp_path / "out"), no_compile=True, **options)
+    assert str(caught.value).startswith(message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_last_chunk_of_a_pool_holds_the_rest():
+    assert chunk_sizes(2 * CHUNK) == [CHUNK, CHUNK]
+    assert chunk_sizes(CHUNK + 5) == [CHUNK, 5]
+    assert chunk_sizes(5) == [5]
+
+
+def test_a_dropped_caption_becomes_the_unconditional_row_of_its_length():
+    _, processor = pretrain.build_janus(PLAN.size, words=pretrain.WORDS, seed=0)
+    texts = ["a photo of a red circle", "two stars"]
+    ids, lengths = prompt_rows(processor, texts, [False, True])
+    # BOS, the words, begin-of-image: 1 + 6 + 1 and 1 + 2 + 1.
+    assert lengths.tolist() == [8, 4]
+    pad = processor.tokenizer.pad_token_id
+    assert ids[1, 0] == ids[0, 0] == processor.tokenizer.bos_token_id
+    assert ids[1, 3] == ids[0, 7]
+    assert ids[1, 1:3].tolist() == [pad, pad]
