@@ -41,13 +41,13 @@ WORDS = (
 """Every word that occurs in a prompt."""
 
 PRETRAINING_SHARES = {
-    "single_object": 0.08,
-    "two_object": 0.12,
-    "counting": 0.20,
-    "colors": 0.10,
+    "single_object": 0.05,
+    "two_object": 0.13,
+    "counting": 0.18,
+    "colors": 0.08,
     "position": 0.20,
-    "color_attr": 0.20,
-    "retention": 0.10,
+    "color_attr": 0.28,
+    "retention": 0.08,
 }
 EVALUATION_SIZES = dict(zip(TASKS, (8, 24, 12, 24, 48, 48), strict=True))
 """Evaluation prompts per task, out of 8, 56, 24, 72, 224 and several thousand."""
