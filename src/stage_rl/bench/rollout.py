@@ -82,18 +82,26 @@ def run(
 
 
 def generate(
-    policy: JanusPolicy, ids_NL: Tensor, *, guidance_scale: float, greedy: bool = False
+    policy: JanusPolicy,
+    ids_NL: Tensor,
+    *,
+    guidance_scale: float,
+    mask_NL: Tensor | None = None,
+    greedy: bool = False,
 ) -> Tensor:
-    """Image tokens by transformers' own generate, tokens_NT; its default of top_k = 50 is off."""
+    """Image tokens by transformers' own generate, tokens_NT; its default of top_k = 50 is off.
+
+    `mask_NL` is 0 at the left pads of prompts of different length.
+    """
     ids_NL = ids_NL.to(policy.device)
     module: Any = policy.module
     return module.generate(
         input_ids=ids_NL,
-        attention_mask=torch.ones_like(ids_NL),
+        attention_mask=torch.ones_like(ids_NL) if mask_NL is None else mask_NL,
         generation_mode="image",
         do_sample=not greedy,
         guidance_scale=guidance_scale,
-        top_k=0,
+        **({} if greedy else {"top_k": 0}),
     )
 
 
