@@ -55,8 +55,9 @@ class PolicyTraining:
 @torch.inference_mode()
 def tokenize(vq: Any, images_NHWC: np.ndarray) -> Tensor:
     """The tokens of images, NT."""
-    unit = unit_codes(vq, to_pixels(images_NHWC)).permute(0, 2, 3, 1)
     codebook = F.normalize(vq.quantize.embedding.weight, dim=1)
+    pixels = to_pixels(images_NHWC).to(codebook.device)
+    unit = unit_codes(vq, pixels).permute(0, 2, 3, 1)
     return (unit.flatten(0, 2) @ codebook.T).argmax(1).view(len(unit), -1)
 
 
