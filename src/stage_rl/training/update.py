@@ -147,31 +147,35 @@ def learn(
     """One or more updates on a rollout. The old policy is the one of the first pass."""
     num_kept = int(judged.kept_P.sum())
     assert num_kept > 0, "a step without a judged group has nothing to learn from"
+    penalized = update.settings.entropy.mode == "loss"
+    # What the first pass leaves for all: the old policy's numbers and each token's credit.
     old: list[Measured] = []
     credits: list[Credit] = []
-    for number in range(update.num_updates):
+
+    def one_pass() -> tuple[Losses, Tensor]:
         parts: list[Losses] = []
-        for batch, ref in zip(batches, reference, strict=True):
-            penalized = update.settings.entropy.mode == "loss"
+        for index, (batch, ref) in enumerate(zip(batches, reference, strict=True)):
             now = measure(policy, batch, update.precision, entropy_grad=penalized)
-            if number == 0:
+            if len(old) == index:
                 old.append(Measured(now.logprobs_NT.detach(), now.entropy_NT.detach()))
-                credits.append(_credit(policy, batch, old[-1], ref, judged, update.settings))
-            index = len(parts)
+                credits.append(_credit(policy, batch, old[index], ref, judged, update.settings))
             losses = _losses(batch, now, old[index], ref, credits[index], update.settings)
+            _check_finite(losses, batch)
             # A group that left the step counts in the batch's mean, as 0, but not in num_kept.
             share = len(batch.prompts) / num_kept
-            _check_finite(losses, batch)
             (losses.total * share).backward()
             parts.append(Losses(*(value.detach() * share for value in losses)))
         norm = apply_gradient(optimizer, rate=update.rate, max_grad_norm=update.max_grad_norm)
+        return Losses(*(torch.stack(values).sum() for values in zip(*parts, strict=True))), norm
+
+    losses, norm = [one_pass() for _ in range(update.num_updates)][-1]
     return Learned(
         measured=Measured(
             torch.cat([measured.logprobs_NT for measured in old]),
             torch.cat([measured.entropy_NT for measured in old]),
         ),
         credits=tuple(credits),
-        losses=Losses(*(torch.stack(values).sum() for values in zip(*parts, strict=True))),
+        losses=losses,
         grad_norm=norm.item(),
     )
 
