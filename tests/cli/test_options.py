@@ -9,6 +9,8 @@ from stage_rl.errors import InputError
 
 
 class Result:
+    table = ("G  ratio", "8  12x")
+
     def line(self):
         return "reweight: 12x"
 
@@ -28,7 +30,7 @@ def test_bench_prints_the_ratio_and_writes_the_figures(tmp_path, stand_in, stage
     file = tmp_path / "out.json"
     done = stage("bench", "reweight", "--rounds", 5, "--json", file, "--sizes=4,16")
     assert done.exit_code == 0, done.output
-    assert done.stdout == "reweight: 12x\n"
+    assert done.stdout == "G  ratio\n8  12x\nreweight: 12x\n"
     assert seen == {"rounds": 5, "dtype": "float32", "sizes": (4, 16)}
     assert json.loads(file.read_text()) == {"ratio": 12.0}
     helped = stage("bench", "reweight", "--help")

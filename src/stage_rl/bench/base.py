@@ -38,6 +38,8 @@ class BenchResult:
     settings: Mapping[str, Setting]
     measures: Mapping[str, float]
     """Figures by name; durations and sizes carry their unit in it."""
+    table: tuple[str, ...] = ()
+    """Lines to print above the one line; their figures are among the measures."""
 
     def line(self) -> str:
         """The result as one line."""

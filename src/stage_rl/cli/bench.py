@@ -35,7 +35,7 @@ def _register(name: str, purpose: str) -> None:
         check_writable(json_file)
         module = importlib.import_module(f"stage_rl.bench.{name}")
         result = call(module.run, context.args)
-        typer.echo(result.line())
+        typer.echo("\n".join([*result.table, result.line()]))
         write_json(json_file, result.to_dict())
 
 
