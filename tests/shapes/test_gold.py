@@ -1,0 +1,155 @@
+"""The strict judge: right on renders, and not taken in by what is no whole shape."""
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from stage_rl.rewards.base import Detection
+from stage_rl.shapes.gold import gold_detections, inspect, matches_scene, structure
+from stage_rl.shapes.layouts import random_scene
+from stage_rl.shapes.scenes import (
+    COLORS,
+    SHAPES,
+    TONES,
+    Background,
+    Object,
+    Scene,
+    coverage,
+    render,
+)
+
+PLAIN = Background("grey", "plain", 0.0, 0.0, (0.0, 0.0), (0.0,) * 49)
+GREY = np.rint(np.array(TONES["grey"]) * 255).astype(np.uint8)
+
+
+def draw(*objects):
+    """An image, HWC, of objects on plain grey."""
+    return render([Scene(objects, PLAIN)])[0]
+
+
+def found(image_HWC):
+    return gold_detections(image_HWC[None])[0]
+
+
+def test_the_judge_finds_what_was_drawn():
+    rng = np.random.default_rng(0)
+    scenes = [random_scene(rng) for _ in range(200)]
+    verdicts = [
+        matches_scene(detections, scene.objects)
+        for detections, scene in zip(gold_detections(render(scenes)), scenes, strict=True)
+    ]
+    assert np.mean(verdicts) >= 0.99
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_colour_of_a_shape_is_told(shape):
+    colors = list(COLORS)
+    images = np.stack([draw(Object(shape, color, 24, 24, 8)) for color in colors])
+    seen = gold_detections(images)
+    assert [[(d.label, d.color) for d in one] for one in seen] == [[(shape, c)] for c in colors]
+
+
+def test_a_box_holds_its_object():
+    (detection,) = found(draw(Object("square", "blue", 20, 30, 8)))
+    # A square covers 0.93 of its circle's 8.5 pixels either way: 7.9 from the centre of pixel 20.
+    assert detection.box == pytest.approx((12, 22, 29, 39), abs=1.01)
+    assert detection.score == 1.0
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_half_an_object_is_none(shape):
+    image = draw(Object(shape, "red", 24, 24, 9))
+    left, top = image.copy(), image.copy()
+    left[:, :24] = GREY
+    top[:24] = GREY
+    for half in (left, top):
+        assert all(d.label != shape for d in found(half))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_object_that_the_image_cuts_off_is_none(shape):
+    image = draw(Object(shape, "red", 24, 24, 9))
+    shifted = np.full_like(image, GREY)
+    shifted[:, :27] = image[:, 21:]  # 6 of the 19 columns are cut off
+    assert all(d.label != shape for d in found(shifted))
+
+
+def test_merged_objects_are_none():
+    for color in ("red", "blue"):
+        image = draw(Object("circle", "red", 18, 24, 7), Object("circle", color, 29, 24, 7))
+        assert found(image) == []
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_smeared_object_is_none(shape):
+    image = draw(Object(shape, "red", 24, 24, 7)).astype(np.float32)
+    smeared = ndimage.uniform_filter(image, (15, 15, 1)).astype(np.uint8)  # over its own size
+    assert found(smeared) == []
+
+
+def test_an_object_of_two_colours_is_none():
+    thing = Object("square", "red", 24, 24, 8)
+    image = draw(thing)
+    right = coverage(thing) > 0.5
+    right[:, :24] = False
+    image[right] = np.array(COLORS["blue"]) * 255
+    assert found(image) == []
+    assert len(inspect(image[None])[0].parts) == 1
+
+
+@pytest.mark.parametrize("value", [0, 128, 255])
+def test_an_image_of_one_colour_holds_nothing(value):
+    assert found(np.full((48, 48, 3), value, np.uint8)) == []
+
+
+def test_noise_holds_nothing():
+    noise = np.random.default_rng(0).integers(0, 256, (4, 48, 48, 3)).astype(np.uint8)
+    assert gold_detections(noise) == [[], [], [], []]
+
+
+def test_an_image_is_judged_the_same_in_any_batch():
+    rng = np.random.default_rng(5)
+    images = render([random_scene(rng) for _ in range(4)])
+    together = inspect(images)
+    for image, seen in zip(images, together, strict=True):
+        (alone,) = inspect(image[None])
+        assert [(p.shape, p.color, p.box) for p in alone.parts] == [
+            (p.shape, p.color, p.box) for p in seen.parts
+        ]
+        assert alone.clean == seen.clean
+
+
+def record(*clauses):
+    return {"include": [{"class": c, "count": n, "color": color} for c, n, color in clauses]}
+
+
+def test_structure_is_near_1_for_a_render_and_0_for_what_is_missing():
+    (seen,) = inspect(draw(Object("star", "red", 24, 24, 8))[None])
+    whole = structure(seen, record(("star", 1, "red")))
+    assert whole > 0.95
+    assert structure(seen, record(("heart", 1, "red"))) == 0
+    assert structure(seen, record(("star", 1, "blue"))) == 0
+    # One of two stars, and one of two clauses: half each.
+    assert structure(seen, record(("star", 2, "red"))) == pytest.approx(whole / 2)
+    both = record(("star", 1, "red"), ("ring", 1, "blue"))
+    assert structure(seen, both) == pytest.approx(whole / 2)
+
+
+def test_structure_falls_with_smear_and_dirt():
+    image = draw(Object("circle", "red", 24, 24, 8))
+    smeared = ndimage.uniform_filter(image.astype(np.float32), (1, 7, 1)).astype(np.uint8)
+    dirty = image.copy()
+    dirty[2:10, 2:40] = 0
+    seen = inspect(np.stack([image, smeared, dirty]))
+    clean, *worse = (structure(one, record(("circle", 1, "red"))) for one in seen)
+    assert max(worse) < clean - 0.02
+
+
+def test_a_match_needs_every_object_at_its_place_and_no_other():
+    things = (Object("circle", "red", 10, 10, 6), Object("ring", "blue", 35, 35, 6))
+    right = [Detection(t.shape, 1.0, t.box, t.color) for t in things]
+    assert matches_scene(right, things)
+    assert not matches_scene(right[:1], things)
+    assert not matches_scene([*right, right[0]], things)
+    moved = [right[0], Detection("ring", 1.0, (20, 20, 33, 33), "blue")]
+    assert not matches_scene(moved, things)
