@@ -1,0 +1,170 @@
+"""The benchmark of the shapes world, run on a tiny random Janus."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import stage_rl
+from stage_rl.errors import CheckpointError, InputError
+from stage_rl.evaluation import progress as progress_module
+from stage_rl.evaluation import shapes_geneval
+from stage_rl.evaluation.gallery import before_after_grid
+from stage_rl.evaluation.progress import progress
+from stage_rl.evaluation.runner import evaluate, evaluate_against, evaluate_run
+from stage_rl.prompts import TASKS
+from stage_rl.schema import EvaluationConfig
+from stage_rl.shapes.captions import evaluation_records
+from stage_rl.types import Prompt, Rollout
+
+SETS = (*TASKS, "retention", "transfer")
+
+
+@pytest.fixture(scope="module")
+def few():
+    """Only the first two prompts of each set, so that a test takes a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        sets = {name: prompts[:2] for name, prompts in shapes_geneval.prompt_sets().items()}
+        patch.setattr(shapes_geneval, "prompt_sets", lambda: sets)
+        yield
+
+
+@pytest.fixture(scope="module")
+def scored(few, tiny_shapes):
+    return evaluate(tiny_shapes, images_per_task=3, guidance_scale=2.0, seed=7, dtype="float32")
+
+
+@pytest.mark.parametrize("images_per_task", [1, 5, 48, 100])
+def test_every_set_gets_its_images_spread_evenly(images_per_task):
+    counts: dict[str, Counter[int]] = {}
+    for batch in shapes_geneval.batches(images_per_task):
+        assert batch.num_images <= max(shapes_geneval.MAX_IMAGES, batch.images_per_prompt)
+        for prompt in batch.prompts:
+            counts.setdefault(batch.task, Counter())[prompt.index] += batch.images_per_prompt
+    assert tuple(counts) == SETS
+    for task, prompts in shapes_geneval.prompt_sets().items():
+        numbers = [counts[task][prompt.index] for prompt in prompts]
+        assert sum(numbers) == images_per_task
+        assert max(numbers) - min(numbers) <= 1
+    assert shapes_geneval.num_images(images_per_task) == 8 * images_per_task
+
+
+def test_no_two_prompts_share_a_random_stream():
+    prompts = [prompt for some in shapes_geneval.prompt_sets().values() for prompt in some]
+    assert len({prompt.index for prompt in prompts}) == len(prompts) == 164 + 2 * 96
+    geneval = {p.index: p.text for p in prompts if p.index < shapes_geneval.INDEX_STRIDE}
+    assert geneval == {i: record["prompt"] for i, record in enumerate(evaluation_records())}
+
+
+def test_every_image_is_scored_by_both_judges(scored):
+    for measure in ("gold", "detector", "agreement", "structure"):
+        assert Counter(one.task for one in scored.scores[measure]) == dict.fromkeys(TASKS, 3)
+    for name in ("retention", "transfer"):
+        assert [one.task for one in scored.scores[name]] == [name] * 3
+    images = [(one.prompt, one.image) for one in scored.scores["gold"] if one.task == "counting"]
+    first, second = sorted({prompt for prompt, _ in images})
+    assert sorted(images) == [(first, 0), (first, 1), (second, 0)]  # 3 images of 2 prompts
+    # Only the prompt with two images has a pair to compare.
+    assert len(scored.scores["diversity_background"]) <= 6
+    assert set(scored.scores) <= set(shapes_geneval.MEASURES)
+    assert "gold" in scored.table()
+
+
+def test_random_streams_do_not_depend_on_how_many_images_there_are(scored, few, tiny_shapes):
+    fewer = evaluate(tiny_shapes, images_per_task=2, guidance_scale=2.0, seed=7, dtype="float32")
+    known = {(one.prompt, one.image): one.value for one in scored.scores["structure"]}
+    assert fewer.scores["structure"]
+    for one in fewer.scores["structure"]:
+        assert one.value == known[one.prompt, one.image]
+
+
+def test_a_policy_compared_with_itself_has_no_difference(few, tiny_shapes):
+    comparison = evaluate_against(tiny_shapes, tiny_shapes, images_per_task=2, guidance_scale=1.0)
+    for measure in comparison.base.scores:
+        change = comparison.difference(measure)
+        assert change is not None
+        assert all(row.mean == 0 for row in (*change.tasks.values(), change.overall))
+
+
+def test_a_run_gets_its_figures_and_its_grid(few, tiny_shapes, tmp_path):
+    settings = EvaluationConfig(images_per_task=1, guidance_scale=None, seed=1)
+    other = evaluate_run(
+        tiny_shapes, tiny_shapes, evaluation=settings, guidance_scale=1.0, out=tmp_path
+    )
+    assert "base base, trained trained" in other
+    figures = json.loads((tmp_path / "evaluation.json").read_text())
+    assert set(figures) == {"base", "trained", "difference"}
+    assert figures["base"]["guidance_scale"] == 1.0
+    with Image.open(tmp_path / "before_after.png") as picture:
+        assert picture.size[0] > 2 * 4 * 144  # two halves of four images of 3 x 48 pixels
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "before_after.png",
+        "evaluation.json",
+    ]
+    with pytest.raises(CheckpointError, match="could not be written"):
+        evaluate_run(
+            tiny_shapes, tiny_shapes, evaluation=settings, guidance_scale=1.0, out=tmp_path / "no"
+        )
+
+
+def test_a_folder_is_loaded_by_name(few, tiny_shapes_folder):
+    seen = stage_rl.evaluate(str(tiny_shapes_folder), images_per_task=1, guidance_scale=1.0)
+    assert seen.model == str(tiny_shapes_folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"benchmark": "shapes_geneval"}, "did you mean 'shapes-geneval'?"),
+        ({"images_per_task": 0}, "images_per_task: 0 is out of range"),
+        ({"seed": -1}, "seed: -1 is out of range"),
+        ({"guidance_scale": -2.0}, "guidance_scale: -2.0 is out of range"),
+        ({"dtype": "bf16"}, "dtype: unknown 'bf16'"),
+    ],
+)
+def test_wrong_settings_are_one_clear_line(tiny_shapes, options, message):
+    with pytest.raises(InputError) as caught:
+        evaluate(tiny_shapes, **options)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_wrong_model_is_one_clear_line_before_the_other_is_scored(tiny_shapes, tmp_path):
+    with pytest.raises(InputError, match="no such folder"):
+        evaluate_against(str(tmp_path / "none"), tiny_shapes)
+
+
+def test_a_model_of_another_image_size_is_refused(tiny_janus, monkeypatch):
+    sets = {"colors": (Prompt("a red circle", 0, {"tag": "colors"}),)}
+    monkeypatch.setattr(shapes_geneval, "prompt_sets", lambda: sets)
+    with pytest.raises(InputError, match="draws images of 16 x 16; shapes-geneval judges 48 x 48"):
+        evaluate(tiny_janus, images_per_task=1, guidance_scale=1.0)
+
+
+def test_the_grid_has_the_base_on_the_left():
+    def drawn(*color):
+        images = torch.tensor(color, dtype=torch.uint8).expand(4, 48, 48, 3)
+        prompts = (Prompt("a red circle", 0), Prompt("a blue star", 1))
+        return Rollout(prompts, 2, torch.zeros(4, 1, dtype=torch.long), images)
+
+    picture = np.asarray(before_after_grid(drawn(200, 0, 0), drawn(0, 0, 200)))
+    red, blue = ((picture == color).all(-1) for color in ((200, 0, 0), (0, 0, 200)))
+    # Two rows of two images of 144 x 144 on each side of the middle.
+    middle = picture.shape[1] // 2
+    assert red[:, :middle].sum() == red.sum() == 4 * 144**2
+    assert blue[:, middle:].sum() == blue.sum() == 4 * 144**2
+
+
+def test_progress_is_plain_lines_without_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(progress_module, "SECONDS_BETWEEN_LINES", 0.0)
+    with progress("evaluate it", 10) as advance:
+        advance(4)
+        advance(6)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.rpartition(",")[0] for line in lines] == [
+        "evaluate it: 4/10",
+        "evaluate it: 10/10",
+    ]

@@ -1,0 +1,120 @@
+"""`stage shapes show` at toy size, and the arithmetic of its figures."""
+
+import json
+
+import pytest
+import torch
+
+from stage_rl.errors import InputError
+from stage_rl.evaluation import shapes_geneval
+from stage_rl.rollout.sampling import Sampling
+from stage_rl.shapes import show
+from stage_rl.shapes.show import Figure
+from stage_rl.shapes.show_regime import RegimeFigures, _figures, _Seen, measure_regime
+from stage_rl.shapes.show_tokenizer import measure_tokenizer
+
+
+def test_everything_is_printed_beside_its_target(tiny_shapes_folder, tmp_path, monkeypatch, capsys):
+    sets = {name: prompts[:1] for name, prompts in shapes_geneval.prompt_sets().items()}
+    monkeypatch.setattr(shapes_geneval, "prompt_sets", lambda: sets)
+    file = tmp_path / "show.json"
+    show.main(
+        model=str(tiny_shapes_folder),
+        guidance_scales=(1.0, 2.0),
+        training_guidance=2.0,
+        images_per_task=1,
+        regime_images=8,
+        renders=2,
+        json_=str(file),
+    )
+    printed = capsys.readouterr().out
+    assert "guidance 1" in printed
+    assert "guidance 2" in printed
+    assert "renders that stay right after encode and decode" in printed
+    missed = [line for line in printed.splitlines() if line.endswith("missed")]
+    assert any(line.strip().startswith("overall") for line in missed)  # random weights draw nothing
+    figures = json.loads(file.read_text())
+    assert set(figures) == {"model", "tokenizer", "geneval", "regime", "missed"}
+    assert list(figures["geneval"]) == ["1", "2"]
+    assert "overall" in figures["missed"]
+
+
+@pytest.mark.parametrize(
+    ("figure", "words"),
+    [
+        (Figure("x", 0.5), "0.500"),
+        (Figure("x", 0.5, 0.4), "0.500 target >= 0.4"),
+        (Figure("x", 0.5, 0.6), "0.500 target >= 0.6 missed"),
+        (Figure("x", 0.5, 0.2, 0.4), "0.500 target 0.2 to 0.4 missed"),
+        (Figure("x", 0.5, None, 0.6), "0.500 target <= 0.6"),
+        (Figure("x", None, 0.5), "not known target >= 0.5"),
+    ],
+)
+def test_a_missed_target_is_said(figure, words):
+    assert figure.line().split() == ["x", *words.split()]
+
+
+def test_regime_figures_are_means_over_groups():
+    # Two groups of 8: one with equal rewards and none correct, one with a single correct image.
+    equal_P = torch.tensor([True, False])
+    correct_PG, strict_PG = torch.zeros(2, 8), torch.zeros(2, 8)
+    correct_PG[1, 3] = 1
+    similarity_PGT = torch.stack([torch.ones(8, 2), torch.full((8, 2), 0.25)])
+    entropy_NT = torch.tensor([[1.0, 3.0]]).expand(16, 2)
+    object_NT = torch.tensor([[False, True]]).expand(16, 2)
+    seen = _Seen(entropy_NT, object_NT, similarity_PGT, equal_P, correct_PG, strict_PG)
+    # ln 20 = 2.9957: entropies 1 and 3 are 0.3338 and 1.0014, their mean 0.6676.
+    found = _figures([seen], 20)
+    assert found == RegimeFigures(
+        entropy=pytest.approx(0.6676, abs=1e-4),
+        entropy_background=pytest.approx(0.3338, abs=1e-4),
+        entropy_objects=pytest.approx(1.0014, abs=1e-4),
+        similarity=pytest.approx(0.25),
+        equal_reward_groups=0.5,
+        pass_at_1=1 / 16,
+        pass_at_8=0.5,
+        agreement=15 / 16,
+    )
+    assert found.headroom == 0.5 - 1 / 16
+
+
+def test_the_regime_is_measured_on_whole_groups(tiny_shapes):
+    counts = []
+    found = measure_regime(
+        tiny_shapes, 9, sampling=Sampling(guidance_scale=1.0), seed=0, advance=counts.append
+    )
+    assert counts == [16]  # 9 images are two groups of 8
+    assert 0 < found.entropy <= 1
+    assert 0 <= found.pass_at_1 <= found.pass_at_8 <= 1
+
+
+def test_a_tokenizer_with_random_weights_keeps_nothing(tiny_shapes):
+    found = measure_tokenizer(tiny_shapes, 6, seed=0)
+    assert found.gold_on_renders == 1
+    assert found.kept == 0
+    assert 0 < found.codes_used <= 1
+    assert 0 <= found.lookalike_pairs < 1
+
+
+def test_the_shipped_tokenizer_keeps_the_objects():
+    from stage_rl.policies.config import JanusConfig
+
+    policy = JanusConfig(path="shapes", trainable=()).build(torch.device("cpu"))
+    found = measure_tokenizer(policy, 40, seed=0)
+    assert found.kept >= 0.9
+    assert found.lookalike_codes > 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"json_": "none/show.json"}, "--json none/show.json: no folder 'none'"),
+        ({"renders": 0}, "--renders: 0 is out of range; write at least 1"),
+        ({"training_guidance": -1.0}, "guidance_scale: -1.0 is out of range"),
+        ({"model": "./none"}, "no such folder"),
+    ],
+)
+def test_wrong_options_are_one_clear_line(options, message):
+    with pytest.raises(InputError) as caught:
+        show.main(**options)
+    assert message in str(caught.value)
