@@ -1,7 +1,7 @@
 """The prompts of the shapes world: for pretraining, for training by reward, and held out.
 
-All use GenEval's wording and metadata. Beyond GenEval's keys a record may carry `size` of its objects
-and `tone` and `texture` of its background, which only the renderer reads.
+All use GenEval's wording and metadata. Beyond GenEval's keys a record may carry `size` of its
+objects and `tone` and `texture` of its background, which only the renderer reads.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def training_records(ratios: Mapping[str, float], num_prompts: int, *, seed: int
 
 
 def pretraining_record(rng: np.random.Generator) -> Record:
-    """A caption for the base policy; single objects to two bound colours, some with a background."""
+    """A caption for the base policy: single objects to two bound colours, some with background."""
     task = str(rng.choice(list(PRETRAINING_SHARES), p=list(PRETRAINING_SHARES.values())))
     if task == "retention":
         return retention_record(rng)

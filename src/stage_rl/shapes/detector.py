@@ -72,7 +72,9 @@ class ShapesDetector:
         """Reads the shipped weights, or others of the same form."""
         net = DetectorNet()
         if not path.is_file():
-            raise WeightsError(f"{path}: no detector weights; make them with 'stage shapes pretrain'")
+            raise WeightsError(
+                f"{path}: no detector weights; make them with 'stage shapes pretrain'"
+            )
         net.load_state_dict({name: t.float() for name, t in load_file(path).items()})
         return cls(net, device)
 

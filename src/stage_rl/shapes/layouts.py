@@ -103,9 +103,7 @@ def _draw(shape: str, color: str, radii: Sequence[int], rng: np.random.Generator
     return Object(shape, color, x, y, radius)
 
 
-def _fits(
-    clause: Mapping[str, Any], thing: Object, placed: Sequence[tuple[int, Object]]
-) -> bool:
+def _fits(clause: Mapping[str, Any], thing: Object, placed: Sequence[tuple[int, Object]]) -> bool:
     """Whether an object stands clearly where its clause wants it."""
     if not clause.get("position"):
         return True
