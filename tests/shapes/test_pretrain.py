@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from stage_rl.errors import InputError
 from stage_rl.policies.config import JanusConfig
 from stage_rl.shapes import pretrain
-from stage_rl.shapes.detector import ShapesDetector
+from stage_rl.shapes.detector import WEIGHTS, ShapesDetector
 from stage_rl.shapes.model import JanusSize
 from stage_rl.shapes.pretrain_policy import CHUNK, PolicyTraining, chunk_sizes, prompt_rows
 from stage_rl.shapes.pretrain_tokenizer import TokenizerTraining
@@ -125,3 +125,23 @@ def test_a_dropped_caption_becomes_the_unconditional_row_of_its_length():
     assert ids[1, 0] == ids[0, 0] == processor.tokenizer.bos_token_id
     assert ids[1, 3] == ids[0, 7]
     assert ids[1, 1:3].tolist() == [pad, pad]
+
+
+def test_it_goes_on_from_the_shipped_weights_with_the_shipped_tokenizer(tmp_path):
+    plan = pretrain.Plan(
+        seed=5,
+        size=PLAN.size,
+        tokenizer=PLAN.tokenizer,
+        detector_steps=1,
+        policy=PolicyTraining(steps=1, batch=4, warmup_steps=1, lr=1e-3, pool=4, compile=False),
+        start_from="shipped",
+    )
+    pretrain.pretrain(plan, tmp_path / "out", workers=1, report=lambda line: None)
+    shipped = load_file(WEIGHTS.with_name("checkpoint") / "model.safetensors")
+    after = load_file(tmp_path / "out" / "checkpoint" / "model.safetensors")
+    changed = {name for name, tensor in after.items() if not torch.equal(tensor, shipped[name])}
+    assert any("language_model.layers" in name for name in changed)
+    assert not any("vqmodel" in name for name in changed)
+    moved = max(float((after[name] - shipped[name]).abs().max()) for name in changed)
+    assert moved < 0.01  # one step at this rate, from where the shipped weights are
+    assert (tmp_path / "out" / "detector.safetensors").read_bytes() == WEIGHTS.read_bytes()
