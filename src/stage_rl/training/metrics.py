@@ -60,7 +60,7 @@ def learning_metrics(
     }
     if rollout.logprobs_NT is not None:
         # The sampler computes with its own copies and kernels: this is how far they stray.
-        gap_NT = (rollout.logprobs_NT - learned.measured.logprobs_NT.cpu()).abs()
+        gap_NT = (rollout.logprobs_NT.cpu() - learned.measured.logprobs_NT.cpu()).abs()
         numbers |= {
             "mismatch/logprobs_mean": gap_NT.mean().item(),
             "mismatch/logprobs_max": gap_NT.max().item(),
