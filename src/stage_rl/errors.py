@@ -2,7 +2,7 @@
 
 
 class StageError(Exception):
-    """Something the user can put right. The command line prints it as one line, without a traceback."""
+    """Something the user can put right; the command line prints it as one line, no traceback."""
 
     exit_code = 1
 

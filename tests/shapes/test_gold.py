@@ -87,6 +87,33 @@ def test_a_smeared_object_is_none(shape):
     assert found(smeared) == []
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("across", [7, 9, 11])
+def test_an_object_that_is_smeared_along_one_axis_is_none(shape, across):
+    things = [Object(shape, color, 24, 24, radius) for color in COLORS for radius in (6, 8, 10)]
+    images = np.stack([draw(thing) for thing in things]).astype(np.float32)
+    for size in ((1, across, 1, 1), (1, 1, across, 1)):
+        smeared = ndimage.uniform_filter(images, size).astype(np.uint8)
+        assert gold_detections(smeared) == [[]] * len(things)
+
+
+def test_sharpness_is_the_share_of_the_edge_energy_that_is_left():
+    image = draw(Object("square", "red", 24, 24, 8)).astype(np.float32)
+    smeared = ndimage.uniform_filter1d(image, 5, axis=1)
+    sharp, soft = (
+        inspect(one[None].astype(np.uint8))[0].parts[0].sharpness for one in (image, smeared)
+    )
+    assert sharp == pytest.approx(1, abs=0.02)
+    # The edge lies 0.93 x 8.5 = 7.9 from the middle, so its two steps are 0.6 and 0.4: energy 0.52.
+    # Over 5 pixels the steps are 0.12, four of 0.2, and 0.08: 0.014 + 4 x 0.04 + 0.006 = 0.18.
+    assert soft == pytest.approx(0.18 / 0.52, abs=0.02)
+
+
+def test_a_neighbour_two_pixels_away_makes_no_edge_softer():
+    pair = draw(Object("square", "red", 14, 24, 8), Object("square", "red", 33, 24, 8))
+    assert [(d.label, d.color) for d in found(pair)] == [("square", "red")] * 2
+
+
 def test_an_object_of_two_colours_is_none():
     thing = Object("square", "red", 24, 24, 8)
     image = draw(thing)

@@ -1,8 +1,8 @@
 """Takes images of the shapes world apart, analytically, from pixels.
 
 Everything that is not background is split into connected parts. A part is an object when its colour
-is one of the ten, pure, and its outline is that of one whole shape: smeared, merged and half
-objects fit no outline and are not counted.
+is one of the ten, pure, its outline is that of one whole shape, and its edges are about as sharp as
+that shape's: smeared, merged and half objects are not counted.
 
 Shape suffixes: N images, H x W pixels, C colour channels, M parts, K shifted outlines.
 """
@@ -27,8 +27,12 @@ TONE_RANGE = 0.14
 """Brightness by which a background may stray from its tone."""
 MIN_AREA = 12
 """Parts with fewer pixels are specks, not parts."""
-MIN_OUTLINE = 0.84
+MIN_OUTLINE = 0.9
 """Overlap (soft intersection over union) with the best whole shape that makes an object."""
+MIN_SHARPNESS = 0.46
+"""Edge energy along either axis, relative to that shape's, that makes an object."""
+RIM = 3
+"""Pixels around a part whose coverage is its own: where a smeared edge runs out."""
 MIN_PURITY = 0.85
 PURE = 0.22
 """Colour distance within which a pixel has the part's colour, mixed with background at its edge."""
@@ -47,6 +51,8 @@ class Part:
     shape: str
     outline: float
     """Soft intersection over union with the best-fitting whole shape."""
+    sharpness: float
+    """Edge energy relative to that shape's, along the axis where it is less; near 1 when drawn."""
     color: str
     purity: float
     """Share of its pixels that have the colour."""
@@ -55,8 +61,12 @@ class Part:
 
     @property
     def is_object(self) -> bool:
-        """Whether it is one whole shape of one colour."""
-        return self.outline >= MIN_OUTLINE and self.purity >= MIN_PURITY
+        """Whether it is one whole, sharp shape of one colour."""
+        return (
+            self.outline >= MIN_OUTLINE
+            and self.sharpness >= MIN_SHARPNESS
+            and self.purity >= MIN_PURITY
+        )
 
 
 @dataclass(frozen=True)
@@ -76,12 +86,23 @@ class Inspection:
 
 @dataclass(frozen=True)
 class _Piece:
-    """A connected thing before it is looked at: its box and one pixel around it."""
+    """A connected thing before it is looked at: its box and RIM pixels around it."""
 
     image: int
     region: tuple[slice, slice]
     mask_HW: NDArray[np.bool_]
     """Its pixels within the region."""
+    others_HW: NDArray[np.bool_]
+    """The foreground within the region that is not its own."""
+
+    @property
+    def reach_HW(self) -> NDArray[np.bool_]:
+        """Its pixels and RIM around them, without those of its neighbours and beside these."""
+        beside = _grown(self.mask_HW)
+        reach = beside
+        for _ in range(RIM - 1):
+            reach = _grown(reach)
+        return reach & (beside | ~_grown(self.others_HW))
 
 
 @dataclass(frozen=True)
@@ -153,9 +174,10 @@ def _pieces(foreground_NHW: NDArray[np.bool_]) -> list[_Piece]:
     boxes: Sequence[Any] = ndimage.find_objects(labels)
     for label, (image, *box) in enumerate(boxes, 1):
         if sizes[label] >= MIN_AREA:
-            rows, columns = (slice(max(side.start - 1, 0), side.stop + 1) for side in box)
-            mask = labels[image.start, rows, columns] == label
-            pieces.append(_Piece(image.start, (rows, columns), mask))
+            rows, columns = (slice(max(side.start - RIM, 0), side.stop + RIM) for side in box)
+            region = labels[image.start, rows, columns]
+            mask = region == label
+            pieces.append(_Piece(image.start, (rows, columns), mask, (region > 0) & ~mask))
     return pieces
 
 
@@ -166,8 +188,8 @@ def _look(piece: _Piece, image: NDArray[np.float32], background: NDArray[np.floa
     color = int(np.bincount(nearest, minlength=len(_PALETTE)).argmax())
     along = _PALETTE[color] - background
     alpha = np.clip(((region - background) @ along) / (along @ along), 0, 1)
-    # One pixel more than the mask: the faint rim of an object is still its own.
-    alpha = np.where(_grown(mask), alpha, 0)
+    # More than the mask: the faint rim of an object is still its own.
+    alpha = np.where(piece.reach_HW, alpha, 0)
     rest = pixels - background - alpha[mask][:, None] * along
     window = _window(alpha, piece)
     return _Look(
@@ -198,15 +220,38 @@ def _box(piece: _Piece) -> tuple[slice, slice]:
     return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
 
 
-def _fit(windows_MHW: NDArray[np.float32]) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
-    """The whole shape that overlaps most with each coverage, and by how much (M, M)."""
+@dataclass(frozen=True)
+class _Fit:
+    """The whole shape that overlaps most with each coverage."""
+
+    shape_M: NDArray[np.intp]
+    outline_M: NDArray[np.float32]
+    sharpness_M: NDArray[np.float32]
+
+
+def _edge_energy(windows_MHW: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Sum of squared steps of coverage down the rows and along the columns (2, M).
+
+    A step that is spread over w pixels has 1 / w of its energy.
+    """
+    steps = (np.diff(windows_MHW, axis=axis) for axis in (1, 2))
+    return np.stack([(step * step).sum((1, 2)) for step in steps])
+
+
+def _fit(windows_MHW: NDArray[np.float32]) -> _Fit:
+    """Finds the shape of each coverage by its largest overlap."""
     flat = windows_MHW.reshape(len(windows_MHW), -1)
     bank, shape_of = _outlines()
     inner_MK = flat @ bank.T
     squares_M, norms_K = (flat * flat).sum(1), (bank * bank).sum(1)
     overlap_MK = inner_MK / (squares_M[:, None] + norms_K - inner_MK)
     best = overlap_MK.argmax(1)
-    return shape_of[best], overlap_MK[np.arange(len(best)), best]
+    drawn = _edge_energy(bank[best].reshape(windows_MHW.shape))
+    return _Fit(
+        shape_M=shape_of[best],
+        outline_M=overlap_MK[np.arange(len(best)), best],
+        sharpness_M=(_edge_energy(windows_MHW) / drawn).min(0),
+    )
 
 
 def inspect(images_NHWC: NDArray[np.uint8]) -> list[Inspection]:
@@ -218,20 +263,20 @@ def inspect(images_NHWC: NDArray[np.uint8]) -> list[Inspection]:
     looks = [_look(piece, images[piece.image], backgrounds[piece.image]) for piece in pieces]
     found: list[list[tuple[_Piece, Part]]] = [[] for _ in images]
     if looks:
-        shapes, outlines = _fit(np.stack([look.window_HW for look in looks]))
-        for piece, look, shape, outline in zip(pieces, looks, shapes, outlines, strict=True):
-            part = _part(piece, look, SHAPES[shape], float(outline))
-            found[piece.image].append((piece, part))
+        fit = _fit(np.stack([look.window_HW for look in looks]))
+        for m, (piece, look) in enumerate(zip(pieces, looks, strict=True)):
+            found[piece.image].append((piece, _part(piece, look, fit, m)))
     return [_inspection(mask, parts) for mask, parts in zip(foreground, found, strict=True)]
 
 
-def _part(piece: _Piece, look: _Look, shape: str, outline: float) -> Part:
+def _part(piece: _Piece, look: _Look, fit: _Fit, m: int) -> Part:
     rows, columns = _box(piece)
     y, x = (side.start for side in piece.region)
     return Part(
-        shape=shape,
+        shape=SHAPES[fit.shape_M[m]],
         # What the window cuts off still counts against the fit.
-        outline=outline * look.inside,
+        outline=float(fit.outline_M[m]) * look.inside,
+        sharpness=float(fit.sharpness_M[m]),
         color=list(COLORS)[look.color],
         purity=look.purity,
         box=(
