@@ -1,45 +1,58 @@
 """`stage sample`: the grid it writes, and what it refuses."""
 
-from dataclasses import dataclass
-
 import numpy as np
+import pytest
+import torch
 from PIL import Image
 
+import stage_rl
 from stage_rl.cli.sample import grid
+from stage_rl.config import load_recipe, resolved_json
+from stage_rl.training.checkpoint import TrainerState, save_checkpoint
 
 
-@dataclass
-class Images:
-    images_NHWC: object
+@pytest.fixture
+def run_folder(tmp_path, tiny_janus, tiny_janus_folder):
+    """A run with checkpoints of steps 1 and 2, by weights of its own each; no optimizer state."""
+    recipe = load_recipe("shapes_geneval", [f"policy.path={tiny_janus_folder}"])
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "recipe.json").write_text(resolved_json(recipe))
+    optimizer = torch.optim.SGD(p for p in tiny_janus.module.parameters() if p.requires_grad)
+    for step in (1, 2):
+        with torch.no_grad():
+            for parameter in tiny_janus.module.parameters():
+                parameter.mul_(1 + 0.5 * parameter.requires_grad)
+        state = TrainerState(step=step, signs={})
+        save_checkpoint(folder / "checkpoints", tiny_janus, optimizer, state=state)
+    return folder
 
 
-class Array(np.ndarray):
-    def numpy(self):
-        return np.asarray(self)
-
-
-def test_sample_writes_a_grid_of_one_row_per_prompt(tmp_path, stand_in, stage):
-    seen = {}
-
-    def draw(model, prompts, **options):
-        seen.update(model=model, prompts=prompts, **options)
-        return Images(np.zeros((4, 48, 48, 3), np.uint8).view(Array))
-
-    stand_in("stage_rl.rollout.sample", "sample", draw)
+def test_sample_draws_a_grid_of_one_row_per_prompt(tmp_path, tiny_janus_folder, stage):
     out = tmp_path / "grid.png"
-    done = stage("sample", "shapes", "a", "b", "--images", 2, "--seed", 3, "--out", out)
+    texts, options = ["a red circle", "a star"], ["--images", 2, "--seed", 3, "--out", out]
+    done = stage("sample", tiny_janus_folder, *texts, *options)
     assert done.exit_code == 0, done.output
-    assert seen == {
-        "model": "shapes",
-        "prompts": ["a", "b"],
-        "images_per_prompt": 2,
-        "guidance_scale": 5.0,
-        "temperature": 1.0,
-        "seed": 3,
-    }
-    # 48 pixels are shown as 192; two tiles and three gaps of 4: 2 x 192 + 3 x 4 = 396.
+    drawn = stage_rl.sample(str(tiny_janus_folder), texts, images_per_prompt=2, seed=3)
     with Image.open(out) as picture:
+        # 16 pixels are shown as 192; two tiles and three gaps of 4: 2 x 192 + 3 x 4 = 396.
         assert picture.size == (396, 396)
+        shown = np.asarray(picture)[4 : 4 + 192 : 12, 200 : 200 + 192 : 12]
+    assert np.array_equal(shown, drawn.images_NHWC[1].numpy())
+
+
+def test_sample_draws_with_what_a_run_has_learned(run_folder, tmp_path, stage, run_main):
+    pictures = {}
+    for name in (f"{run_folder}@1", f"{run_folder}@2", str(run_folder)):
+        out = tmp_path / f"{len(pictures)}.png"
+        done = stage("sample", name, "a red circle", "--images", 1, "--out", out)
+        assert done.exit_code == 0, done.output
+        pictures[name] = out.read_bytes()
+    first, second, newest = pictures.values()
+    assert newest == second != first
+    code, printed = run_main("sample", f"{run_folder}@7", "a", "--out", tmp_path / "none.png")
+    assert code == 2
+    assert printed == f"error: {run_folder}@7: no checkpoint of step 7; the run has: 1, 2\n"
 
 
 def test_a_grid_places_images_row_by_row():
@@ -58,12 +71,10 @@ def test_a_grid_needs_a_png_in_a_folder_that_is(tmp_path, run_main):
         assert printed.startswith(f"error: --out {out}: ")
 
 
-def test_a_grid_that_cannot_be_written_is_one_line(tmp_path, stand_in, run_main):
-    blank = Images(np.zeros((1, 48, 48, 3), np.uint8).view(Array))
-    stand_in("stage_rl.rollout.sample", "sample", lambda *_, **__: blank)
+def test_a_grid_that_cannot_be_written_is_one_line(tmp_path, tiny_janus_folder, run_main):
     out = tmp_path / "taken.png"
     out.mkdir()
-    assert run_main("sample", "shapes", "a", "--images", 1, "--out", out) == (
+    assert run_main("sample", tiny_janus_folder, "a", "--images", 1, "--out", out) == (
         1,
         f"error: --out {out}: Is a directory; name another file\n",
     )

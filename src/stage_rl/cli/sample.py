@@ -22,7 +22,9 @@ GAP = 4
 
 
 def sample(
-    model: Annotated[str, typer.Argument(help="Folder or hub id of the weights; or `shapes`.")],
+    model: Annotated[
+        str, typer.Argument(help="Folder, hub id, run folder, RUN@STEP; or `shapes`.")
+    ],
     prompts: Annotated[list[str], typer.Argument(help="One row of the grid each.")],
     images: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 4,
     guidance_scale: Annotated[float, typer.Option(min=0, callback=finite)] = 5.0,
@@ -35,10 +37,14 @@ def sample(
     """Draw prompts with a model and write a PNG grid."""
     if out.suffix.lower() != ".png" or not out.parent.is_dir():
         raise InputError(f"--out {out}: no place for a grid; write FILE.png in a folder that is")
-    from stage_rl.rollout.sample import sample as draw
+    import torch
 
+    from stage_rl.rollout.sample import sample as draw
+    from stage_rl.training.models import load_policy
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rollout = draw(
-        model,
+        load_policy(model, device),
         prompts,
         images_per_prompt=images,
         guidance_scale=guidance_scale,
