@@ -99,7 +99,6 @@ def compare(recipe: Recipe, *, rounds: int, settings: Mapping[str, Setting]) -> 
         "eager": lambda step: eager.step(_prompts_of(recipe, prompts, step)),
     }
     measures = _measures(_medians(forms, rounds))
-    trainer.judge.close()
     num_images = recipe.rollout.prompts_per_step * recipe.rollout.group_size
     num_tokens = trainer.policy.layout(prompts).num_tokens
     on_cpu, mixed = trainer.policy.device.type == "cpu", recipe.training.dtype == "mixed"

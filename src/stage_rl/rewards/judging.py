@@ -44,15 +44,20 @@ def check_fields(rewards: Sequence[RewardConfig], prompts: Sequence[Prompt]) -> 
 
 
 class Judge:
-    """Scores rollouts on a thread of its own, so that the model can work meanwhile."""
+    """Scores rollouts, each on a thread of its own, so that the model can work meanwhile."""
 
     def __init__(self, rewards: Sequence[WeightedReward]) -> None:
         self._rewards = tuple(rewards)
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="judge")
 
     def submit(self, rollout: Rollout) -> Future[Judged]:
         """Starts judging; `result()` waits for it."""
-        return self._executor.submit(self.judge, rollout)
+        # The thread ends with its rollout. On a CPU, one that stayed would keep a second team of
+        # OpenMP workers, and OpenMP lets all workers sleep between two operations where they are
+        # more than the cores: sampling then takes 1.3 to 1.6 times as long (measured, two cores).
+        executor = ThreadPoolExecutor(1, thread_name_prefix="judge")
+        judged = executor.submit(self.judge, rollout)
+        executor.shutdown(wait=False)
+        return judged
 
     def judge(self, rollout: Rollout) -> Judged:
         """All scores. A reward that fails twice on a group takes that group out of the step."""
@@ -74,10 +79,6 @@ class Judge:
                 reasons[place] += ("; " if reasons[place] else "") + _sentence(item.name, score)
         total[~kept] = 0.0
         return Judged(total, kept, columns, tuple(reasons))
-
-    def close(self) -> None:
-        """Ends the thread."""
-        self._executor.shutdown(cancel_futures=True)
 
 
 def _score_groups(item: WeightedReward, rollout: Rollout) -> list[list[Score] | None]:

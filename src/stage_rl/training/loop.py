@@ -9,13 +9,14 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from stage_rl.errors import Stopped
+from stage_rl.errors import InputError, Stopped
 from stage_rl.prompts import prompts_of_step
 from stage_rl.rewards.judging import check_fields
 from stage_rl.schema import Recipe
@@ -24,9 +25,10 @@ from stage_rl.training.console import live_view
 from stage_rl.training.metrics import Liveness, learning_metrics, reward_metrics
 from stage_rl.training.optim import learning_rate
 from stage_rl.training.probe import measure_drift
-from stage_rl.training.runs import RunFolder, open_run
+from stage_rl.training.runs import RunFolder, check_run, open_run
 from stage_rl.training.setup import Trainer, build_trainer
 from stage_rl.training.update import learn, measure_all, micro_batches
+from stage_rl.types import Prompt
 
 
 def train(recipe: Recipe) -> Path:
@@ -36,37 +38,72 @@ def train(recipe: Recipe) -> Path:
     everything else that ends a run.
     """
     prompts = recipe.prompts.build()
+    check_prompts(recipe, prompts)
+    folder = check_run(recipe)
+    done = finished_steps(folder)
+    if done >= recipe.steps:
+        # Nothing is written: the run may have more steps than this recipe asks for.
+        with live_view(first=done, last=done) as view:
+            view.say(_finished(recipe, folder, done))
+        return folder.path
+    # What can be wrong with a recipe shows here, before the run folder says what is trained in it.
+    trainer = build_trainer(recipe, prompts)
+    with open_run(recipe) as run, stop_signals() as signals:
+        train_steps(trainer, run, signals)
+    return run.path
+
+
+def train_steps(trainer: Trainer, run: RunFolder, signals: Sequence[int]) -> None:
+    """All steps from the newest checkpoint on; `signals` fills while they run."""
+    recipe, saved = trainer.recipe, latest_checkpoint(run.checkpoints)
+    first = saved.state.step if saved else 0
+    liveness = Liveness(recipe.liveness, saved.state.signs if saved else None)
+    with live_view(first=first, last=recipe.steps) as view:
+        if saved:
+            trainer.restore(saved)
+            view.say(f"{run.path}: goes on after step {first}")
+        run.forget_after(first)
+        for step in range(first, recipe.steps):
+            numbers = train_step(trainer, run, liveness, step)
+            run.log_metrics(step, numbers)
+            view.show(step + 1, numbers)
+            every, done = recipe.run.save_every, step + 1
+            stopped = signals[0] if signals else None
+            if stopped or done == recipe.steps or (every and done % every == 0):
+                trainer.save(run.checkpoints, TrainerState(done, liveness.counters))
+            if stopped:
+                raise Stopped(
+                    f"{run.path}: stopped after step {done} and saved; run the same command "
+                    "again to go on",
+                    signal_number=stopped,
+                )
+
+
+def check_prompts(recipe: Recipe, prompts: Sequence[Prompt]) -> None:
+    """Finds a prompt set that the rewards, the rollout or the random streams cannot use."""
     check_fields(recipe.rewards, prompts)
     prompts_of_step(prompts, step=0, prompts_per_step=recipe.rollout.prompts_per_step, seed=0)
-    with open_run(recipe) as run, stop_signals() as signals:
-        saved = latest_checkpoint(run.checkpoints)
-        first = saved.state.step if saved else 0
-        with live_view(first=first, last=recipe.steps) as view:
-            if first >= recipe.steps:
-                view.say(f"{run.path}: finished ({first} steps); raise steps to go on")
-                return run.path
-            trainer = build_trainer(recipe, prompts)
-            if saved:
-                trainer.restore(saved)
-                view.say(f"{run.path}: goes on after step {first}")
-            run.forget_after(first)
-            liveness = Liveness(recipe.liveness, saved.state.signs if saved else None)
-            for step in range(first, recipe.steps):
-                numbers = train_step(trainer, run, liveness, step)
-                run.log_metrics(step, numbers)
-                view.show(step + 1, numbers)
-                every, done = recipe.run.save_every, step + 1
-                stopped = signals[0] if signals else None
-                if stopped or done == recipe.steps or (every and done % every == 0):
-                    trainer.save(run.checkpoints, TrainerState(done, liveness.counters))
-                if stopped and done < recipe.steps:
-                    raise Stopped(
-                        f"{run.path}: stopped after step {done} and saved; run the same command "
-                        "again to go on",
-                        signal_number=stopped,
-                    )
-            trainer.judge.close()
-    return run.path
+    for index, count in Counter(prompt.index for prompt in prompts).items():
+        if count > 1:
+            raise InputError(
+                f"prompts: {count} prompts have index {index} and would share its random streams; "
+                "give every prompt its own index"
+            )
+
+
+def finished_steps(run: RunFolder) -> int:
+    """The steps of a run's newest good checkpoint; 0 where it has none."""
+    saved = latest_checkpoint(run.checkpoints)
+    return saved.state.step if saved else 0
+
+
+def _finished(recipe: Recipe, run: RunFolder, done: int) -> str:
+    schedule = recipe.optimizer.schedule
+    course = f" (in a longer run the {schedule} schedule lowers the rate later)"
+    return (
+        f"{run.path}: finished after {done} steps; raise steps to go on"
+        f"{'' if schedule == 'constant' else course}"
+    )
 
 
 def train_step(trainer: Trainer, run: RunFolder, liveness: Liveness, step: int) -> dict[str, float]:
