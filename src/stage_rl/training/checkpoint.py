@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -106,14 +107,35 @@ def save_checkpoint(
             f"{final}: could not be written ({error}); make room and run the same command again: "
             "it goes on from the checkpoint before"
         ) from error
-    for old in checkpoints(root)[keep:]:
-        shutil.rmtree(old)
+    _prune(root, state.step, keep)
     return final
 
 
+def _prune(root: Path, step: int, keep: int) -> None:
+    """Leaves the newest `keep`; those above `step` are damaged ones that the run fell back from."""
+    found = checkpoints(root)
+    written = [folder for folder in found if step_of(folder) <= step]
+    for folder in found:
+        if folder in written[:keep]:
+            continue
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            raise CheckpointError(
+                f"{folder}: could not be removed ({error.strerror}); remove it and run the same "
+                "command again"
+            ) from error
+
+
 def checkpoints(root: Path) -> list[Path]:
-    """The checkpoint folders of a run, newest first."""
-    return sorted(root.glob("step_*"), reverse=True)
+    """The checkpoint folders of a run, newest first; other names are not looked at."""
+    named = [path for path in root.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
+    return sorted(named, key=step_of, reverse=True)
+
+
+def step_of(folder: Path) -> int:
+    """The steps that were done when a checkpoint folder was written, by its name."""
+    return int(folder.name.removeprefix("step_"))
 
 
 def latest_checkpoint(root: Path) -> Checkpoint | None:

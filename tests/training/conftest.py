@@ -1,0 +1,73 @@
+"""A recipe that trains a tiny Janus in a second, and the parts it names."""
+
+import sys
+
+import pytest
+
+from stage_rl.config import load_recipe
+
+PARTS = """
+import os
+import signal
+
+from stage_rl import Prompt, RewardConfig, Score
+from stage_rl.schema import PromptsConfig
+
+
+class Texts(PromptsConfig):
+    texts: tuple[str, ...] = ("a red circle", "two blue square and a star", "a star", "the photo")
+
+    def build(self):
+        return tuple(Prompt(text, i) for i, text in enumerate(self.texts))
+
+
+class Brightness(RewardConfig):
+    constant: bool = False
+
+    def build(self, device):
+        def score(images_NHWC, prompts):
+            means = images_NHWC.float().mean(dim=(1, 2, 3)) / 255
+            values = [0.5 if self.constant else x for x in means.tolist()]
+            return [Score(value, f"luminance {value:.2f}") for value in values]
+
+        return score
+
+
+class Failing(RewardConfig):
+    def build(self, device):
+        def score(images_NHWC, prompts):
+            raise OSError("scorer is gone")
+
+        return score
+
+
+class SendsSignal(RewardConfig):
+    number: int
+
+    def build(self, device):
+        def score(images_NHWC, prompts):
+            os.kill(os.getpid(), self.number)
+            return [Score(float(i), "") for i in range(len(prompts))]
+
+        return score
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch, tiny_janus_folder):
+    """A function from overrides to a recipe that runs in a second."""
+    (tmp_path / "loop_parts.py").write_text(PARTS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "loop_parts", raising=False)
+    file = tmp_path / "tiny.yaml"
+    file.write_text(f"""
+steps: 4
+policy: {{kind: janus, path: {tiny_janus_folder}}}
+prompts: {{kind: "loop_parts:Texts"}}
+rewards: [{{kind: "loop_parts:Brightness"}}]
+rollout: {{prompts_per_step: 2, group_size: 3, guidance_scale: 2.0}}
+optimizer: {{lr: 1.0e-3}}
+probe: {{every: 2, num_prompts: 2, images_per_prompt: 1}}
+run: {{dir: {tmp_path}/run, save_every: 2, log_images_every: 2, log_groups: 1}}
+""")
+    return lambda *overrides: load_recipe(file, overrides)
