@@ -5,85 +5,19 @@ import json
 import logging
 import os
 import signal
-import sys
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from stage_rl.config import load_recipe, run_folder
+from stage_rl.config import run_folder
 from stage_rl.errors import CheckpointError, DivergedError, InputError, RecipeError, Stopped
 from stage_rl.policies.janus import JanusPolicy
 from stage_rl.training import checkpoint as checkpoint_module
-from stage_rl.training.loop import train
+from stage_rl.training.loop import check_prompts, train
 from stage_rl.training.models import load_policy
-
-PARTS = """
-import os
-import signal
-
-from stage_rl import Prompt, RewardConfig, Score
-from stage_rl.schema import PromptsConfig
-
-
-class Texts(PromptsConfig):
-    texts: tuple[str, ...] = ("a red circle", "two blue square and a star", "a star", "the photo")
-
-    def build(self):
-        return tuple(Prompt(text, i) for i, text in enumerate(self.texts))
-
-
-class Brightness(RewardConfig):
-    constant: bool = False
-
-    def build(self, device):
-        def score(images_NHWC, prompts):
-            means = images_NHWC.float().mean(dim=(1, 2, 3)) / 255
-            values = [0.5 if self.constant else x for x in means.tolist()]
-            return [Score(value, f"luminance {value:.2f}") for value in values]
-
-        return score
-
-
-class Failing(RewardConfig):
-    def build(self, device):
-        def score(images_NHWC, prompts):
-            raise OSError("scorer is gone")
-
-        return score
-
-
-class SendsSignal(RewardConfig):
-    number: int
-
-    def build(self, device):
-        def score(images_NHWC, prompts):
-            os.kill(os.getpid(), self.number)
-            return [Score(float(i), "") for i in range(len(prompts))]
-
-        return score
-"""
-
-
-@pytest.fixture
-def recipe(tmp_path, monkeypatch, tiny_janus_folder):
-    """A function from overrides to a recipe that runs in a second."""
-    (tmp_path / "loop_parts.py").write_text(PARTS)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "loop_parts", raising=False)
-    file = tmp_path / "tiny.yaml"
-    file.write_text(f"""
-steps: 4
-policy: {{kind: janus, path: {tiny_janus_folder}}}
-prompts: {{kind: "loop_parts:Texts"}}
-rewards: [{{kind: "loop_parts:Brightness"}}]
-rollout: {{prompts_per_step: 2, group_size: 3, guidance_scale: 2.0}}
-optimizer: {{lr: 1.0e-3}}
-probe: {{every: 2, num_prompts: 2, images_per_prompt: 1}}
-run: {{dir: {tmp_path}/run, save_every: 2, log_images_every: 2, log_groups: 1}}
-""")
-    return lambda *overrides: load_recipe(file, overrides)
+from stage_rl.types import Prompt
 
 
 def parameters_of(run, step):
@@ -149,7 +83,7 @@ def test_a_finished_run_says_so_and_changes_nothing(recipe, capsys):
     run = train(recipe())
     before = (run / "metrics.jsonl").read_text()
     train(recipe())
-    assert "finished (4 steps); raise steps to go on" in capsys.readouterr().out
+    assert "finished after 4 steps; raise steps to go on" in capsys.readouterr().out
     assert (run / "metrics.jsonl").read_text() == before
 
 
@@ -246,3 +180,15 @@ def test_a_run_is_a_model_at_its_newest_or_a_named_step(recipe):
 def test_micro_batches_and_several_updates_train_too(recipe):
     run = train(recipe("training.groups_per_microbatch=1", "optimizer.updates_per_rollout=2"))
     assert len(steps_of(run)) == 4
+
+
+def test_a_stop_signal_in_the_last_step_stops_too(recipe):
+    stops = f"rewards=[{{kind: 'loop_parts:SendsSignal', number: {int(signal.SIGTERM)}}}]"
+    with pytest.raises(Stopped, match="stopped after step 1 and saved"):
+        train(recipe(stops, "steps=1"))
+
+
+def test_prompts_that_share_an_index_are_refused(recipe):
+    prompts = (Prompt("a star", 3), Prompt("a circle", 4), Prompt("a square", 3))
+    with pytest.raises(InputError, match="2 prompts have index 3"):
+        check_prompts(recipe(), prompts)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from stage_rl.errors import Stopped
 
 if TYPE_CHECKING:
     from stage_rl.schema import Recipe
@@ -38,25 +43,53 @@ def train(
 
 
 def _evaluation(settings: Recipe, folder: Path) -> str:
-    """The comparison of base and trained policy; made once for every number of steps."""
+    """The comparison of base and trained policy; made once for every number of steps.
+
+    A stop signal is a `Stopped`, and the same command goes on from here.
+    """
     from stage_rl.evaluation.runner import evaluate_run
+    from stage_rl.training.checkpoint import latest_checkpoint
     from stage_rl.training.models import load_policy
-    from stage_rl.training.runs import replace_text
+    from stage_rl.training.runs import RunFolder, replace_text
     from stage_rl.training.setup import pick_device
 
+    saved = latest_checkpoint(RunFolder(folder).checkpoints)
     assert settings.evaluation is not None
+    assert saved is not None
     kept = folder / "evaluation.txt"
-    head = f"after {settings.steps} steps; "
+    # The run may have more steps than this recipe asks for.
+    head = f"after {saved.state.step} steps; "
     if kept.exists() and kept.read_text(encoding="utf-8").startswith(head):
         return kept.read_text(encoding="utf-8")
     device = pick_device(settings.training.device)
-    table = evaluate_run(
-        settings.policy.build(device),
-        load_policy(str(folder), device),
-        evaluation=settings.evaluation,
-        guidance_scale=settings.rollout.guidance_scale,
-        out=folder,
-    )
+    with _stopped_by_signals():
+        table = evaluate_run(
+            settings.policy.build(device),
+            load_policy(str(folder), device),
+            evaluation=settings.evaluation,
+            guidance_scale=settings.rollout.guidance_scale,
+            out=folder,
+        )
     text = f"{head}{table}\nimages: {folder / 'before_after.png'}"
     replace_text(kept, text)
     return text
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """Turns Ctrl-C and SIGTERM into a `Stopped` with the exit code of the signal."""
+
+    def stop(number: int, _frame: object) -> None:
+        raise Stopped(
+            "stopped during the evaluation; run the same command again to evaluate",
+            signal_number=number,
+        )
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

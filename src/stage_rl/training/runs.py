@@ -10,7 +10,7 @@ import fcntl
 import json
 import platform
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -21,6 +21,7 @@ import numpy as np
 from stage_rl.config import diff_recipes, load_recipe, resolved_json, run_folder
 from stage_rl.errors import CheckpointError, InputError
 from stage_rl.schema import Recipe
+from stage_rl.training.checkpoint import checkpoints
 
 PACKAGES = ("stage-rl", "torch", "transformers", "numpy", "safetensors")
 
@@ -57,33 +58,33 @@ class RunFolder:
 
     def log_images(self, step: int, image: Any, captions: list[dict[str, Any]]) -> None:
         """Writes images/STEP.png (a PIL image) with rewards and reasons in STEP.json beside it."""
-        folder = self.path / "images"
-        path = folder / f"{step:06d}.png"
-        with writing(path):
-            folder.mkdir(exist_ok=True)
-            image.save(path)
+        path = self.path / "images" / f"{step:06d}.png"
+        replace_file(path, image.save)
         replace_text(path.with_suffix(".json"), json.dumps(captions, indent=1))
 
     def log_arrays(self, step: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Writes samples/STEP.npz."""
-        folder = self.path / "samples"
-        path = folder / f"{step:06d}.npz"
-        with writing(path):
-            folder.mkdir(exist_ok=True)
-            np.savez_compressed(path, allow_pickle=False, **arrays)
+        path = self.path / "samples" / f"{step:06d}.npz"
+        replace_file(path, lambda file: np.savez_compressed(file, allow_pickle=False, **arrays))
 
 
 @contextlib.contextmanager
 def open_run(recipe: Recipe) -> Iterator[RunFolder]:
     """The folder of a recipe, made or taken up, and locked while it is open.
 
-    A folder with another recipe, or one that another process trains, is an InputError.
+    Raises what `check_run` raises. Open it when nothing can be wrong with the recipe any more.
     """
     run = RunFolder(run_folder(recipe))
-    _check_same(run.path, recipe)
-    with writing(run.path):
-        run.checkpoints.mkdir(parents=True, exist_ok=True)
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{run.path}: cannot be made ({error.strerror}); give another run.dir"
+        ) from error
     with _locked(run.path):
+        check_run(recipe)
+        with writing(run.path):
+            run.checkpoints.mkdir(exist_ok=True)
         # The text as given goes first: a folder with recipe.json is complete.
         replace_text(run.path / "recipe.yaml", recipe.given)
         replace_text(run.path / "environment.json", json.dumps(environment(), indent=1))
@@ -91,17 +92,32 @@ def open_run(recipe: Recipe) -> Iterator[RunFolder]:
         yield run
 
 
-def _check_same(folder: Path, recipe: Recipe) -> None:
-    saved = folder / "recipe.json"
-    if saved.exists():
-        differing = [key for key in diff_recipes(load_recipe(saved), recipe) if key != "steps"]
-        if differing:
-            raise InputError(
-                f"{folder}: holds a run of another recipe (differs in {', '.join(differing)}); "
-                "give another run.dir, or the same settings"
-            )
-    elif folder.exists() and any(folder.iterdir()) and not (folder / ".lock").exists():
-        raise InputError(f"{folder}: is no run folder and not empty; give another run.dir")
+def check_run(recipe: Recipe) -> RunFolder:
+    """The run folder of a recipe, which need not exist yet; writes nothing.
+
+    An InputError for a file, a folder of something else, and steps of another recipe. A start that
+    failed before its first step holds nothing to keep: any recipe may take its folder.
+    """
+    run = RunFolder(run_folder(recipe))
+    if not run.path.exists():
+        return run
+    if not run.path.is_dir():
+        raise InputError(f"{run.path}: is a file; give another run.dir")
+    saved = run.path / "recipe.json"
+    is_run = any(path.exists() for path in (saved, run.checkpoints, run.path / ".lock"))
+    if not is_run and any(run.path.iterdir()):
+        raise InputError(f"{run.path}: is no run folder and not empty; give another run.dir")
+    if not (run.metrics.exists() or checkpoints(run.checkpoints)):
+        return run
+    if not saved.exists():
+        raise InputError(f"{run.path}: holds a run without recipe.json; give another run.dir")
+    differing = [key for key in diff_recipes(load_recipe(saved), recipe) if key != "steps"]
+    if differing:
+        raise InputError(
+            f"{run.path}: holds a run of another recipe (differs in {', '.join(differing)}); "
+            "give another run.dir, or the same settings"
+        )
+    return run
 
 
 def environment() -> dict[str, Any]:
@@ -131,11 +147,20 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes beside the target and renames, so that a stop leaves the old or the new text."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    """`replace_file` with a text."""
+    replace_file(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes beside the target and renames, so that a stop leaves the old or the new file.
+
+    `write` gets a path with the suffix of the target, whose folder is made where it is missing.
+    """
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
     with writing(path):
+        path.parent.mkdir(exist_ok=True)
         try:
-            temporary.write_text(text, encoding="utf-8")
+            write(temporary)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -159,7 +184,9 @@ def _step_of(line: str) -> int:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    with (folder / ".lock").open("w") as handle:
+    with contextlib.ExitStack() as stack:
+        with writing(folder / ".lock"):
+            handle = stack.enter_context((folder / ".lock").open("w"))
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

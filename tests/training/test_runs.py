@@ -1,0 +1,106 @@
+"""The run folder: who may take it, and that what lies in it is whole."""
+
+import json
+
+import pytest
+
+from stage_rl.config import run_folder
+from stage_rl.errors import CheckpointError, InputError, StageError
+from stage_rl.training import loop
+from stage_rl.training.loop import train
+from stage_rl.training.runs import RunFolder, check_run, open_run, replace_file
+
+
+def test_a_recipe_that_is_refused_leaves_no_folder(recipe, tmp_path):
+    for wrong in ("policy.trainable=[nothing.*]", "policy.path=/no/such/weights"):
+        with pytest.raises(StageError):
+            train(recipe(wrong))
+        assert not (tmp_path / "run").exists()
+    assert train(recipe("steps=1")) == tmp_path / "run"
+
+
+def test_a_start_that_failed_before_its_first_step_leaves_the_folder_to_any_recipe(
+    recipe, monkeypatch
+):
+    def out_of_memory(*args):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(loop, "train_step", out_of_memory)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(recipe("steps=1"))
+    monkeypatch.undo()
+    monkeypatch.syspath_prepend(run_folder(recipe()).parent)
+    run = train(recipe("steps=1", "training.groups_per_microbatch=1"))
+    saved = json.loads((run / "recipe.json").read_text())
+    assert saved["training"]["groups_per_microbatch"] == 1
+
+
+def test_fewer_steps_than_a_run_has_write_nothing(recipe, capsys):
+    run = train(recipe("steps=2"))
+    before = (run / "recipe.json").read_bytes()
+    train(recipe("steps=1"))
+    assert "finished after 2 steps; raise steps to go on (in a longer run the linear" in (
+        capsys.readouterr().out
+    )
+    assert (run / "recipe.json").read_bytes() == before
+
+
+def test_a_file_in_place_of_the_folder_is_refused(recipe, tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(InputError, match=r"run: is a file; give another run\.dir"):
+        train(recipe())
+    with (
+        pytest.raises(InputError, match=r"cannot be made \(Not a directory\)"),
+        open_run(recipe(f"run.dir={tmp_path}/run/deeper")),
+    ):
+        pass
+
+
+def test_a_folder_of_something_else_is_refused_and_a_copied_run_is_not(recipe, tmp_path):
+    run = train(recipe("steps=1"))
+    (run / ".lock").unlink()
+    assert check_run(recipe()).path == run
+    (run / "recipe.json").unlink()
+    with pytest.raises(InputError, match=r"holds a run without recipe\.json"):
+        check_run(recipe())
+    other = tmp_path / "photos"
+    other.mkdir()
+    (other / "cat.jpg").write_text("")
+    with pytest.raises(InputError, match="no run folder and not empty"):
+        check_run(recipe(f"run.dir={other}"))
+
+
+def test_a_lock_that_cannot_be_opened_is_one_line(recipe, tmp_path):
+    (tmp_path / "run" / ".lock").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"\.lock: could not be written"), open_run(recipe()):
+        pass
+
+
+def test_a_run_that_is_open_is_refused_to_others(recipe):
+    with (
+        open_run(recipe()),
+        pytest.raises(InputError, match="another process trains this run"),
+        open_run(recipe()),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("name", ["000001.png", "000001.npz", "000001.json"])
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path, name):
+    (tmp_path / name).write_text("old")
+
+    def half(path):
+        assert path.suffix == (tmp_path / name).suffix  # Pillow and numpy go by it
+        path.write_text("ne")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(CheckpointError, match="No space left"):
+        replace_file(tmp_path / name, half)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "old")]
+
+
+def test_samples_and_images_leave_no_temporary_file(recipe):
+    run = RunFolder(train(recipe("steps=1")))
+    for folder in ("images", "samples"):
+        names = sorted(path.name for path in (run.path / folder).iterdir())
+        assert all(name.startswith("000000.") for name in names), names
