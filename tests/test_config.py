@@ -97,6 +97,7 @@ def test_an_extension_is_one_file_on_the_import_path(tiny_recipe):
         ("rollout.guidance=3", "rollout.guidance: unknown key; did you mean 'guidance_scale'?"),
         ("lr=1e-5", "lr: unknown key; did you mean 'optimizer.lr'?"),
         ("eps=1e-5", "eps: unknown key; did you mean 'steps'?"),
+        ("evaluation={benchmark: geneval}", "evaluation.benchmark: unknown value 'geneval'; "),
         ("zzz=1", "zzz: unknown key; write one of: name, steps, seed, "),
         ("rewards.0.detector.q=1", "rewards.0.detector.q: unknown key; write one of: threshold"),
         ("steps=ten", "steps: expected a whole number, not 'ten'"),

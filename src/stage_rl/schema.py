@@ -160,7 +160,7 @@ class ProbeConfig(Settings):
 class EvaluationConfig(Settings):
     """What base and trained policy are compared on after the last step."""
 
-    benchmark: str = "shapes-geneval"
+    benchmark: Literal["shapes-geneval"] = "shapes-geneval"
     """Name of the benchmark, as `stage eval` takes it."""
     images_per_task: Count = 100
     """Images per task."""
