@@ -50,7 +50,14 @@ def test_eval_prints_the_table_and_writes_the_figures(tmp_path, runner, stage):
         "images_per_task": 4,
         "guidance_scale": None,
         "seed": 0,
+        "dtype": "mixed",
     }
+
+
+def test_eval_takes_the_precision_of_the_sampler(runner, stage):
+    assert stage("eval", "shapes", "--dtype", "float32").exit_code == 0
+    assert runner["dtype"] == "float32"
+    assert stage("eval", "shapes", "--dtype", "bf16").exit_code == 2
 
 
 def test_eval_against_a_base_prints_the_comparison(runner, stage):

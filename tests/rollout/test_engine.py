@@ -4,7 +4,7 @@ from torch.testing import assert_close
 
 from stage_rl.errors import InputError
 from stage_rl.policies.base import Prefix
-from stage_rl.rollout import attention
+from stage_rl.rollout import attention, engine
 from stage_rl.rollout.engine import Engine
 from stage_rl.rollout.sample import rollout, sample
 from stage_rl.rollout.sampling import Sampling
@@ -153,6 +153,23 @@ def test_the_sampler_reports_what_it_drew_from(tiny_janus):
 def test_a_wrong_option_of_sample_is_named(tiny_janus, options, message):
     with pytest.raises(InputError, match=message):
         sample(tiny_janus, PROMPTS, **options)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "num_warnings"),
+    [({"avx2": True}, 1), ({"avx2": True, "amx_bf16": True}, 0), ({"bf16": True}, 0), ({}, 0)],
+)
+def test_mixed_precision_on_a_cpu_without_bf16_is_warned_of_once(
+    tiny_janus, monkeypatch, caplog, capabilities, num_warnings
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    engine._warn_of_slow_bf16.cache_clear()
+    Engine(tiny_janus)
+    assert not caplog.messages
+    for _ in range(2):
+        Engine(tiny_janus, dtype="mixed")
+    assert len(caplog.messages) == num_warnings
+    assert all("rollout.dtype=float32 training.dtype=float32" in m for m in caplog.messages)
 
 
 def test_no_prompts_is_an_error(tiny_janus):

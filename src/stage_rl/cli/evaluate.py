@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -21,6 +21,10 @@ def evaluate(
         float | None, typer.Option(min=0, callback=finite, help="Default: the benchmark's own.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random streams.")] = 0,
+    dtype: Annotated[
+        Literal["float32", "mixed"],
+        typer.Option(help="Precision of the sampler; mixed: bf16 linear layers."),
+    ] = "mixed",
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write all figures to this file.")
     ] = None,
@@ -38,7 +42,11 @@ def evaluate(
         else functools.partial(runner.evaluate_against, model, against)
     )
     outcome = score(
-        benchmark, images_per_task=images_per_task, guidance_scale=guidance_scale, seed=seed
+        benchmark,
+        images_per_task=images_per_task,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        dtype=dtype,
     )
     typer.echo(outcome.table())
     write_json(json_file, outcome.to_json())

@@ -6,6 +6,8 @@ guidance N unconditional), L prompt slots, T image tokens, D model width, V code
 
 from __future__ import annotations
 
+import functools
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +18,10 @@ from stage_rl.policies.base import Policy, Prefix
 from stage_rl.rollout.attention import KeyValueCache
 from stage_rl.rollout.decoder import LINEAR_DTYPES, Decoder
 from stage_rl.rollout.sampling import Sampling, conditional_statistics, draw, guide
+
+FAST_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+"""Any of these capabilities multiplies bf16 matrices at least as fast as fp32 ones."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,8 @@ class Engine:
     def __init__(self, policy: Policy, *, dtype: str = "float32", max_images: int = 64):
         if dtype not in LINEAR_DTYPES:
             raise InputError(f"dtype: unknown '{dtype}'; write one of: {', '.join(LINEAR_DTYPES)}")
+        if dtype == "mixed" and policy.device.type == "cpu":
+            _warn_of_slow_bf16()
         self.policy = policy
         self.max_images = max_images
         """Images of one pass; it bounds the memory of the cache."""
@@ -96,6 +104,18 @@ class Engine:
             self._cache = None
             self._cache = self.decoder.new_cache(num_rows, num_slots)
         return self._cache
+
+
+@functools.cache
+def _warn_of_slow_bf16() -> None:
+    """Warns once where torch knows the processor and it has no bf16 arithmetic."""
+    # Not every torch that the package allows has it.
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    if capabilities and not any(capabilities.get(name) for name in FAST_BF16):
+        log.warning(
+            "this CPU has no bf16 arithmetic (AVX512-BF16, AMX), so mixed precision is slow; write "
+            "rollout.dtype=float32 training.dtype=float32, or --dtype float32"
+        )
 
 
 def _rows_of(prefix: Prefix, sampling: Sampling) -> tuple[Tensor, Tensor]:
