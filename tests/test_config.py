@@ -92,6 +92,23 @@ def test_an_extension_is_one_file_on_the_import_path(tiny_recipe):
 
 
 @pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("def f(:\n", "SyntaxError: "),
+        ("import json\njson.no_such\n", "AttributeError: module 'json' has no attribute"),
+        ("1 / 0\n", "ZeroDivisionError: division by zero"),
+        ("raise ValueError('two\\nlines')\n", "ValueError: two lines"),
+        ("from json import no_such\n", "ImportError: cannot import name 'no_such'"),
+    ],
+)
+def test_a_module_that_fails_is_named_with_its_error(tiny_recipe, source, message):
+    (tiny_recipe.parent / "broken_parts.py").write_text(source)
+    said = refusal(tiny_recipe, "policy.kind=broken_parts:X")
+    assert said.startswith(f"policy.kind: cannot import 'broken_parts' ({message}")
+    assert said.endswith("; put the module right")
+
+
+@pytest.mark.parametrize(
     ("override", "message"),
     [
         ("rollout.guidance=3", "rollout.guidance: unknown key; did you mean 'guidance_scale'?"),

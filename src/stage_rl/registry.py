@@ -30,15 +30,20 @@ def resolve(family: str, name: str) -> Any:
         hint = f"did you mean '{near[0]}'?" if near else f"write one of: {known}, or module:Class"
         raise RecipeError(f"unknown {family} kind '{name}'; {hint}")
     try:
-        return getattr(importlib.import_module(module_name), class_name)
-    except ImportError as error:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
         raise RecipeError(
             f"cannot import '{module_name}' ({error}); write an importable module:Class"
         ) from error
-    except AttributeError as error:
+    # The module may be anyone's, and so may what it raises.
+    except Exception as error:
+        what = " ".join(str(error).split())
         raise RecipeError(
-            f"'{module_name}' has no '{class_name}'; write the name of a class in it"
+            f"cannot import '{module_name}' ({type(error).__name__}: {what}); put the module right"
         ) from error
+    if not hasattr(module, class_name):
+        raise RecipeError(f"'{module_name}' has no '{class_name}'; write the name of a class in it")
+    return getattr(module, class_name)
 
 
 def name_of(family: str, component: type) -> str:
