@@ -105,7 +105,7 @@ def test_run_takes_the_shapes_recipe_with_its_options(monkeypatch, tiny_janus_fo
     [
         ({"guidance_scale": 1.0}, "--guidance-scale: transformers' generate needs more than 1"),
         ({"rounds": 0}, "--rounds: 0 is out of range; write at least 1"),
-        ({"group_size": 1}, "rollout.group_size"),
+        ({"group_size": 1}, "--group-size: 1 is out of range"),
         ({"dtype": "bf16"}, "rollout.dtype"),
         ({"model": "no/such/folder"}, "no/such/folder: no such folder"),
     ],

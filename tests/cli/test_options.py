@@ -65,6 +65,8 @@ def test_shapes_verbs_pass_their_options_on(stand_in, verb, stage):
         (["--seed"], "--seed: the value is missing; write --seed VALUE"),
         (["--seed", "x"], "--seed: 'x' is not a whole number; write a whole number"),
         (["--rate=x"], "--rate: 'x' is not a number; write a number"),
+        (["--rate", "nan"], "--rate: 'nan' is not a finite number; write one"),
+        (["--rate=-inf"], "--rate: '-inf' is not a finite number; write one"),
         (["--fast=1"], "--fast: expected true or false, not '1'; write one of them"),
     ],
 )

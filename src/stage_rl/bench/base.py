@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from stage_rl.errors import InputError
+
 Setting = int | float | str | tuple[int, ...]
 
 
@@ -57,6 +59,24 @@ class BenchResult:
             "measures": dict(self.measures),
             "machine": machine(),
         }
+
+
+def at_least(least: int, **options: int | tuple[int, ...]) -> None:
+    """Raises InputError for the first option below `least`; of a tuple, every item counts."""
+    for name, value in options.items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if number < least:
+                option = f"--{name.replace('_', '-')}"
+                raise InputError(f"{option}: {number} is out of range; write at least {least}")
+
+
+def check_guided(guidance_scale: float) -> None:
+    """Raises InputError for a scale at which transformers' generate draws no unconditional rows."""
+    if guidance_scale <= 1:
+        raise InputError(
+            f"--guidance-scale: transformers' generate needs more than 1, not {guidance_scale}; "
+            "write 3"
+        )
 
 
 def machine() -> dict[str, Any]:

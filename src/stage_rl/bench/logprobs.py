@@ -13,7 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from stage_rl.bench.base import BenchResult, interleaved, one_thread, peak_bytes
+from stage_rl.bench.base import BenchResult, at_least, interleaved, one_thread, peak_bytes
+from stage_rl.errors import InputError
 from stage_rl.training.logprobs import head_logprobs
 
 BAR = "memory <= 0.40x, time <= 1.1x, fp64 difference <= 1e-12"
@@ -58,6 +59,9 @@ def run(
     chunks save time as long as the logits are too large for the memory allocator to keep; at 1,024
     codes they need not.
     """
+    at_least(1, rows=rows, width=width, codebook_size=codebook_size)
+    at_least(1, chunk_rows=chunk_rows, rounds=rounds)
+    _check_device(device)
     torch.manual_seed(0)
     head = image_head(width, codebook_size).to(device)
     hidden_ND = torch.randn(rows, width, device=device)
@@ -84,6 +88,12 @@ def run(
         },
         measures=measures,
     )
+
+
+def _check_device(device: str) -> None:
+    known = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    if device not in known:
+        raise InputError(f"--device: '{device}' is not here; write {' or '.join(known)}")
 
 
 def _costs(

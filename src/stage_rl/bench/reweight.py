@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stage_rl.algorithm import opposing_similarity
-from stage_rl.bench.base import BenchResult, interleaved, one_thread
+from stage_rl.bench.base import BenchResult, at_least, interleaved, one_thread
 
 BAR = ">= 10x at G = 8 and >= 30x at G = 64 (T = 144, one thread), difference <= 1e-6"
 
@@ -53,6 +53,9 @@ def run(
 
     On one thread, in processor time.
     """
+    at_least(2, group_sizes=group_sizes)
+    at_least(1, num_tokens=num_tokens, channels=channels, rounds=rounds)
+    at_least(0, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     measures: dict[str, float] = {}
     for group_size in group_sizes:

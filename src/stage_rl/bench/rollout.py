@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from stage_rl.bench.base import BenchResult, interleaved
+from stage_rl.bench.base import BenchResult, at_least, check_guided, interleaved
 from stage_rl.policies.config import JanusConfig
 from stage_rl.policies.janus import JanusPolicy
 from stage_rl.rollout.engine import Engine
 from stage_rl.rollout.sampling import Sampling, image_uniforms
-from stage_rl.shapes.model import JanusSize, build_janus
 from stage_rl.types import Prompt
 
 BAR = (
@@ -30,20 +29,21 @@ TEXT = "a photo of a red square"
 
 def run(
     *,
-    model: str = "random",
+    model: str = "shapes",
     num_prompts: int = 8,
     group_size: int = 8,
     guidance_scale: float = 5.0,
     rounds: int = 3,
-    seed: int = 0,
 ) -> BenchResult:
     """Samples the same number of images in four ways, in turn.
 
-    `model` is a folder, a hub id, `shapes`, or `random`: the size of the shapes model with random
-    weights. The four: the engine in both precisions, generate, and a loop over a cache that grows
-    with every token, the structure of released training code.
+    `model` is a folder, a hub id, or `shapes`. The four: the engine in both precisions, generate,
+    and a loop over a cache that grows with every token, the structure of released training code.
     """
-    policy = _policy(model, seed)
+    at_least(1, num_prompts=num_prompts, group_size=group_size, rounds=rounds)
+    check_guided(guidance_scale)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    policy = JanusConfig(path=model, trainable=()).build(device)
     baseline = policy.reference()
     baseline.module.set_attn_implementation("sdpa")
     prompts = [Prompt(TEXT, index) for index in range(num_prompts)]
@@ -59,7 +59,7 @@ def run(
     seconds = interleaved(forms, rounds)
     equal = _greedy_agreement(engines["float32"], baseline, prompts, guidance_scale)
     measures = _measures(seconds, len(ids_NL), policy.layout(prompts).num_tokens)
-    judged = model in ("random", "shapes") and len(ids_NL) == 64 and policy.device.type == "cpu"
+    judged = model == "shapes" and len(ids_NL) == 64 and policy.device.type == "cpu"
     fast = all(measures[f"speedup_{dtype}"] >= x for dtype, x in LEAST_SPEEDUP.items())
     return BenchResult(
         name="rollout",
@@ -75,7 +75,6 @@ def run(
             "group_size": group_size,
             "guidance_scale": guidance_scale,
             "rounds": rounds,
-            "seed": seed,
         },
         measures={**measures, "greedy_equal": equal},
     )
@@ -119,14 +118,6 @@ def grow(policy: JanusPolicy, ids_NL: Tensor, *, guidance_scale: float) -> Tenso
         tokens.append(torch.multinomial(probs, 1))
         inputs = policy.embed(tokens[-1]).repeat(2, 1, 1)
     return torch.cat(tokens, 1)
-
-
-def _policy(model: str, seed: int) -> JanusPolicy:
-    if model != "random":
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return JanusConfig(path=model, trainable=()).build(device)
-    module, processor = build_janus(JanusSize(), words=sorted(set(TEXT.split())), seed=seed)
-    return JanusPolicy(module, processor, trainable=())
 
 
 def _engine_form(

@@ -5,10 +5,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
-from stage_rl.bench.base import BenchResult, Setting
+from stage_rl.bench.base import BenchResult, Setting, at_least, check_guided
 from stage_rl.bench.eager import EagerStep
 from stage_rl.config import load_recipe, run_folder
-from stage_rl.errors import InputError
 from stage_rl.prompts import prompts_of_step
 from stage_rl.schema import Recipe
 from stage_rl.training.loop import train_step
@@ -49,14 +48,13 @@ def run(
     """Trains two copies of a model in turn: by the trainer, and by a step on transformers alone.
 
     Both take the recipe shapes_geneval with these settings, the same prompts and the same reward.
-    `model` is a folder, a hub id or `shapes`; `dtype` is `mixed` (linear layers of the trunk in
-    bf16 wherever that is the faster way) or `float32`.
+    `model` is a folder, a hub id or `shapes`; `dtype` is `mixed` (bf16 linear layers in sampler and
+    trunk, on any processor: one without bf16 arithmetic is slow at it) or `float32`.
     """
-    if guidance_scale <= 1:
-        raise InputError(
-            f"--guidance-scale: transformers' generate needs more than 1, not {guidance_scale}; "
-            "write 3"
-        )
+    at_least(1, num_prompts=num_prompts, rounds=rounds)
+    at_least(2, group_size=group_size)
+    at_least(0, seed=seed)
+    check_guided(guidance_scale)
     settings = {
         "model": model,
         "num_prompts": num_prompts,
@@ -87,8 +85,6 @@ def run(
 
 def compare(recipe: Recipe, *, rounds: int, settings: Mapping[str, Setting]) -> BenchResult:
     """The benchmark for a recipe with a Janus policy and the objective's default preset."""
-    if rounds < 1:
-        raise InputError(f"--rounds: {rounds} is out of range; write at least 1")
     prompts = recipe.prompts.build()
     trainer = build_trainer(recipe, prompts)
     eager = EagerStep(recipe, trainer.judge, trainer.policy.device)

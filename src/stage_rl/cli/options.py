@@ -92,11 +92,14 @@ def _typed(option: str, text: str, default: Any) -> Any:
         return tuple(_typed(option, part, default[0]) for part in text.split(","))
     if not isinstance(default, (int, float)):
         return text
+    wanted = "a whole number" if isinstance(default, int) else "a number"
     try:
-        return type(default)(text)
+        value = type(default)(text)
     except ValueError as error:
-        wanted = "a whole number" if isinstance(default, int) else "a number"
         raise InputError(f"{option}: '{text}' is not {wanted}; write {wanted}") from error
+    if not math.isfinite(value):
+        raise InputError(f"{option}: '{text}' is not a finite number; write one")
+    return value
 
 
 def _as_parameters(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
