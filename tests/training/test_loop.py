@@ -36,10 +36,10 @@ def untimed(lines):
 
 
 def test_two_steps_and_two_more_equal_four_to_the_bit(recipe, tmp_path):
-    whole = train(recipe(f"run.dir={tmp_path}/whole", "optimizer.schedule=constant"))
-    halves = ("optimizer.schedule=constant", f"run.dir={tmp_path}/halves")
-    train(recipe(*halves, "steps=2"))
-    resumed = train(recipe(*halves))
+    same = ("optimizer.schedule=constant", "probe.every=1")
+    whole = train(recipe(f"run.dir={tmp_path}/whole", *same))
+    train(recipe(f"run.dir={tmp_path}/halves", *same, "steps=2"))
+    resumed = train(recipe(f"run.dir={tmp_path}/halves", *same))
     one, other = parameters_of(whole, 4), parameters_of(resumed, 4)
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -69,6 +69,8 @@ def test_a_run_folder_holds_what_a_report_needs(recipe):
     assert first["entropy/gap"] == 0
     assert first["mismatch/logprobs_max"] < 1e-4
     assert first["probe/kl"] > 0  # after the update
+    # Every second step, and the last one.
+    assert [line["step"] for line in steps_of(run) if "probe/kl" in line] == [0, 2, 3]
     arrays = np.load(run / "samples" / "000002.npz")
     assert arrays["tokens"].shape == arrays["similarity"].shape == (1, 3, 16)
     assert arrays["advantages"].shape == arrays["kl_weight"].shape == (1, 3, 16)

@@ -37,6 +37,8 @@ class TrainerState:
     """Steps done."""
     signs: Mapping[str, int]
     """Counters of the liveness checks."""
+    base: str = ""
+    """`base_digest` of the weights the run began with; empty in checkpoints that lack it."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,14 @@ class Checkpoint:
 
     folder: Path
     state: TrainerState
+
+    def check_base(self, digest: str) -> None:
+        """A checkpoint holds what trains: the rest must be the weights the run began with."""
+        if self.state.base and self.state.base != digest:
+            raise CheckpointError(
+                f"{self.folder}: the weights behind policy.path are not those the run began with; "
+                "put these back, or train anew in another run.dir"
+            )
 
     def load_policy(self, module: nn.Module) -> None:
         """Puts the trained parameters into a module, in place."""
@@ -61,6 +71,16 @@ class Checkpoint:
         """Restores the optimizer's moments."""
         state = torch.load(self.folder / "optimizer.pt", weights_only=True, map_location="cpu")
         optimizer.load_state_dict(state)
+
+
+def base_digest(module: nn.Module) -> str:
+    """SHA-256 over all parameters as they were loaded: names in order, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(module.named_parameters()):
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)};".encode())
+        values = parameter.detach().cpu().contiguous().flatten()
+        digest.update(values.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -89,14 +109,7 @@ def save_checkpoint(
         tensors["reference"] = {name: frozen[name].detach() for name in names}
     final, temporary = root / f"step_{state.step:06d}", root / f".step_{state.step:06d}.tmp"
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        for name, values in tensors.items():
-            save_file(_contiguous(values), temporary / f"{name}.safetensors")
-        torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
-        (temporary / "state.json").write_text(json.dumps(asdict(state)))
-        sums = {path.name: _sum(path) for path in sorted(temporary.iterdir())}
-        _write_synced(temporary / MANIFEST, json.dumps(sums, indent=1))
+        _write_parts(temporary, tensors, optimizer, state)
         if final.exists():
             shutil.rmtree(final)
         temporary.rename(final)
@@ -109,6 +122,23 @@ def save_checkpoint(
         ) from error
     _prune(root, state.step, keep)
     return final
+
+
+def _write_parts(
+    folder: Path,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    optimizer: torch.optim.Optimizer,
+    state: TrainerState,
+) -> None:
+    """All files of a checkpoint; the manifest comes last."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for name, values in tensors.items():
+        save_file(_contiguous(values), folder / f"{name}.safetensors")
+    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+    (folder / "state.json").write_text(json.dumps(asdict(state)))
+    sums = {path.name: _sum(path) for path in sorted(folder.iterdir())}
+    _write_synced(folder / MANIFEST, json.dumps(sums, indent=1))
 
 
 def _prune(root: Path, step: int, keep: int) -> None:

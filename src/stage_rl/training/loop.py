@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -70,7 +71,7 @@ def train_steps(trainer: Trainer, run: RunFolder, signals: Sequence[int]) -> Non
             every, done = recipe.run.save_every, step + 1
             stopped = signals[0] if signals else None
             if stopped or done == recipe.steps or (every and done % every == 0):
-                trainer.save(run.checkpoints, TrainerState(done, liveness.counters))
+                trainer.save(run.checkpoints, TrainerState(done, liveness.counters, trainer.base))
             if stopped:
                 raise Stopped(
                     f"{run.path}: stopped after step {done} and saved; run the same command "
@@ -150,7 +151,7 @@ def train_step(trainer: Trainer, run: RunFolder, liveness: Liveness, step: int) 
     liveness.check(judged, learned.grad_norm if learned else None)
 
     # Watch the drift from the reference on its own samples.
-    if recipe.probe.every and step % recipe.probe.every == 0:
+    if trainer.is_probed(step):
         drift = measure_drift(trainer.policy, trainer.reference, trainer.probe(), trainer.precision)
         numbers |= {"probe/kl": drift.kl, "probe/entropy_drift": drift.entropy}
         clock.lap("probe_s")
@@ -195,8 +196,7 @@ def stop_signals() -> Iterator[list[int]]:
         received.append(number)
         signal.signal(number, before[number])
 
-    numbers: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.getsignal(number) for number in numbers}
+    before: dict[int, Any] = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     for number in before:
         signal.signal(number, note)
     try:

@@ -11,31 +11,41 @@ from stage_rl.errors import InputError
 from stage_rl.policies.base import Policy
 from stage_rl.policies.config import JanusConfig
 from stage_rl.training.checkpoint import (
+    Checkpoint,
+    base_digest,
     checkpoints,
     latest_checkpoint,
     read_checkpoint,
+    step_of,
 )
 
 
 def load_policy(model: str, device: torch.device) -> Policy:
     """The policy behind a folder, a hub id, `shapes`, RUN (its newest checkpoint) or RUN@STEP."""
-    name, _, step = model.partition("@")
-    run = Path(name)
+    run, step = Path(model), ""
+    if not run.exists():  # a name may hold an @ of its own
+        name, _, step = model.rpartition("@")
+        run = Path(name)
     if not (run / "recipe.json").exists():
         if step and run.is_dir():
-            raise InputError(f"{model}: {name} is no run folder; write the folder without @{step}")
+            raise InputError(f"{model}: {run} is no run folder; write the folder without @{step}")
         return JanusConfig(path=model).build(device)
-    root = run / "checkpoints"
-    if step:
-        steps = {str(int(path.name.removeprefix("step_"))): path for path in checkpoints(root)}
-        if step not in steps:
-            known = ", ".join(sorted(steps, key=int)) or "none"
-            raise InputError(f"{model}: no checkpoint of step {step}; the run has: {known}")
-        checkpoint = read_checkpoint(steps[step])
-    else:
+    checkpoint = _checkpoint(model, run / "checkpoints", step)
+    policy = load_recipe(run / "recipe.json").policy.build(device)
+    checkpoint.check_base(base_digest(policy.module))
+    checkpoint.load_policy(policy.module)
+    return policy
+
+
+def _checkpoint(model: str, root: Path, step: str) -> Checkpoint:
+    """The checkpoint of a step, or the newest one where `step` is empty."""
+    if not step:
         checkpoint = latest_checkpoint(root)
         if checkpoint is None:
             raise InputError(f"{model}: has no checkpoint yet; train it first")
-    policy = load_recipe(run / "recipe.json").policy.build(device)
-    checkpoint.load_policy(policy.module)
-    return policy
+        return checkpoint
+    steps = {str(step_of(folder)): folder for folder in checkpoints(root)}
+    if step not in steps:
+        known = ", ".join(sorted(steps, key=int)) or "none"
+        raise InputError(f"{model}: no checkpoint of step {step}; the run has: {known}")
+    return read_checkpoint(steps[step])

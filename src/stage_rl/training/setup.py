@@ -19,7 +19,12 @@ from stage_rl.rollout.engine import Engine
 from stage_rl.rollout.sample import rollout as sample_rollout
 from stage_rl.rollout.sampling import Sampling
 from stage_rl.schema import Recipe
-from stage_rl.training.checkpoint import Checkpoint, TrainerState, save_checkpoint
+from stage_rl.training.checkpoint import (
+    Checkpoint,
+    TrainerState,
+    base_digest,
+    save_checkpoint,
+)
 from stage_rl.training.metrics import report_arrays
 from stage_rl.training.optim import build_optimizer
 from stage_rl.training.pictures import captioned_grid
@@ -42,6 +47,8 @@ class Trainer:
     engine: Engine
     judge: Judge
     optimizer: torch.optim.Optimizer
+    base: str
+    """`base_digest` of the policy before the first step of the run."""
     _refreshed: bool = field(default=False)
     _probe: MicroBatch | None = field(default=None)
 
@@ -103,13 +110,20 @@ class Trainer:
 
     def refresh_reference(self) -> None:
         """Makes the policy as it is now the reference."""
-        self.probe()  # stays on samples of the first reference
+        if self.recipe.probe.every:
+            self.probe()  # stays on samples of the first reference
         self.reference = self.policy.reference()
         self._refreshed = True
 
+    def is_probed(self, step: int) -> bool:
+        """Whether the drift is measured after a step."""
+        return self._is_due(step, self.recipe.probe.every)
+
     def is_logged(self, step: int) -> bool:
         """Whether a step's images and arrays go into the run folder."""
-        every = self.recipe.run.log_images_every
+        return self._is_due(step, self.recipe.run.log_images_every)
+
+    def _is_due(self, step: int, every: int) -> bool:
         return bool(every) and (step % every == 0 or step == self.recipe.steps - 1)
 
     def log_samples(
@@ -153,7 +167,8 @@ class Trainer:
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Goes back to where a checkpoint was written."""
+        """Goes back to where a checkpoint was written; other base weights are a CheckpointError."""
+        checkpoint.check_base(self.base)
         if self.recipe.probe.every:
             self.probe()
         checkpoint.load_policy(self.policy.module)
@@ -169,6 +184,11 @@ def build_trainer(recipe: Recipe, prompts: tuple[Prompt, ...]) -> Trainer:
     parameters = [p for p in policy.module.parameters() if p.requires_grad]
     if not parameters:
         raise RecipeError("policy.trainable: is empty; name at least one parameter pattern")
+    if any(p.dtype.itemsize < 4 for p in parameters):
+        raise RecipeError(
+            "policy.dtype: updates of the usual size are lost in bfloat16; write "
+            "policy.dtype=float32 (training.dtype=mixed computes in bfloat16)"
+        )
     rewards = [WeightedReward(r.name, r.weight, r.build(device)) for r in recipe.rewards]
     return Trainer(
         recipe=recipe,
@@ -178,6 +198,7 @@ def build_trainer(recipe: Recipe, prompts: tuple[Prompt, ...]) -> Trainer:
         engine=Engine(policy, dtype=recipe.rollout.dtype),
         judge=Judge(rewards),
         optimizer=build_optimizer(parameters, recipe.optimizer),
+        base=base_digest(policy.module),
     )
 
 
@@ -192,6 +213,8 @@ def pick_device(name: str) -> torch.device:
 
 @torch.no_grad()
 def _check_prompts(policy: Policy, prompts: Sequence[Prompt], chunk: int = 64) -> None:
-    """Finds a prompt that the model cannot take before the first step."""
-    for first in range(0, len(prompts), chunk):
-        policy.encode(prompts[first : first + chunk])
+    """Finds a prompt that the model cannot take before the first step; a text is tried once."""
+    # Backwards, so that the first prompt of a text is the one that is named.
+    distinct = [*{prompt.text: prompt for prompt in reversed(prompts)}.values()][::-1]
+    for first in range(0, len(distinct), chunk):
+        policy.encode(distinct[first : first + chunk])

@@ -1,0 +1,34 @@
+"""What a trainer refuses before the first step."""
+
+import pytest
+
+from stage_rl.errors import InputError, RecipeError
+from stage_rl.training.setup import build_trainer
+from stage_rl.types import Prompt
+
+
+def test_parameters_in_bfloat16_do_not_train(recipe):
+    wanted = recipe("policy.dtype=bfloat16")
+    with pytest.raises(RecipeError, match=r"policy\.dtype: .* write policy\.dtype=float32"):
+        build_trainer(wanted, wanted.prompts.build())
+
+
+def test_each_text_is_tried_once_and_the_first_bad_prompt_is_named(recipe, tiny_janus, monkeypatch):
+    seen = []
+    kind, encode = type(tiny_janus), type(tiny_janus).encode
+    monkeypatch.setattr(kind, "encode", lambda *a: seen.extend(a[1]) or encode(*a))
+    prompts = tuple(Prompt(("a star", "a circle")[i % 2], i) for i in range(10))
+    build_trainer(recipe(), prompts)
+    assert [prompt.index for prompt in seen] == [0, 1]
+    with pytest.raises(InputError, match="prompt 3"):
+        build_trainer(recipe(), (prompts[0], Prompt(" ", 3), Prompt(" ", 4)))
+
+
+def test_without_a_probe_no_probe_is_drawn(recipe, monkeypatch):
+    wanted = recipe("probe.every=0")
+    trainer = build_trainer(wanted, wanted.prompts.build())
+    monkeypatch.setattr(trainer, "sample", None)
+    before = trainer.reference
+    trainer.refresh_reference()
+    assert trainer.reference is not before
+    assert not any(trainer.is_probed(step) for step in range(wanted.steps))
