@@ -194,3 +194,8 @@ def test_prompts_that_share_an_index_are_refused(recipe):
     prompts = (Prompt("a star", 3), Prompt("a circle", 4), Prompt("a square", 3))
     with pytest.raises(InputError, match="2 prompts have index 3"):
         check_prompts(recipe(), prompts)
+
+
+def test_weights_are_a_model_too(tiny_janus_folder):
+    policy = load_policy(str(tiny_janus_folder), torch.device("cpu"))
+    assert policy.layout([]).num_tokens == 16

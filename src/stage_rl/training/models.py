@@ -23,7 +23,7 @@ from stage_rl.training.checkpoint import (
 def load_policy(model: str, device: torch.device) -> Policy:
     """The policy behind a folder, a hub id, `shapes`, RUN (its newest checkpoint) or RUN@STEP."""
     run, step = Path(model), ""
-    if not run.exists():  # a name may hold an @ of its own
+    if "@" in model and not run.exists():  # a folder's name may hold an @ of its own
         name, _, step = model.rpartition("@")
         run = Path(name)
     if not (run / "recipe.json").exists():
