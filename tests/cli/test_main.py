@@ -1,5 +1,6 @@
 """`stage` itself, `stage train` and `stage recipes`: output, exit codes, no torch."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,34 @@ def test_train_hands_the_recipe_to_the_loop(tiny_recipe, stand_in, stage):
     assert done.exit_code == 0
     assert [recipe.steps for recipe in seen] == [7]
     assert done.stdout == "run: r\n"
+
+
+STAR = {"class": "star", "count": 1}
+
+
+@pytest.mark.parametrize(
+    ("tag", "clauses", "message"),
+    [
+        ("counting", [{**STAR, "count": 0}], "include.0.count: 0; write 1 or more"),
+        ("counting", [{**STAR, "count": -2}], "include.0.count: -2; write 1 or more"),
+        ("position", [STAR, {**STAR, "position": ["above", 1]}], "include.1.position: index 1 is"),
+        ("colors", [{**STAR, "class": "dog"}], "include.0.class: unknown 'dog'; one of circle"),
+        ("colors", [{**STAR, "color": "rad"}], "include.0.color: unknown 'rad'; did you mean"),
+        ("color", [STAR], "tag: unknown 'color'; did you mean 'colors'?"),
+    ],
+)
+def test_a_fault_in_a_prompt_file_is_one_line_with_its_place(
+    tmp_path, monkeypatch, tag, clauses, message, run_main
+):
+    monkeypatch.chdir(tmp_path)
+    good = {"tag": "colors", "include": [STAR], "prompt": "a star"}
+    bad = {"tag": tag, "include": clauses, "prompt": "a star"}
+    file = tmp_path / "mine.jsonl"
+    file.write_text("\n".join(json.dumps(record) for record in (good, bad)))
+    code, printed = run_main("train", "shapes_geneval", f"prompts.path={file}")
+    assert code == 2
+    assert printed.startswith(f"error: {file}:2: {message}")
+    assert printed.count("\n") == 1
 
 
 @pytest.mark.parametrize(

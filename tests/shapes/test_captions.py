@@ -134,11 +134,25 @@ def test_ratios_of_ones_own_replace_the_mix():
 
 
 @pytest.mark.parametrize(
-    "data", [{"mix": None}, {"mix": "stage", "ratios": {"colors": 1.0}}, {"ratios": {}}]
+    "data",
+    [
+        {"mix": None},
+        {"mix": "stage", "ratios": {"colors": 1.0}},
+        {"ratios": {}},
+        {"mix": "stage", "path": "x"},
+    ],
 )
 def test_there_is_exactly_one_mix(data):
-    with pytest.raises(ValueError, match=r"write one of them|give at least one"):
+    with pytest.raises(ValueError, match=r"write one of mix, ratios, path|give at least"):
         ShapesPromptsConfig.model_validate(data)
+
+
+def test_a_file_replaces_the_mix(tmp_path):
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"tag": "colors", "include": [{"class": "star", "count": 1}], "prompt": "x"}')
+    config = ShapesPromptsConfig.model_validate({"path": str(file)})
+    assert config.mix is None
+    assert [prompt.text for prompt in config.build()] == ["x"]
 
 
 def test_the_short_name_of_the_detector_is_found():
