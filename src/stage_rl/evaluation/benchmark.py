@@ -77,16 +77,17 @@ class Comparison:
 
         A prompt can lack one: without any object there is no diversity of objects.
         """
+        before, after = self._shared(measure)
+        return task_scores(paired_difference(after, before)) if after else None
+
+    def _shared(self, measure: str) -> tuple[list[ImageScore], list[ImageScore]]:
+        """The scores of base and trained of the images for which both have the measure."""
         before, after = (
             {(one.task, one.prompt, one.image): one for one in results.scores[measure]}
             for results in (self.base, self.trained)
         )
         shared = [key for key in after if key in before]
-        if not shared:
-            return None
-        return task_scores(
-            paired_difference([after[key] for key in shared], [before[key] for key in shared])
-        )
+        return [before[key] for key in shared], [after[key] for key in shared]
 
     def table(self) -> str:
         """Base, trained, and their difference with its paired 95 % interval, as text."""
@@ -119,7 +120,8 @@ class Comparison:
         change = self.difference(measure) if measure in self._measures else None
         if change is None:
             return []
-        before, after = self.base.summary(measure), self.trained.summary(measure)
+        # Of the shared images alone, so that trained minus base is the difference beside them.
+        before, after = (task_scores(scores) for scores in self._shared(measure))
         rows = [(measure if not by_task else "overall", before.overall, after.overall)]
         differences = [change.overall]
         if by_task:

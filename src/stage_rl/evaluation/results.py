@@ -11,10 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-
-NORMAL_95 = 1.959964
-"""Two-sided 95 % quantile of the normal distribution."""
+from scipy.stats import t as student
 
 
 @dataclass(frozen=True)
@@ -38,13 +35,15 @@ class Estimate:
     """None: not known, as with a single prompt."""
     num_images: int
     num_prompts: int
+    freedom: float
+    """Degrees of freedom of the standard error: prompts - 1, or those that Welch's rule gives."""
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """The 95 % interval, mean -+ 1.96 standard errors."""
+        """The 95 % interval, mean -+ t standard errors, t the quantile of Student's t."""
         if self.standard_error is None:
             return None
-        half = NORMAL_95 * self.standard_error
+        half = float(student.ppf(0.975, self.freedom)) * self.standard_error
         return self.mean - half, self.mean + half
 
 
@@ -73,7 +72,7 @@ def clustered_mean(values: Sequence[float], prompts: Sequence[int]) -> Estimate:
     sum_P = np.bincount(prompt_N, value_N - value_N.mean())
     m, n = len(sum_P), len(value_N)
     error = math.sqrt(m / (m - 1) * float(np.sum(sum_P**2))) / n if m > 1 else None
-    return Estimate(float(value_N.mean()), error, n, m)
+    return Estimate(float(value_N.mean()), error, n, m, m - 1)
 
 
 def task_scores(scores: Iterable[ImageScore]) -> TaskScores:
@@ -89,12 +88,20 @@ def task_scores(scores: Iterable[ImageScore]) -> TaskScores:
 
 
 def _overall(rows: Sequence[Estimate]) -> Estimate:
+    """The mean of the tasks, its freedom by Welch and Satterthwaite.
+
+    With the errors e of the tasks and their freedoms f: (sum e^2)^2 / sum (e^4 / f).
+    """
     assert rows
     errors = [row.standard_error for row in rows if row.standard_error is not None]
     error = math.hypot(*errors) / len(rows) if len(errors) == len(rows) else None
     mean = sum(row.mean for row in rows) / len(rows)
     images, prompts = sum(row.num_images for row in rows), sum(row.num_prompts for row in rows)
-    return Estimate(mean, error, images, prompts)
+    spread = sum(row.standard_error**4 / row.freedom for row in rows if row.standard_error)
+    # Tasks without any spread have no error to weigh their freedoms by.
+    all_freedom = float(sum(row.freedom for row in rows))
+    freedom = sum(e**2 for e in errors) ** 2 / spread if spread else all_freedom
+    return Estimate(mean, error, images, prompts, freedom)
 
 
 def paired_difference(
@@ -111,42 +118,13 @@ def paired_difference(
     return [ImageScore(*key, value - before[key]) for key, value in after.items()]
 
 
-def bootstrap_interval(
-    scores: Iterable[ImageScore], *, seed: int = 0, num_resamples: int = 10_000
-) -> tuple[float, float]:
-    """The 95 % percentile interval of the overall mean; prompts are drawn anew within each task.
-
-    Of a paired difference it is the paired interval, and needs no normal distribution.
-    """
-    rng = np.random.default_rng(seed)
-    by_task: dict[str, dict[int, list[float]]] = {}
-    for score in scores:
-        by_task.setdefault(score.task, {}).setdefault(score.prompt, []).append(score.value)
-    mean_R = np.zeros(num_resamples)
-    for prompts in by_task.values():
-        mean_R += _resampled_means(list(prompts.values()), rng, num_resamples) / len(by_task)
-    low, high = np.quantile(mean_R, (0.025, 0.975))
-    return float(low), float(high)
-
-
-def _resampled_means(
-    prompts: Sequence[Sequence[float]], rng: np.random.Generator, num_resamples: int
-) -> NDArray[np.float64]:
-    sum_P, count_P = np.array([sum(p) for p in prompts]), np.array([len(p) for p in prompts])
-    draw_RP = rng.integers(len(prompts), size=(num_resamples, len(prompts)))
-    return sum_P[draw_RP].sum(1) / count_P[draw_RP].sum(1)
-
-
-def render_table(columns: Mapping[str, TaskScores], *, signed: bool = False) -> str:
-    """Several policies side by side, one task per line, as mean +- standard error.
-
-    `signed` writes the sign of every mean, as differences want. Equal tasks are assumed.
-    """
+def render_table(columns: Mapping[str, TaskScores]) -> str:
+    """Several policies side by side, one task per line, as mean +- standard error; equal tasks."""
     assert len({tuple(scores.tasks) for scores in columns.values()}) == 1
 
     def cell(row: Estimate) -> str:
         error = "" if row.standard_error is None else f" +- {row.standard_error:.3f}"
-        return f"{row.mean:{'+' if signed else ''}.3f}{error}"
+        return f"{row.mean:.3f}{error}"
 
     names = [*next(iter(columns.values())).tasks, "overall"]
     table = [["task", *columns]]
