@@ -80,18 +80,39 @@ def test_a_reward_that_fails_once_is_asked_again():
     assert judge(("a", 1.0, fails_first)).rewards_PG.tolist() == [[0, 1], [2, 3]]
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1e39, 10**400])
 def test_a_score_that_is_no_number_is_a_failure_and_not_a_zero(value):
     def broken(images, prompts):
         return [Score(value if s.value == 3 else s.value, s.why) for s in number(images, prompts)]
 
     judged = judge(("a", 1.0, broken))
     assert judged.kept_P.tolist() == [True, False]
+    assert "a failed" in judged.reasons[3]
+
+
+def test_a_weight_that_takes_a_score_out_of_fp32_is_a_failure():
+    judged = judge(("a", 10.0, lambda images, prompts: [Score(3e38, "")] * len(images)))
+    assert judged.kept_P.tolist() == [False, False]
 
 
 def test_too_few_scores_are_an_error():
     with pytest.raises(RewardError, match="1 scores for 4 images"):
         judge(("a", 1.0, lambda images, prompts: [Score(1.0, "")]))
+
+
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        (None, r"returned NoneType; return a list with one Score\(value, why\) per image"),
+        ([0.5] * 4, r"returned a list of float; return a list with one Score"),
+        ([None] * 4, r"returned a list of NoneType; return a list with one Score"),
+        ([Score("0.5", "")] * 4, r"a score holds '0\.5', of type str; write a float"),
+        ([Score(0.5, "", {"x": None})] * 4, r"a score holds None, of type NoneType"),
+    ],
+)
+def test_a_return_that_is_no_list_of_scores_names_the_reward_and_what_to_return(returned, words):
+    with pytest.raises(RewardError, match=f"reward 'mine': {words}"):
+        judge(("mine", 1.0, lambda images, prompts: returned))
 
 
 def test_a_missing_field_names_reward_and_field():

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import logging
 import math
+import numbers
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from stage_rl.schema import RewardConfig
 from stage_rl.types import Judged, Prompt, Rollout
 
 log = logging.getLogger(__name__)
+FP32_MAX = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def _score_groups(item: WeightedReward, rollout: Rollout) -> list[list[Score] | 
 def _attempt(
     item: WeightedReward, images_NHWC: Tensor, prompts: list[Prompt]
 ) -> list[Score] | None:
-    """The scores, or None when the reward raises or gives a number that is not finite."""
+    """The scores, or None when the reward raises or gives a number that fp32 does not hold."""
     try:
         scores = item.reward(images_NHWC, prompts)
     except StageError:
@@ -106,15 +109,39 @@ def _attempt(
     except Exception as error:  # a reward is the user's code and may raise anything
         log.warning("reward '%s' failed: %s: %s", item.name, type(error).__name__, error)
         return None
-    if len(scores) != len(prompts):
-        raise RewardError(
-            f"reward '{item.name}': {len(scores)} scores for {len(prompts)} images; give one each"
-        )
-    bad = next((s for s in scores if s.value is not None and not math.isfinite(s.value)), None)
+    _check_scores(item.name, scores, len(prompts))
+    bad = next((s for s in scores if s.value is not None and not _fits(s.value, item)), None)
     if bad is not None:
         log.warning("reward '%s' gave %s (%s)", item.name, bad.value, bad.why)
         return None
     return scores
+
+
+def _check_scores(name: str, scores: Any, num_images: int) -> None:
+    """A RewardError where a reward returns anything but one `Score` of numbers per image."""
+    wanted = "return a list with one Score(value, why) per image"
+    if not isinstance(scores, list | tuple):
+        raise RewardError(f"reward '{name}': returned {type(scores).__name__}; {wanted}")
+    others = [type(score).__name__ for score in scores if not isinstance(score, Score)]
+    if others:
+        raise RewardError(f"reward '{name}': returned a list of {others[0]}; {wanted}")
+    if len(scores) != num_images:
+        raise RewardError(
+            f"reward '{name}': {len(scores)} scores for {num_images} images; give one each"
+        )
+    for score in scores:
+        values = [] if score.value is None else [score.value]
+        for value in (*values, *score.extras.values()):
+            if not isinstance(value, numbers.Real):
+                raise RewardError(
+                    f"reward '{name}': a score holds {value!r}, of type {type(value).__name__}; "
+                    "write a float, or None as the value where the reward does not apply"
+                )
+
+
+def _fits(value: float, item: WeightedReward) -> bool:
+    """Whether a value and its term of the sum are finite in fp32."""
+    return abs(value) <= FP32_MAX / max(1.0, abs(item.weight))
 
 
 def _flat(groups: list[list[Score] | None], size: int) -> list[Score | None]:
