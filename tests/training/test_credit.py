@@ -29,8 +29,8 @@ NO_ENTROPY = {"entropy": {"mode": "none"}}
 def test_similar_tokens_get_no_advantage_and_full_kl_weight():
     result = credits(**NO_ENTROPY)
     assert result.similarity_PGT[0].tolist() == [[1, -1], [1, -1]]
-    # mask (1 - sim) / 2 = (0, 1), mean 1/2: normalised (0, 2)
-    assert result.mask_PGT[0].tolist() == [pytest.approx([0, 2], abs=1e-5)] * 2
+    # mask (1 - sim) / 2 = (0, 1), mean 1/2: the advantages are multiplied by (0, 2)
+    assert result.mask_PGT[0].tolist() == [[0, 1], [0, 1]]
     expected = [[0, 2 * ADVANTAGE], [0, -2 * ADVANTAGE]]
     assert torch.allclose(result.advantages_PGT[0], torch.tensor(expected), atol=1e-5)
     # 0.5 + 0.5 x clip(sim + 1, 0, 1)
@@ -38,7 +38,10 @@ def test_similar_tokens_get_no_advantage_and_full_kl_weight():
 
 
 def test_the_paper_preset_leaves_the_mask_as_it_is():
-    assert credits(preset="paper", **NO_ENTROPY).mask_PGT[0].tolist() == [[0, 1], [0, 1]]
+    result = credits(preset="paper", **NO_ENTROPY)
+    assert result.mask_PGT[0].tolist() == [[0, 1], [0, 1]]
+    expected = [[0, ADVANTAGE], [0, -ADVANTAGE]]
+    assert torch.allclose(result.advantages_PGT[0], torch.tensor(expected), atol=1e-5)
 
 
 @pytest.mark.parametrize(

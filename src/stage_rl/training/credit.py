@@ -25,7 +25,7 @@ class Credit:
     """0 for groups that left the step, else 1."""
     similarity_PGT: Tensor
     mask_PGT: Tensor
-    """What the advantages were multiplied by."""
+    """Equation 7; the advantages also carry its normalization."""
     advantages_PGT: Tensor
     kl_weight_PGT: Tensor
     """Factor of beta."""
@@ -48,19 +48,12 @@ def credit(
     advantages_PG = algorithm.group_advantages(
         rewards_PG, settings.advantage_eps, settings.advantage_std_floor
     )
-    sim_PGT = algorithm.opposing_similarity(
-        codes_PGTC, advantages_PG, self_similarity=settings.self_similarity
-    )
-    if settings.equal_group_similarity is not None:
-        undecided_P = algorithm.equal_reward_groups(rewards_PG)
-        sim_PGT = algorithm.equal_group_similarity(
-            sim_PGT, undecided_P, settings.equal_group_similarity
-        )
-    mask_PGT = sim_PGT.new_ones(sim_PGT.shape)
+    sim_PGT = _similarity(codes_PGTC, advantages_PG, rewards_PG, settings)
+    mask_PGT = factor_PGT = sim_PGT.new_ones(sim_PGT.shape)
     if settings.reweights_advantages:
-        mask_PGT = algorithm.advantage_mask(sim_PGT)
+        mask_PGT = factor_PGT = algorithm.advantage_mask(sim_PGT)
         if settings.mask_normalization == "group_mean":
-            mask_PGT = algorithm.normalize_mask(mask_PGT)
+            factor_PGT = algorithm.normalize_mask(mask_PGT)
     weight_PGT = sim_PGT.new_ones(sim_PGT.shape)
     if settings.weights_kl:
         kl = settings.kl
@@ -72,10 +65,22 @@ def credit(
         similarity_PGT=sim_PGT,
         mask_PGT=mask_PGT,
         advantages_PGT=algorithm.reweight_advantages(
-            advantages_PG * (factors.policy_P * kept_P)[:, None], mask_PGT
+            advantages_PG * (factors.policy_P * kept_P)[:, None], factor_PGT
         ),
         kl_weight_PGT=weight_PGT * (factors.kl_P * kept_P)[:, None, None],
     )
+
+
+def _similarity(
+    codes_PGTC: Tensor, advantages_PG: Tensor, rewards_PG: Tensor, settings: AlgorithmConfig
+) -> Tensor:
+    sim_PGT = algorithm.opposing_similarity(
+        codes_PGTC, advantages_PG, self_similarity=settings.self_similarity
+    )
+    if settings.equal_group_similarity is None:
+        return sim_PGT
+    undecided_P = algorithm.equal_reward_groups(rewards_PG)
+    return algorithm.equal_group_similarity(sim_PGT, undecided_P, settings.equal_group_similarity)
 
 
 def _with_bonus(
