@@ -69,6 +69,8 @@ def test_a_run_folder_holds_what_a_report_needs(recipe):
     assert first["entropy/gap"] == 0
     assert first["mismatch/logprobs_max"] < 1e-4
     assert first["probe/kl"] > 0  # after the update
+    assert first["time/log_s"] > 0
+    assert "time/log_s" not in steps_of(run)[1]
     # Every second step, and the last one.
     assert [line["step"] for line in steps_of(run) if "probe/kl" in line] == [0, 2, 3]
     arrays = np.load(run / "samples" / "000002.npz")
@@ -146,13 +148,19 @@ def test_rewards_that_always_fail_stop_the_run_and_are_never_a_zero(recipe):
     with pytest.raises(DivergedError, match="for 3 steps in a row a reward failed"):
         train(recipe(failing))
     lines = steps_of(run_folder(recipe(failing)))
-    assert all(line["reward/failed_groups"] == 2 for line in lines)
+    assert [line["reward/failed_groups"] for line in lines] == [2, 2, 2]
     assert all("reward/mean" not in line for line in lines)
 
 
 def test_rewards_that_never_differ_stop_the_run(recipe):
     with pytest.raises(DivergedError, match=r"2 steps in a row .*equal"):
         train(recipe("rewards.0.constant=true", "liveness.equal_reward_steps=2"))
+
+
+def test_one_reward_for_all_images_is_named_before_equal_groups(recipe):
+    both = ("liveness.equal_reward_steps=2", "liveness.constant_reward_steps=2")
+    with pytest.raises(DivergedError, match=r"every image had the same reward; .*constant_reward"):
+        train(recipe("rewards.0.constant=true", *both))
 
 
 def test_a_prompt_the_model_cannot_take_fails_before_the_run_begins(recipe, tmp_path):

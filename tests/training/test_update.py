@@ -148,11 +148,17 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_parameters(policy):
     with torch.no_grad():
         policy.module.model.language_model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
     before = copy.deepcopy(policy.module.state_dict())
-    with pytest.raises(DivergedError, match="loss is nan"):
+    with pytest.raises(DivergedError, match=r"loss is nan.*the parameters were left as they were"):
         learned(policy)
     after = policy.module.state_dict()
     norm = "model.language_model.norm.weight"
     assert torch.equal(before[norm] * 1.01, after[norm])
+
+
+def test_a_second_update_that_diverges_does_not_say_that_nothing_changed(policy):
+    with pytest.raises(DivergedError, match=r"is nan|is inf") as diverged:
+        learned(policy, num_updates=2, lr=1e30)
+    assert "left as they were" not in str(diverged.value)
 
 
 def test_bf16_log_probabilities_hide_small_differences(policy):

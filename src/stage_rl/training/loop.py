@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from stage_rl.errors import InputError, Stopped
+from stage_rl.errors import DivergedError, InputError, Stopped
 from stage_rl.prompts import prompts_of_step
 from stage_rl.rewards.judging import check_fields
 from stage_rl.schema import Recipe
@@ -144,11 +144,16 @@ def train_step(trainer: Trainer, run: RunFolder, liveness: Liveness, step: int) 
             update=trainer.update(rate),
         )
         numbers |= learning_metrics(learned, reference, rollout)
-        if trainer.is_logged(step):
-            trainer.log_samples(run, step, rollout, judged, learned, reference)
     numbers["optimizer/lr"] = rate
     clock.lap("learn_s")
-    liveness.check(judged, learned.grad_norm if learned else None)
+    if learned and trainer.is_logged(step):
+        trainer.log_samples(run, step, rollout, judged, learned, reference)
+        clock.lap("log_s")
+    try:
+        liveness.check(judged, learned.grad_norm if learned else None)
+    except DivergedError:
+        run.log_metrics(step, numbers | clock.laps)  # the step that shows why
+        raise
 
     # Watch the drift from the reference on its own samples.
     if trainer.is_probed(step):

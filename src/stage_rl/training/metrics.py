@@ -112,11 +112,12 @@ class Liveness:
         equal = len(rewards_PG) > 0 and bool(equal_reward_groups(rewards_PG).all())
         signs = {
             "failed_reward_steps": (not judged.kept_P.all(), "a reward failed on some group"),
-            "equal_reward_steps": (equal, "all rewards of every group were equal"),
+            # One number for all images is the narrower sign: it is named first.
             "constant_reward_steps": (
                 equal and bool(rewards_PG.max() == rewards_PG.min()),
                 "every image had the same reward",
             ),
+            "equal_reward_steps": (equal, "all rewards of every group were equal"),
             "zero_gradient_steps": (grad_norm == 0, "the gradient was exactly 0"),
         }
         for name, (seen, words) in signs.items():

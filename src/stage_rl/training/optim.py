@@ -51,8 +51,7 @@ def apply_gradient(
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if not norm.isfinite():
         raise DivergedError(
-            f"the gradient norm is {norm.item()}; the parameters were left as they were; "
-            "lower optimizer.lr, or raise algorithm.beta"
+            f"the gradient norm is {norm.item()}; lower optimizer.lr, or raise algorithm.beta"
         )
     if max_grad_norm is not None:
         nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)

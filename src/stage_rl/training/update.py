@@ -144,40 +144,70 @@ def learn(
     reference: Sequence[Measured],
     update: Update,
 ) -> Learned:
-    """One or more updates on a rollout. The old policy is the one of the first pass."""
-    num_kept = int(judged.kept_P.sum())
-    assert num_kept > 0, "a step without a judged group has nothing to learn from"
-    penalized = update.settings.entropy.mode == "loss"
-    # What the first pass leaves for all: the old policy's numbers and each token's credit.
-    old: list[Measured] = []
-    credits: list[Credit] = []
+    """One or more updates on a rollout. The old policy is the one of the first pass.
 
-    def one_pass() -> tuple[Losses, Tensor]:
-        parts: list[Losses] = []
-        for index, (batch, ref) in enumerate(zip(batches, reference, strict=True)):
-            now = measure(policy, batch, update.precision, entropy_grad=penalized)
-            if len(old) == index:
-                old.append(Measured(now.logprobs_NT.detach(), now.entropy_NT.detach()))
-                credits.append(_credit(policy, batch, old[index], ref, judged, update.settings))
-            losses = _losses(batch, now, old[index], ref, credits[index], update.settings)
-            _check_finite(losses, batch)
-            # A group that left the step counts in the batch's mean, as 0, but not in num_kept.
-            share = len(batch.prompts) / num_kept
-            (losses.total * share).backward()
-            parts.append(Losses(*(value.detach() * share for value in losses)))
-        norm = apply_gradient(optimizer, rate=update.rate, max_grad_norm=update.max_grad_norm)
-        return Losses(*(torch.stack(values).sum() for values in zip(*parts, strict=True))), norm
+    A loss or gradient that is not finite is a DivergedError.
+    """
+    assert judged.kept_P.any(), "a step without a judged group has nothing to learn from"
+    first = _FirstPass([], [])
 
-    losses, norm = [one_pass() for _ in range(update.num_updates)][-1]
+    def one_update() -> tuple[Losses, Tensor]:
+        losses = _backward(
+            policy, batches, judged=judged, reference=reference, update=update, first=first
+        )
+        return losses, apply_gradient(
+            optimizer, rate=update.rate, max_grad_norm=update.max_grad_norm
+        )
+
+    try:
+        losses, norm = one_update()
+    except DivergedError as error:
+        raise DivergedError(f"{error}; the parameters were left as they were") from error
+    for _ in range(update.num_updates - 1):
+        losses, norm = one_update()
     return Learned(
         measured=Measured(
-            torch.cat([measured.logprobs_NT for measured in old]),
-            torch.cat([measured.entropy_NT for measured in old]),
+            torch.cat([measured.logprobs_NT for measured in first.old]),
+            torch.cat([measured.entropy_NT for measured in first.old]),
         ),
-        credits=tuple(credits),
+        credits=tuple(first.credits),
         losses=losses,
         grad_norm=norm.item(),
     )
+
+
+class _FirstPass(NamedTuple):
+    """What the first pass leaves for all, by micro-batch."""
+
+    old: list[Measured]
+    credits: list[Credit]
+
+
+def _backward(
+    policy: Policy,
+    batches: Sequence[MicroBatch],
+    *,
+    judged: Judged,
+    reference: Sequence[Measured],
+    update: Update,
+    first: _FirstPass,
+) -> Losses:
+    """The losses and their gradient, summed over the micro-batches; fills `first` once."""
+    num_kept, settings = int(judged.kept_P.sum()), update.settings
+    parts: list[Losses] = []
+    for index, (batch, ref) in enumerate(zip(batches, reference, strict=True)):
+        penalized = settings.entropy.mode == "loss"
+        now = measure(policy, batch, update.precision, entropy_grad=penalized)
+        if len(first.old) == index:
+            first.old.append(Measured(now.logprobs_NT.detach(), now.entropy_NT.detach()))
+            first.credits.append(_credit(policy, batch, first.old[index], ref, judged, settings))
+        losses = _losses(batch, now, first.old[index], ref, first.credits[index], settings)
+        _check_finite(losses, batch)
+        # A group that left the step counts in the batch's mean, as 0, but not in num_kept.
+        share = len(batch.prompts) / num_kept
+        (losses.total * share).backward()
+        parts.append(Losses(*(value.detach() * share for value in losses)))
+    return Losses(*(torch.stack(values).sum() for values in zip(*parts, strict=True)))
 
 
 def _credit(
@@ -244,8 +274,8 @@ def _check_finite(losses: Losses, batch: MicroBatch) -> None:
         if not value.isfinite():
             texts = ", ".join(f"'{prompt.text}'" for prompt in batch.prompts[:2])
             raise DivergedError(
-                f"the {name} loss is {value.item()} (prompts {texts}); the parameters were left as "
-                "they were; lower optimizer.lr, or raise algorithm.beta"
+                f"the {name} loss is {value.item()} (prompts {texts}); lower optimizer.lr, or "
+                "raise algorithm.beta"
             )
 
 
