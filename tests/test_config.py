@@ -153,6 +153,8 @@ def test_a_module_that_fails_is_named_with_its_error(tiny_recipe, source, messag
         ("seed=???", "seed: Missing mandatory value: seed; write the value itself"),
         ("training.groups_per_microbatch=9", "training.groups_per_microbatch: 9 groups, but a"),
         ("optimizer.warmup_steps=11", "optimizer.warmup_steps: 11 is more than steps (10)"),
+        ("seed=9223372036854775808", "seed: 9223372036854775808 is out of range; write a number"),
+        ("rewards.0.name=std", "rewards: 'std' is a metric of the summed reward; give the reward"),
         ("algorithm.kl.weight_clip=[1,0]", "algorithm.kl.weight_clip: 1.0 is above 0.0; write"),
     ],
 )
@@ -165,6 +167,16 @@ def test_two_rewards_of_one_name_are_refused(tiny_recipe):
     assert refusal(tiny_recipe, f"rewards=[{reward}, {reward}]") == (
         "rewards: 2 rewards are named 'TinyReward'; give each its own name"
     )
+
+
+def test_the_unclipped_ratio_is_for_one_update(tiny_recipe):
+    several = ("algorithm.ratio=unclipped", "optimizer.updates_per_rollout=2")
+    assert refusal(tiny_recipe, *several) == (
+        "algorithm.ratio: unclipped is for one update per rollout; write clipped, or "
+        "optimizer.updates_per_rollout=1"
+    )
+    load_recipe(tiny_recipe, several[:1])
+    load_recipe(tiny_recipe, several[1:])
 
 
 def test_several_mistakes_are_counted(tiny_recipe):

@@ -28,6 +28,10 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Every = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+
+TAKEN_NAMES = ("mean", "std", "equal_groups", "failed_groups")
+"""Metrics of the summed reward, beside which each reward's own is logged."""
 
 
 class PolicyConfig(Component):
@@ -166,7 +170,7 @@ class EvaluationConfig(Settings):
     """Images per task."""
     guidance_scale: NonNegative | None = None
     """Guidance while evaluating; null: that of the rollout."""
-    seed: Every = 0
+    seed: Seed = 0
     """Seed of the random streams, the same for both policies."""
 
 
@@ -205,7 +209,7 @@ class Recipe(Settings):
     """Name of the run; the file's name where none is given."""
     steps: Count
     """Training steps; the same run goes on where this is raised."""
-    seed: Every = 0
+    seed: Seed = 0
     """Keys every random stream of the run."""
     policy: PolicyConfig
     """The model."""
@@ -241,6 +245,14 @@ class Recipe(Settings):
             if count > 1:
                 text = f"{count} rewards are named '{name}'; give each its own name"
                 raise complaint("rewards", text)
+            if name in TAKEN_NAMES:
+                text = f"'{name}' is a metric of the summed reward; give the reward another name"
+                raise complaint("rewards", text)
+        if self.optimizer.updates_per_rollout > 1 and self.algorithm.ratio == "unclipped":
+            text = (
+                "is for one update per rollout; write clipped, or optimizer.updates_per_rollout=1"
+            )
+            raise complaint("algorithm.ratio", f"unclipped {text}")
         groups = self.training.groups_per_microbatch
         if groups is not None and groups > self.rollout.prompts_per_step:
             most = self.rollout.prompts_per_step
