@@ -249,10 +249,8 @@ class Recipe(Settings):
                 text = f"'{name}' is a metric of the summed reward; give the reward another name"
                 raise complaint("rewards", text)
         if self.optimizer.updates_per_rollout > 1 and self.algorithm.ratio == "unclipped":
-            text = (
-                "is for one update per rollout; write clipped, or optimizer.updates_per_rollout=1"
-            )
-            raise complaint("algorithm.ratio", f"unclipped {text}")
+            text = "unclipped is for one update per rollout; write clipped, or "
+            raise complaint("algorithm.ratio", f"{text}optimizer.updates_per_rollout=1")
         groups = self.training.groups_per_microbatch
         if groups is not None and groups > self.rollout.prompts_per_step:
             most = self.rollout.prompts_per_step
