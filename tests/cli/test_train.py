@@ -2,11 +2,26 @@
 
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 
 from stage_rl.cli import train as train_verb
 from stage_rl.errors import Stopped
+from stage_rl.training import checkpoint
+
+
+def test_the_comparison_is_labelled_with_the_steps_of_the_run(
+    tiny_recipe, tmp_path, stand_in, stage, monkeypatch
+):
+    """A finished run of 80 steps, asked for 7: the kept comparison of 80 is shown."""
+    saved = SimpleNamespace(state=SimpleNamespace(step=80))
+    stand_in("stage_rl.training.loop", "train", lambda recipe: tmp_path)
+    monkeypatch.setattr(checkpoint, "latest_checkpoint", lambda root: saved)
+    (tmp_path / "evaluation.txt").write_text("after 80 steps; better")
+    done = stage("train", tiny_recipe, "steps=7", "evaluation={}")
+    assert done.exit_code == 0, done.output
+    assert done.stdout == f"after 80 steps; better\nrun: {tmp_path}\n"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
