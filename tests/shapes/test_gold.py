@@ -5,11 +5,13 @@ import pytest
 from scipy import ndimage
 
 from stage_rl.rewards.base import Detection
-from stage_rl.shapes.gold import gold_detections, inspect, matches_scene, structure
-from stage_rl.shapes.layouts import random_scene
+from stage_rl.shapes.captions import retention_record
+from stage_rl.shapes.gold import gold_detections, inspect, looks_right, matches_scene, structure
+from stage_rl.shapes.layouts import random_scene, scene_for
 from stage_rl.shapes.scenes import (
     COLORS,
     SHAPES,
+    SIZES,
     TONES,
     Background,
     Object,
@@ -144,6 +146,31 @@ def test_an_image_is_judged_the_same_in_any_batch():
             (p.shape, p.color, p.box) for p in seen.parts
         ]
         assert alone.clean == seen.clean
+
+
+def test_size_and_tone_are_told_from_renders_of_their_captions():
+    rng = np.random.default_rng(7)
+    records = [retention_record(rng) for _ in range(200)]
+    images = render([scene_for(record, rng) for record in records])
+    seen = inspect(images)
+    right = [looks_right(*pair) for pair in zip(seen, images, records, strict=True)]
+    assert np.mean(right) >= 0.99
+    wrong = [
+        looks_right(one, image, {key: value})
+        for one, image, record in zip(seen, images, records, strict=True)
+        for key, values in (("size", SIZES), ("tone", TONES))
+        for value in values
+        if key in record and value != record[key]
+    ]
+    assert len(wrong) > 200
+    assert np.mean(wrong) <= 0.01
+
+
+def test_texture_is_not_judged():
+    image = draw(Object("star", "red", 24, 24, 8))
+    (seen,) = inspect(image[None])
+    assert looks_right(seen, image, {"texture": "striped", "tone": "grey"})
+    assert not looks_right(seen, image, {"texture": "plain", "tone": "sand"})
 
 
 def record(*clauses):

@@ -2,6 +2,8 @@
 
 The reward's detector gives the official GenEval verdict, the gold judge the strict one. Structure
 and diversity are scores that no reward sees; retention and transfer are prompts that none has seen.
+Both are judged by the gold judge; of what a retention prompt names, size and tone count as well as
+class and colour, the texture of the background does not.
 
 Shape suffixes: N images, T image tokens, G images of a prompt, H x W pixels.
 """
@@ -75,7 +77,8 @@ class Judges:
         ):
             strict = judge(seen.detections, prompt.metadata).strict
             if task not in TASKS:
-                self._add(task, task, prompt, n % size, strict)
+                looks = gold.looks_right(seen, drawn.images_NHWC[n].numpy(), prompt.metadata)
+                self._add(task, task, prompt, n % size, strict and looks)
                 continue
             correct = judge(found, prompt.metadata).correct
             self._add("gold", task, prompt, n % size, strict)

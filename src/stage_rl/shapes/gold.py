@@ -8,6 +8,7 @@ Shape suffixes: N images, H x W pixels, C colour channels.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,9 +17,17 @@ from numpy.typing import NDArray
 
 from stage_rl.rewards.base import Detection
 from stage_rl.shapes.inspection import Inspection, Part, inspect
-from stage_rl.shapes.scenes import Object
+from stage_rl.shapes.scenes import SIZES, TONES, Object, template
 
-__all__ = ["Inspection", "Part", "gold_detections", "inspect", "matches_scene", "structure"]
+__all__ = [
+    "Inspection",
+    "Part",
+    "gold_detections",
+    "inspect",
+    "looks_right",
+    "matches_scene",
+    "structure",
+]
 
 
 def structure(inspection: Inspection, metadata: Mapping[str, Any]) -> float:
@@ -37,6 +46,49 @@ def _purity_for(part: Part, clause: Mapping[str, Any]) -> float:
     """Outline x purity; a wrong colour is not pure."""
     right = clause.get("color") in (None, part.color)
     return part.outline * part.purity * right
+
+
+def looks_right(
+    inspection: Inspection, image_HWC: NDArray[np.uint8], metadata: Mapping[str, Any]
+) -> bool:
+    """Whether the objects have the size, and the background the tone, that a record names.
+
+    The texture of a background is not judged: it is too faint to tell from light and clouds.
+    """
+    size, tone = metadata.get("size"), metadata.get("tone")
+    objects = [part for part in inspection.parts if part.is_object]
+    return (size is None or all(_radius(part) in SIZES[size] for part in objects)) and (
+        tone is None or _tone(image_HWC, inspection.foreground_HW) == tone
+    )
+
+
+def _radius(part: Part) -> int:
+    """The radius, of those that have a size's name, at which a shape fills the box of a part."""
+    x0, y0, x1, y1 = part.box
+    return min(
+        (radius for radii in SIZES.values() for radius in radii),
+        key=lambda radius: sum(
+            abs(drawn - seen)
+            for drawn, seen in zip(_sides(part.shape, radius), (y1 - y0, x1 - x0), strict=True)
+        ),
+    )
+
+
+@functools.cache
+def _sides(shape: str, radius: int) -> tuple[float, float]:
+    """Height and width of the box of a shape; a pixel of a part is a sixth covered, or more."""
+    covered = template(shape, radius) > 1 / 6
+    return float(covered.any(1).sum()), float(covered.any(0).sum())
+
+
+def _tone(image_HWC: NDArray[np.uint8], foreground_HW: NDArray[np.bool_]) -> str | None:
+    """The tone whose hue is that of the background's median; None without a background."""
+    if foreground_HW.all():
+        return None
+    seen = np.median(image_HWC[~foreground_HW], axis=0) / 255
+    # Light and clouds shift the brightness alone.
+    offsets = {name: np.std(seen - np.asarray(color, np.float32)) for name, color in TONES.items()}
+    return min(offsets, key=lambda name: offsets[name])
 
 
 def gold_detections(images_NHWC: NDArray[np.uint8]) -> list[list[Detection]]:
