@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stage_rl.errors import InputError
+from stage_rl.errors import CheckpointError, InputError
 from stage_rl.policies.config import JanusConfig
 from stage_rl.shapes import pretrain
 from stage_rl.shapes.detector import WEIGHTS, ShapesDetector
@@ -74,6 +74,35 @@ def test_a_stopped_pretraining_goes_on_to_the_same_weights(built, tmp_path, monk
     assert lines[0] == "tokenizer: continues at step 3"
     name = "checkpoint/model.safetensors"
     assert (out / name).read_bytes() == (built[0] / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        RuntimeError("PytorchStreamWriter: file write failed"),
+    ],
+)
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(pretrain, "train_tokenizer", fail)
+    out = tmp_path / "out"
+    with pytest.raises(CheckpointError, match="make room and run the same command again") as caught:
+        pretrain.main(out=str(out), no_compile=True)
+    assert "\n" not in str(caught.value)
+    names = sorted(path.name for path in (out / "work").iterdir())
+    assert names == ["seconds.json", "settings.json"]
+
+
+def test_an_error_that_is_no_full_disk_stays_itself(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(pretrain, "train_tokenizer", fail)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        pretrain.main(out=str(tmp_path / "out"), no_compile=True)
 
 
 def test_a_finished_pretraining_says_so(built):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import pickle
+import re
 import shutil
 import sys
 import time
@@ -21,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
-from stage_rl.errors import InputError
+from stage_rl.errors import CheckpointError, InputError
 from stage_rl.policies.weights import SHAPES, load_janus
 from stage_rl.shapes.captions import WORDS
 from stage_rl.shapes.detector import WEIGHTS
@@ -30,10 +32,12 @@ from stage_rl.shapes.model import JanusSize, build_janus, save_janus
 from stage_rl.shapes.pretrain_detector import train_detector
 from stage_rl.shapes.pretrain_policy import PolicyTraining, chunk_sizes, train_policy, write_chunk
 from stage_rl.shapes.pretrain_tokenizer import TokenizerTraining, train_tokenizer
-from stage_rl.training.runs import environment
+from stage_rl.training.runs import environment, replace_text, writing
 
 SIZE = JanusSize(width=192, layers=6, heads=6, mlp=512, codebook_size=2048, codebook_dim=8)
 SHIPPED = "shipped"
+_FULL_DISK = re.compile("No space left|file write failed|unexpected pos|stream write")
+"""What torch says of a file that it could not write to its end."""
 COMPILERS = ("g++", "c++", "clang++", "cl")
 
 Report = Callable[[str], None]
@@ -86,7 +90,22 @@ def main(
         start_from=start_from,
     )
     check(plan)
-    pretrain(plan, Path(out), workers=workers, report=lambda line: print(line, flush=True))
+    try:
+        pretrain(plan, Path(out), workers=workers, report=lambda line: print(line, flush=True))
+    # safetensors wraps a full disk in an error of its own, torch in a RuntimeError.
+    except (OSError, SafetensorError) as error:
+        raise _unwritten(out, error) from error
+    except RuntimeError as error:
+        if not _FULL_DISK.search(str(error)):
+            raise
+        raise _unwritten(out, error) from error
+
+
+def _unwritten(out: str, error: Exception) -> CheckpointError:
+    what = " ".join(str(error).split())
+    return CheckpointError(
+        f"{out}: could not be written ({what}); make room and run the same command again"
+    )
 
 
 def check(plan: Plan) -> None:
@@ -153,8 +172,9 @@ def _claim(plan: Plan, out: Path) -> bool:
         return True
     if out.exists() and any(out.iterdir()):
         raise InputError(f"{out}: is not empty and holds no pretraining; name another --out")
-    file.parent.mkdir(parents=True)
-    file.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    with writing(file):
+        file.parent.mkdir(parents=True)
+    replace_text(file, json.dumps(settings, indent=1) + "\n")
     return False
 
 
@@ -216,7 +236,7 @@ def _timed(work: Path, stage: str) -> Iterator[None]:
     finally:
         seconds = _seconds(work)
         seconds[stage] = round(seconds.get(stage, 0) + time.monotonic() - started, 1)
-        (work / "seconds.json").write_text(json.dumps(seconds), encoding="utf-8")
+        replace_text(work / "seconds.json", json.dumps(seconds))
 
 
 def _seconds(work: Path) -> dict[str, float]:
