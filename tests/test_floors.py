@@ -3,6 +3,8 @@
 import ast
 from pathlib import Path
 
+import pytest
+
 import stage_rl
 
 ROOT = Path(stage_rl.__file__).parent
@@ -23,13 +25,14 @@ def floor(module: str) -> int:
 
 
 def runtime_imports(node: ast.AST) -> set[str]:
-    """Dotted names below stage_rl that a file imports, wherever; those only for types left out."""
+    """Relative imports are refused: their names do not tell the floor. Dotted names below stage_rl that a file imports, wherever; those only for types left out."""
     if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
         return set()
     names = set()
     if isinstance(node, ast.Import):
         names = {alias.name for alias in node.names}
     elif isinstance(node, ast.ImportFrom):
+        assert not node.level, f"line {node.lineno}: write the import from stage_rl on"
         names = {f"{node.module}.{alias.name}" for alias in node.names}
     below = {name.removeprefix("stage_rl.") for name in names if name.startswith("stage_rl.")}
     return below.union(*(runtime_imports(child) for child in ast.iter_child_nodes(node)))
@@ -43,6 +46,11 @@ def all_imports() -> list[tuple[str, str]]:
         for file, module in modules.items()
         for name in runtime_imports(ast.parse(file.read_text(encoding="utf-8")))
     ]
+
+
+def test_a_relative_import_does_not_escape():
+    with pytest.raises(AssertionError, match="write the import from stage_rl on"):
+        runtime_imports(ast.parse("def f():\n    from ..training import loop"))
 
 
 def test_no_import_points_up():
