@@ -25,7 +25,10 @@ def floor(module: str) -> int:
 
 
 def runtime_imports(node: ast.AST) -> set[str]:
-    """Relative imports are refused: their names do not tell the floor. Dotted names below stage_rl that a file imports, wherever; those only for types left out."""
+    """Dotted names below stage_rl that a file imports, wherever; those only for types left out.
+
+    A relative import is refused: its name does not tell the floor.
+    """
     if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
         return set()
     names = set()
