@@ -1,8 +1,7 @@
 """The attention of the training module: transformers' SDPA, in fp32 on a CPU.
 
-On a CPU, attention in bf16 is slower than in fp32 (measured: a training step of the shapes policy
-takes 1.4 to 1.6 times as long), while its linear layers are faster: under bf16 autocast the
-attention stays in fp32.
+On a CPU, attention in bf16 is slower than in fp32, while linear layers in bf16 are faster where the
+processor has the arithmetic: under bf16 autocast the attention stays in fp32.
 
 Shape suffixes: N rows, A heads, S slots, D head width.
 """
