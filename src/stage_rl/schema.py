@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from stage_rl.policies.base import Policy
     from stage_rl.rewards.base import Detector, Reward
+    from stage_rl.rewards.selftest import ReferenceCase
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -66,6 +67,10 @@ class DetectorConfig(Component):
     def build(self, device: torch.device) -> Detector:
         """The detector with its weights on a device."""
 
+    def reference_cases(self) -> tuple[ReferenceCase, ...]:
+        """Image pairs that the GenEval rules must order with this detector; none by default."""
+        return ()
+
 
 class RewardConfig(Component):
     """Base of the rewards."""
@@ -78,6 +83,8 @@ class RewardConfig(Component):
     """Column of this reward in metrics and reports; the kind where none is given."""
     weight: float = 1.0
     """Factor of the score in the summed reward; 0 only logs it."""
+    self_test: bool = True
+    """Score reference images of known order before the first step; false: train without."""
 
     @model_validator(mode="before")
     @classmethod
@@ -90,6 +97,10 @@ class RewardConfig(Component):
     @abstractmethod
     def build(self, device: torch.device) -> Reward:
         """The reward with its weights on a device."""
+
+    def reference_cases(self) -> tuple[ReferenceCase, ...]:
+        """Image pairs of known order for the self-test; none: the reward has no self-test."""
+        return ()
 
 
 class RolloutConfig(Settings):

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from stage_rl.rewards.geneval import GenEvalReward
+    from stage_rl.rewards.selftest import ReferenceCase
 
 
 class GenEvalRewardConfig(RewardConfig):
@@ -46,3 +47,7 @@ class GenEvalRewardConfig(RewardConfig):
             max_objects=self.max_objects,
         )
         return GenEvalReward(self.detector.build(device), rules)
+
+    def reference_cases(self) -> tuple[ReferenceCase, ...]:
+        """Those of the detector: the rules themselves need no weights."""
+        return self.detector.reference_cases()

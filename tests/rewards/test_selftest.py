@@ -1,0 +1,75 @@
+"""The order of reference images: what passes, what is refused, and the drawn images."""
+
+import math
+
+import pytest
+import torch
+
+from stage_rl.errors import RewardError
+from stage_rl.rewards.base import Score
+from stage_rl.rewards.config import GenEvalRewardConfig
+from stage_rl.rewards.selftest import check_reward, require_order, shape_cases, shape_image
+from stage_rl.schema import RewardConfig
+from stage_rl.shapes.config import ShapesDetectorConfig
+
+
+class ColourConfig(RewardConfig):
+    def build(self, device):
+        return redness_where_red_is_asked_for
+
+    def reference_cases(self):
+        return shape_cases(
+            (("red", "square", "blue", "square"), ("blue", "circle", "red", "circle"))
+        )
+
+
+def redness_where_red_is_asked_for(images_NHWC, prompts):
+    """Mean of red less blue, with the sign the prompt asks for."""
+    red_N = (images_NHWC[..., 0].float() - images_NHWC[..., 2].float()).mean((1, 2)).tolist()
+    signs = [1 if "red" in prompt.text else -1 for prompt in prompts]
+    return [Score(sign * red, "") for sign, red in zip(signs, red_N, strict=True)]
+
+
+def test_a_reward_in_the_right_order_passes():
+    outcomes = check_reward(ColourConfig(), redness_where_red_is_asked_for)
+    assert [outcome.is_right for outcome in outcomes] == [True, True]
+    require_order(ColourConfig(), redness_where_red_is_asked_for)
+
+
+def test_a_reward_that_overlooks_the_prompt_is_refused_with_the_pair_and_the_way_out():
+    def red(images_NHWC, prompts):
+        return [Score(float(image[192, 192, 0]), "") for image in images_NHWC]
+
+    with pytest.raises(RewardError) as caught:
+        require_order(ColourConfig(name="mine"), red)
+    text = str(caught.value)
+    assert "'mine': 1 of 2 reference pairs" in text
+    assert "'a blue circle': a blue circle against a red circle: 0.0000 against 255.0000" in text
+    assert "self_test: false" in text
+
+
+@pytest.mark.parametrize("value", [0.5, None, math.nan])
+def test_equal_absent_and_undefined_scores_are_the_wrong_order(value):
+    outcomes = check_reward(ColourConfig(), lambda images, prompts: [Score(value, "why")] * 2)
+    assert [outcome.is_right for outcome in outcomes] == [False, False]
+
+
+def test_a_reward_without_cases_passes_unasked():
+    config = GenEvalRewardConfig(detector=ShapesDetectorConfig())
+    require_order(config, None)
+
+
+def test_shapes_cover_the_middle_of_a_white_image():
+    images = [shape_image(shape, "red", size=40) for shape in ("square", "circle", "triangle")]
+    for image in images:
+        assert image.getpixel((20, 22)) == (255, 0, 0)
+        assert image.getpixel((2, 2)) == (255, 255, 255)
+    # only the square reaches the corner of the middle half
+    assert [image.getpixel((11, 11)) == (255, 0, 0) for image in images] == [True, False, False]
+
+
+def test_images_of_a_case_come_as_rewards_get_them():
+    images_NHWC = shape_cases()[0].images_NHWC()
+    assert images_NHWC.dtype == torch.uint8
+    assert images_NHWC.shape == (2, 384, 384, 3)
+    assert images_NHWC[:, 192, 192].tolist() == [[255, 0, 0], [0, 0, 255]]
