@@ -33,6 +33,16 @@ class Brightness(RewardConfig):
         return score
 
 
+class Darkness(Brightness):
+    def build(self, device):
+        return lambda images, prompts: [Score(-x.float().mean().item(), "") for x in images]
+
+    def reference_cases(self):
+        from stage_rl.rewards.selftest import shape_cases
+
+        return shape_cases((("white", "square", "black", "square"),))
+
+
 class Failing(RewardConfig):
     def build(self, device):
         def score(images_NHWC, prompts):

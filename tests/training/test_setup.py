@@ -2,7 +2,7 @@
 
 import pytest
 
-from stage_rl.errors import InputError, RecipeError
+from stage_rl.errors import InputError, RecipeError, RewardError
 from stage_rl.training.setup import build_trainer
 from stage_rl.types import Prompt
 
@@ -32,3 +32,11 @@ def test_without_a_probe_no_probe_is_drawn(recipe, monkeypatch):
     trainer.refresh_reference()
     assert trainer.reference is not before
     assert not any(trainer.is_probed(step) for step in range(wanted.steps))
+
+
+def test_a_reward_that_fails_its_self_test_does_not_train_unless_told_to(recipe):
+    wanted = recipe("rewards.0.kind=loop_parts:Darkness")
+    with pytest.raises(RewardError, match="'Darkness': 1 of 1 reference pairs are in the wrong"):
+        build_trainer(wanted, wanted.prompts.build())
+    wanted = recipe("rewards.0.kind=loop_parts:Darkness", "rewards.0.self_test=false")
+    assert build_trainer(wanted, wanted.prompts.build()).recipe is wanted

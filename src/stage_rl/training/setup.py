@@ -15,6 +15,7 @@ import torch
 from stage_rl.errors import RecipeError
 from stage_rl.policies.base import Policy
 from stage_rl.rewards.judging import Judge, WeightedReward
+from stage_rl.rewards.selftest import require_order
 from stage_rl.rollout.engine import Engine
 from stage_rl.rollout.sample import rollout as sample_rollout
 from stage_rl.rollout.sampling import Sampling
@@ -190,6 +191,9 @@ def build_trainer(recipe: Recipe, prompts: tuple[Prompt, ...]) -> Trainer:
             "policy.dtype=float32 (training.dtype=mixed computes in bfloat16)"
         )
     rewards = [WeightedReward(r.name, r.weight, r.build(device)) for r in recipe.rewards]
+    for config, built in zip(recipe.rewards, rewards, strict=True):
+        if config.self_test:
+            require_order(config, built.reward)
     return Trainer(
         recipe=recipe,
         prompts=prompts,
