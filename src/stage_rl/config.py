@@ -21,7 +21,7 @@ from yaml import MarkedYAMLError, YAMLError
 
 from stage_rl.errors import RecipeError
 from stage_rl.recipe_errors import explain
-from stage_rl.schema import Recipe
+from stage_rl.schema import Recipe, RewardConfig
 from stage_rl.settings import Component, Settings, near_or_all
 
 COMMENT_COLUMN = 44
@@ -52,6 +52,20 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         return Recipe.model_validate(values, context={"given": given})
     except ValidationError as error:
         raise RecipeError(f"{where}: {explain(error)}") from error
+
+
+def load_reward(kind: str, overrides: Sequence[str] = ()) -> RewardConfig:
+    """A reward by built-in name or module:Class, with settings of the form dotted.key=value.
+
+    Raises RecipeError.
+    """
+    tree = OmegaConf.create({"kind": kind})
+    for override in overrides:
+        _apply(tree, override, kind)
+    try:
+        return RewardConfig.model_validate(_plain(tree, kind))
+    except ValidationError as error:
+        raise RecipeError(f"{kind}: {explain(error)}") from error
 
 
 def list_recipes() -> dict[str, str]:

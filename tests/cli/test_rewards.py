@@ -1,0 +1,68 @@
+"""`stage rewards check`: a reward or a recipe, the order of its reference images, exit codes."""
+
+import pytest
+
+from stage_rl.errors import RecipeError, RewardError
+
+PARTS = """
+from stage_rl import RewardConfig, Score
+
+
+class Bright(RewardConfig):
+    sign: float = 1.0
+
+    def build(self, device):
+        return lambda images, prompts: [
+            Score(self.sign * image.float().mean().item(), "luminance") for image in images
+        ]
+
+    def reference_cases(self):
+        from stage_rl.rewards.selftest import shape_cases
+
+        return shape_cases((("white", "square", "black", "square"),))
+"""
+
+
+@pytest.fixture
+def bright(tmp_path, monkeypatch):
+    (tmp_path / "check_parts.py").write_text(PARTS)
+    monkeypatch.syspath_prepend(tmp_path)
+    return "check_parts:Bright"
+
+
+def test_the_right_order_is_printed_and_exits_with_0(bright, stage):
+    done = stage("rewards", "check", bright, "name=mine", "--device", "cpu")
+    assert done.exit_code == 0, done.exception
+    # white everywhere against a black square over the 193 x 193 middle of 384 x 384:
+    # 255 x (1 - 193^2 / 384^2) = 190.5842
+    assert done.stdout == (
+        "mine: right: 'a white square': a white square against a black square: "
+        "255.0000 against 190.5842\n"
+    )
+
+
+def test_the_wrong_order_is_an_error(bright, stage):
+    done = stage("rewards", "check", bright, "sign=-1.0", "--device", "cpu")
+    assert isinstance(done.exception, RewardError)
+    assert done.exception.exit_code == 1
+    assert "WRONG" in done.stdout
+
+
+def test_a_recipe_is_checked_reward_by_reward(stage):
+    done = stage("rewards", "check", "shapes_geneval", "--device", "cpu")
+    assert done.exit_code == 0, done.exception
+    assert done.stdout == "geneval: no reference images, nothing to check\n"
+
+
+def test_a_wrong_name_or_setting_says_what_to_write(bright, stage):
+    done = stage("rewards", "check", "shapes_genevil")
+    assert isinstance(done.exception, RecipeError)
+    assert "did you mean 'shapes_geneval'?" in str(done.exception)
+    done = stage("rewards", "check", bright, "sing=1")
+    assert str(done.exception) == f"{bright}: sing: unknown key; did you mean 'sign'?"
+
+
+def test_a_missing_detector_is_one_line_without_loading_torch(stage_process):
+    done = stage_process("rewards", "check", "geneval")
+    assert done.returncode == 2
+    assert done.stderr == "error: geneval: detector: is required; write a value\n"
