@@ -94,8 +94,13 @@ class AlgorithmConfig(Settings):
     """Which terms leave the loss in groups whose summed rewards are all equal."""
     equal_group_similarity: Annotated[float, Field(ge=-1, le=1)] | None = None
     """Similarity of all tokens in groups without any advantage; null: as computed."""
-    logprobs: Literal["conditional"] = "conditional"
-    """Distribution whose log-probabilities are trained."""
+    logprobs: Literal["conditional", "guided", "guided_detached"] = "conditional"
+    """Distribution that is scored: conditional, at temperature 1; or guided, the one that images
+    are drawn from, with or without a gradient through its unconditional pass."""
+    importance_sampling: Literal["none", "truncated"] = "none"
+    """truncated: weigh the policy term by trainer's over sampler's probability of each token."""
+    importance_cap: Annotated[float, Field(gt=0)] = 2.0
+    """Largest of these weights."""
     logprob_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of log-probabilities and entropies; in bfloat16 a small KL is exactly 0."""
     reference_refresh_every: int = Field(default=0, ge=0)

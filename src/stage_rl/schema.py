@@ -13,8 +13,19 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, PrivateAttr, model_validator
 
 from stage_rl import registry
+from stage_rl.health import EvaluationConfig, LivenessConfig, ProbeConfig, TripwiresConfig
 from stage_rl.objective import AlgorithmConfig
-from stage_rl.settings import Component, Settings, complaint
+from stage_rl.settings import (
+    Component,
+    Count,
+    Every,
+    Fraction,
+    NonNegative,
+    Positive,
+    Seed,
+    Settings,
+    complaint,
+)
 from stage_rl.types import Prompt
 
 if TYPE_CHECKING:
@@ -23,13 +34,6 @@ if TYPE_CHECKING:
     from stage_rl.policies.base import Policy
     from stage_rl.rewards.base import Detector, Reward
     from stage_rl.rewards.selftest import ReferenceCase
-
-Fraction = Annotated[float, Field(gt=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
-Every = Annotated[int, Field(ge=0)]
-Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 
 TAKEN_NAMES = ("mean", "std", "equal_groups", "failed_groups")
 """Metrics of the summed reward, beside which each reward's own is logged."""
@@ -94,6 +98,11 @@ class RewardConfig(Component):
             return {**data, "name": kind.rpartition(":")[2]}
         return data
 
+    def objection(self, prompt: Prompt) -> str | None:
+        """Why this reward cannot judge a prompt, in words that follow its name; None: it can."""
+        missing = [field for field in self.required_fields if field not in prompt.metadata]
+        return f"needs '{missing[0]}', which this prompt lacks" if missing else None
+
     @abstractmethod
     def build(self, device: torch.device) -> Reward:
         """The reward with its weights on a device."""
@@ -118,6 +127,8 @@ class RolloutConfig(Settings):
     """Draw from the k likeliest tokens; 0: from all, as the policy gradient assumes."""
     top_p: Fraction = 1.0
     """Draw from the likeliest tokens that hold this share; 1: from all."""
+    resample_equal_groups: Every = 0
+    """Times that a group whose rewards are all equal is drawn again; 0: never."""
     dtype: Literal["float32", "mixed"] = "float32"
     """Precision of the sampler; mixed: bf16 linear layers, the rest in fp32."""
 
@@ -161,30 +172,6 @@ class TrainingConfig(Settings):
     """Token rows whose image-head logits exist at one time."""
 
 
-class ProbeConfig(Settings):
-    """The fixed reference samples on which exact KL and entropy drift are measured."""
-
-    every: Every = 10
-    """Steps between measurements; 0: never."""
-    num_prompts: Count = 8
-    """Prompts of the set, the first of the training set."""
-    images_per_prompt: Count = 2
-    """Reference samples per prompt."""
-
-
-class EvaluationConfig(Settings):
-    """What base and trained policy are compared on after the last step."""
-
-    benchmark: Literal["shapes-geneval"] = "shapes-geneval"
-    """Name of the benchmark, as `stage eval` takes it."""
-    images_per_task: Count = 100
-    """Images per task."""
-    guidance_scale: NonNegative | None = None
-    """Guidance while evaluating; null: that of the rollout."""
-    seed: Seed = 0
-    """Seed of the random streams, the same for both policies."""
-
-
 class RunConfig(Settings):
     """The run folder."""
 
@@ -198,19 +185,6 @@ class RunConfig(Settings):
     """Steps between image grids with reasons and samples/STEP.npz; 0: never."""
     log_groups: Count = 2
     """Groups in a grid and in samples/STEP.npz."""
-
-
-class LivenessConfig(Settings):
-    """Steps in a row with a sign of being dead after which a run stops; 0: it never does."""
-
-    equal_reward_steps: Every = 10
-    """Every group's rewards are equal."""
-    zero_gradient_steps: Every = 3
-    """The gradient is exactly 0."""
-    constant_reward_steps: Every = 10
-    """The summed reward is one and the same number for all images."""
-    failed_reward_steps: Every = 3
-    """A reward failed and groups left the step."""
 
 
 class Recipe(Settings):
@@ -237,6 +211,7 @@ class Recipe(Settings):
     """null: no comparison after the last step."""
     run: RunConfig = RunConfig()
     liveness: LivenessConfig = LivenessConfig()
+    tripwires: TripwiresConfig = TripwiresConfig()
     _given: str = PrivateAttr("")
 
     def model_post_init(self, context: Any) -> None:
@@ -267,7 +242,27 @@ class Recipe(Settings):
             most = self.rollout.prompts_per_step
             text = f"{groups} groups, but a step has {most}; write at most {most}, or null"
             raise complaint("training.groups_per_microbatch", text)
+        self._check_scoring()
+        self._check_panel()
         if self.optimizer.warmup_steps > self.steps:
             text = f"{self.optimizer.warmup_steps} is more than steps ({self.steps}); write fewer"
             raise complaint("optimizer.warmup_steps", text)
         return self
+
+    def _check_scoring(self) -> None:
+        """The guided forms score by rollout.guidance_scale and temperature; no form truncates."""
+        if self.algorithm.logprobs == "conditional":
+            return
+        for key, off in (("top_k", 0), ("top_p", 1)):
+            if getattr(self.rollout, key) != off:
+                text = f"guided log-probabilities are those of the whole distribution; write {off},"
+                raise complaint(f"rollout.{key}", f"{text} or algorithm.logprobs=conditional")
+
+    def _check_panel(self) -> None:
+        evaluation = self.evaluation
+        if self.tripwires.panel_drop is not None and not (evaluation and evaluation.every):
+            text = "needs a panel while training; write evaluation.every, or null here"
+            raise complaint("tripwires.panel_drop", text)
+        if evaluation and evaluation.every and evaluation.panel_seed == evaluation.seed:
+            text = "is evaluation.seed too, so the best checkpoint would be judged on the images it"
+            raise complaint("evaluation.panel_seed", f"{text} was chosen by; write another")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stage_rl.algorithm import equal_reward_groups
 from stage_rl.errors import DivergedError
-from stage_rl.schema import LivenessConfig
+from stage_rl.health import LivenessConfig
 from stage_rl.training.credit import Credit
 from stage_rl.training.update import Learned
 from stage_rl.types import Judged, Measured, Rollout
