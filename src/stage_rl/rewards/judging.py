@@ -35,14 +35,14 @@ class WeightedReward:
 
 
 def check_fields(rewards: Sequence[RewardConfig], prompts: Sequence[Prompt]) -> None:
-    """Raises an InputError when a prompt lacks metadata that a reward needs."""
+    """Raises an InputError when a reward cannot judge a prompt, such as for want of metadata."""
     for config in rewards:
         for prompt in prompts:
-            missing = [field for field in config.required_fields if field not in prompt.metadata]
-            if missing:
+            objection = config.objection(prompt)
+            if objection:
                 raise InputError(
-                    f"rewards: '{config.name}' needs '{missing[0]}', which prompt {prompt.index} "
-                    f"('{prompt.text[:40]}') lacks; give the prompts that field or drop the reward"
+                    f"prompt {prompt.index} ('{prompt.text[:40]}'): reward '{config.name}' "
+                    f"{objection}; mend the prompts or drop the reward"
                 )
 
 
