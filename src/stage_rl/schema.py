@@ -103,11 +103,6 @@ class RewardConfig(Component):
         missing = [field for field in self.required_fields if field not in prompt.metadata]
         return f"needs '{missing[0]}', which this prompt lacks" if missing else None
 
-    def objection(self, prompt: Prompt) -> str | None:
-        """Why this reward cannot judge a prompt, in words that follow its name; None: it can."""
-        missing = [field for field in self.required_fields if field not in prompt.metadata]
-        return f"needs '{missing[0]}', which this prompt lacks" if missing else None
-
     @abstractmethod
     def build(self, device: torch.device) -> Reward:
         """The reward with its weights on a device."""
