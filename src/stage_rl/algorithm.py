@@ -76,6 +76,15 @@ def importance_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
     return torch.exp(logprobs - old_logprobs)
 
 
+def truncated_importance(logprobs: Tensor, sampler_logprobs: Tensor, cap: float) -> Tensor:
+    """min(exp(logprob - sampler's logprob), cap): a constant weight per token, in (0, cap].
+
+    Truncated importance sampling (Ionides 2008, doi:10.1198/106186008X320456) for a sampler whose
+    arithmetic is not the trainer's.
+    """
+    return importance_ratio(logprobs, sampler_logprobs).detach().clamp_max(cap)
+
+
 def opposing_similarity(
     codes_PGTC: Tensor, advantages_PG: Tensor, *, self_similarity: float | None = None
 ) -> Tensor:

@@ -19,9 +19,9 @@ class ProbeConfig(Settings):
     """Prompts of the set, the first of the training set."""
     images_per_prompt: Count = 2
     """Reference samples per prompt."""
-    mismatch_groups: Every = 1
-    """Groups of a step on which sampler and trainer are compared under the distribution that is
-    not trained; under the trained one all groups are."""
+    mismatch_images: Every = 2
+    """Images of each step on which sampler and trainer are compared under the distribution that is
+    not trained, at most a group; 0: none. Under the trained one all images are, at no cost."""
 
 
 class EvaluationConfig(Settings):

@@ -5,7 +5,7 @@ Shape suffixes: P prompts, G group, T image tokens, C codebook channels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -25,7 +25,7 @@ class Credit:
     """0 for groups that left the step, else 1."""
     similarity_PGT: Tensor
     mask_PGT: Tensor
-    """Equation 7; the advantages also carry its normalization."""
+    """Equation 7; the advantages also carry its normalization, and importance weights if any."""
     advantages_PGT: Tensor
     kl_weight_PGT: Tensor
     """Factor of beta."""
@@ -69,6 +69,17 @@ def credit(
         ),
         kl_weight_PGT=weight_PGT * (factors.kl_P * kept_P)[:, None, None],
     )
+
+
+def importance_weighted(
+    credits: Credit, logprobs_PGT: Tensor, sampler_logprobs_PGT: Tensor, *, cap: float
+) -> Credit:
+    """Credits whose advantages are weighted by how much likelier the trainer holds each token.
+
+    The policy term is linear in the advantage and the weight is above 0, so that term is weighted.
+    """
+    weight_PGT = algorithm.truncated_importance(logprobs_PGT, sampler_logprobs_PGT, cap)
+    return replace(credits, advantages_PGT=credits.advantages_PGT * weight_PGT)
 
 
 def _similarity(

@@ -21,6 +21,7 @@ from stage_rl.errors import DivergedError, InputError, Stopped
 from stage_rl.prompts import prompts_of_step
 from stage_rl.rewards.judging import check_fields
 from stage_rl.schema import Recipe
+from stage_rl.training.batches import micro_batches
 from stage_rl.training.checkpoint import TrainerState, latest_checkpoint
 from stage_rl.training.console import live_view
 from stage_rl.training.metrics import Liveness, learning_metrics, reward_metrics
@@ -28,7 +29,7 @@ from stage_rl.training.optim import learning_rate
 from stage_rl.training.probe import measure_drift
 from stage_rl.training.runs import RunFolder, check_run, open_run
 from stage_rl.training.setup import Trainer, build_trainer
-from stage_rl.training.update import learn, measure_all, micro_batches
+from stage_rl.training.update import learn, measure_all
 from stage_rl.types import Prompt
 
 

@@ -20,6 +20,7 @@ from stage_rl.rollout.engine import Engine
 from stage_rl.rollout.sample import rollout as sample_rollout
 from stage_rl.rollout.sampling import Sampling
 from stage_rl.schema import Recipe
+from stage_rl.training.batches import MicroBatch, micro_batches
 from stage_rl.training.checkpoint import (
     Checkpoint,
     TrainerState,
@@ -30,7 +31,8 @@ from stage_rl.training.metrics import report_arrays
 from stage_rl.training.optim import build_optimizer
 from stage_rl.training.pictures import captioned_grid
 from stage_rl.training.runs import RunFolder
-from stage_rl.training.update import Learned, MicroBatch, Precision, Update, micro_batches
+from stage_rl.training.scoring import scoring_of
+from stage_rl.training.update import Learned, Precision, Update
 from stage_rl.types import Judged, Measured, Prompt, Rollout
 
 PROBE_STEP = 2**40
@@ -61,6 +63,15 @@ class Trainer:
             mixed=training.dtype == "mixed",
             round_to_bf16=self.recipe.algorithm.logprob_dtype == "bfloat16",
             logprob_rows=training.logprob_rows,
+            scoring=scoring_of(self.recipe.algorithm.logprobs, self.sampling),
+        )
+
+    @functools.cached_property
+    def sampling(self) -> Sampling:
+        """How the recipe draws its images."""
+        settings = self.recipe.rollout
+        return Sampling(
+            settings.guidance_scale, settings.temperature, settings.top_k, settings.top_p
         )
 
     def update(self, rate: float) -> Update:
@@ -83,16 +94,13 @@ class Trainer:
         group_size: int | None = None,
     ) -> Rollout:
         """Images of the prompts as the recipe samples them."""
-        settings = self.recipe.rollout
         return sample_rollout(
             engine,
             prompts,
-            group_size=group_size or settings.group_size,
+            group_size=group_size or self.recipe.rollout.group_size,
             seed=self.recipe.seed,
             step=step,
-            sampling=Sampling(
-                settings.guidance_scale, settings.temperature, settings.top_k, settings.top_p
-            ),
+            sampling=self.sampling,
         )
 
     def probe(self) -> MicroBatch:

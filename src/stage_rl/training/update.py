@@ -3,13 +3,13 @@
 Everything runs micro-batch by micro-batch, each of whole groups. A group's advantages need its own
 samples only, so with one update per rollout the forward pass that measures also learns.
 
-Shape suffixes: P prompts, G group, N = P x G completions, T image tokens.
+Shape suffixes: P prompts, G group, N = P x G completions, T image tokens, W width of a head's row.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,10 +20,12 @@ from stage_rl import algorithm
 from stage_rl.errors import DivergedError
 from stage_rl.objective import AlgorithmConfig
 from stage_rl.policies.base import Policy
-from stage_rl.training.credit import Credit, credit
+from stage_rl.training.batches import MicroBatch
+from stage_rl.training.credit import Credit, credit, importance_weighted
 from stage_rl.training.logprobs import head_logprobs
 from stage_rl.training.optim import apply_gradient
-from stage_rl.types import Judged, Measured, Prompt, Rollout
+from stage_rl.training.scoring import CONDITIONAL, Scoring
+from stage_rl.types import Judged, Measured
 
 
 @dataclass(frozen=True)
@@ -36,20 +38,8 @@ class Precision:
     """Log-probabilities and entropies as bf16 holds them, like the released code."""
     logprob_rows: int = 2048
     """Token rows whose image-head logits exist at one time."""
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Some whole groups of a rollout."""
-
-    groups: slice
-    prompts: tuple[Prompt, ...]
-    group_size: int
-    tokens_NT: Tensor
-
-    def by_group(self, values_NT: Tensor) -> Tensor:
-        """NT -> PGT."""
-        return values_NT.view(len(self.prompts), self.group_size, -1)
+    scoring: Scoring = CONDITIONAL
+    """The distribution that is measured and trained."""
 
 
 @dataclass(frozen=True)
@@ -90,25 +80,16 @@ class Learned:
     grad_norm: float
 
 
-def micro_batches(
-    rollout: Rollout, groups_per_microbatch: int | None, device: torch.device
-) -> Iterator[MicroBatch]:
-    """A rollout in pieces of at most `groups_per_microbatch` groups (None: one piece)."""
-    num_groups, size = len(rollout.prompts), rollout.group_size
-    for first in range(0, num_groups, groups_per_microbatch or num_groups):
-        last = min(num_groups, first + (groups_per_microbatch or num_groups))
-        tokens = rollout.tokens_NT[first * size : last * size].to(device)
-        yield MicroBatch(slice(first, last), rollout.prompts[first:last], size, tokens)
-
-
 def measure(
     policy: Policy, batch: MicroBatch, precision: Precision, *, entropy_grad: bool = False
 ) -> Measured:
-    """Teacher-forced log-probability and entropy of every token, NT, with gradient."""
-    hidden_NTD = trunk_states(policy, batch, precision)
+    """Teacher-forced log-probability and entropy of every token under the scored distribution, NT,
+    with gradient.
+    """
+    states_NTW = trunk_states(policy, batch, precision)
     logprobs_N, entropy_N = head_logprobs(
-        policy.head,
-        hidden_NTD.flatten(0, 1),
+        precision.scoring.head(policy),
+        states_NTW.flatten(0, 1),
         batch.tokens_NT.flatten(),
         chunk_rows=precision.logprob_rows,
         entropy_grad=entropy_grad,
@@ -120,11 +101,11 @@ def measure(
 
 
 def trunk_states(policy: Policy, batch: MicroBatch, precision: Precision) -> Tensor:
-    """The states that the image head reads, hidden_NTD; fp32 where the trunk computes in a mix."""
+    """The states that the scored head reads, states_NTW; fp32 where the trunk computes in a mix."""
     prefix = policy.encode(batch.prompts).repeat(batch.group_size)
     with torch.autocast(policy.device.type, torch.bfloat16, enabled=precision.mixed):
-        hidden_NTD = policy.hidden(prefix, batch.tokens_NT)
-    return hidden_NTD.float() if precision.mixed else hidden_NTD
+        states_NTW = precision.scoring.states(policy, prefix, batch.tokens_NT)
+    return states_NTW.float() if precision.mixed else states_NTW
 
 
 def measure_all(
@@ -220,13 +201,23 @@ def _credit(
 ) -> Credit:
     device = old.logprobs_NT.device
     codes_NTC = policy.codebook.vectors(batch.tokens_NT)
-    return credit(
+    credits = credit(
         judged.rewards_PG[batch.groups].to(device),
         kept_P=judged.kept_P[batch.groups].to(device),
         entropy_PG=algorithm.completion_entropy(batch.by_group(old.entropy_NT)),
         ref_entropy_PG=algorithm.completion_entropy(batch.by_group(ref.entropy_NT)),
         codes_PGTC=codes_NTC.view(len(batch.prompts), batch.group_size, *codes_NTC.shape[1:]),
         settings=settings,
+    )
+    if settings.importance_sampling == "none":
+        return credits
+    sampler_NT = batch.sampler_logprobs_of(settings.logprobs)
+    assert sampler_NT is not None, "the rollout holds no log-probabilities of the sampler"
+    return importance_weighted(
+        credits,
+        batch.by_group(old.logprobs_NT),
+        batch.by_group(sampler_NT),
+        cap=settings.importance_cap,
     )
 
 
