@@ -136,8 +136,9 @@ class RolloutConfig(Settings):
 class OptimizerConfig(Settings):
     """The optimizer and its schedule; the defaults are those of the paper."""
 
-    kind: Literal["adamw"] = "adamw"
-    """Update rule; with weight_decay 0 this is the paper's Adam."""
+    kind: Literal["adamw", "adamw_8bit"] = "adamw"
+    """Update rule; with weight_decay 0 this is the paper's Adam. adamw_8bit: both moments in 8 bits
+    (torchao; `[8bit]`)."""
     lr: Positive = 5e-6
     """Learning rate after warm-up."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
@@ -170,6 +171,16 @@ class TrainingConfig(Settings):
     """Groups that share one backward pass, a matter of memory only; null: all of a step."""
     logprob_rows: Count = 2048
     """Token rows whose image-head logits exist at one time."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What a decoder layer computes again in the backward pass: selective: all but products of
+    matrices and attention, full: everything; the gradient is the same."""
+    compile: bool = False
+    """Compile each decoder layer (torch.compile)."""
+    reference: Literal["resident", "streamed"] = "resident"
+    """Where the reference's layers are: beside the policy, or in host memory, read layer by layer;
+    the numbers are the same. An adapter's reference takes no memory."""
+    memory_gb: Positive | None = None
+    """Memory of the GPU in GB that the run must fit in; null: that of the one it runs on."""
 
 
 class RunConfig(Settings):
