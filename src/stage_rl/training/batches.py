@@ -32,6 +32,22 @@ class MicroBatch:
         conditional = logprobs == "conditional"
         return self.sampler_logprobs_NT if conditional else self.sampler_guided_logprobs_NT
 
+    def first_images(self, number: int) -> MicroBatch | None:
+        """The first images of the first group, at most all of it; None for no image."""
+        size = min(number, self.group_size)
+        if size == 0:
+            return None
+        tokens, logprobs, guided = (
+            None if values is None else values[:size]
+            for values in (
+                self.tokens_NT,
+                self.sampler_logprobs_NT,
+                self.sampler_guided_logprobs_NT,
+            )
+        )
+        assert tokens is not None
+        return MicroBatch(slice(0, 1), self.prompts[:1], size, tokens, logprobs, guided)
+
     def by_group(self, values_NT: Tensor) -> Tensor:
         """NT -> PGT."""
         return values_NT.view(len(self.prompts), self.group_size, -1)

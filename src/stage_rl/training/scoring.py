@@ -41,6 +41,8 @@ class Scoring:
 
     def states(self, policy: Policy, prefix: Prefix, tokens_NT: Tensor) -> Tensor:
         """The states that `head` reads, states_NTW, with gradient where the form has one."""
+        # Before the pass without gradient: autocast reuses the bf16 weights of the first pass, and
+        # with them whether a gradient goes through.
         cond_NTD = policy.hidden(prefix, tokens_NT)
         if not self.has_two_passes:
             return cond_NTD
