@@ -16,6 +16,7 @@ from stage_rl.shapes.captions import (
     evaluation_records,
     held_out_sets,
     names_unseen_pair,
+    pretraining_caption,
     pretraining_record,
     training_records,
     transfer_record,
@@ -86,6 +87,27 @@ def test_pretraining_has_every_task_in_its_share(pretraining):
     # Of 3,000 draws the standard deviation of a share is at most 0.01.
     for task, share in PRETRAINING_SHARES.items():
         assert counts[task] / 3000 == pytest.approx(share, abs=0.03), task
+
+
+def test_a_tenth_of_the_pretraining_captions_is_wrong_at_most(pretraining):
+    rng = np.random.default_rng(0)
+    captioned = [(record, pretraining_caption(record, rng)) for record in pretraining]
+    wrong = [record for record, caption in captioned if caption != record["prompt"]]
+    # 0.18 x 0.45 less the pairs no caption may name, and 0.15 x 0.15: 0.08 to 0.10.
+    assert 0.06 < len(wrong) / len(pretraining) <= 0.1
+    assert {record["tag"] for record in wrong} == {"color_attr", "counting"}
+    assert not {caption for _, caption in captioned} & captions._unseen_texts()
+
+
+def test_a_wrong_caption_swaps_two_colors_or_changes_the_number():
+    clauses = [{"class": "circle", "color": "red"}, {"class": "star", "color": "black"}]
+    rng = np.random.default_rng(0)
+    two = {"tag": "color_attr", "include": clauses, "prompt": "right"}
+    swapped = {pretraining_caption(two, rng) for _ in range(50)}
+    assert swapped == {"right", "a photo of a black circle and a red star"}
+    moons = {"tag": "counting", "include": [{"class": "moon", "count": 3}], "prompt": "right"}
+    counted = {pretraining_caption(moons, rng) for _ in range(200)}
+    assert counted == {"right", "a photo of two moons", "a photo of four moons"}
 
 
 def test_the_same_seed_gives_the_same_prompts():

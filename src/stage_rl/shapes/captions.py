@@ -41,14 +41,18 @@ WORDS = (
 """Every word that occurs in a prompt."""
 
 PRETRAINING_SHARES = {
-    "single_object": 0.05,
-    "two_object": 0.13,
-    "counting": 0.18,
-    "colors": 0.08,
-    "position": 0.20,
-    "color_attr": 0.28,
-    "retention": 0.08,
+    "single_object": 0.07,
+    "two_object": 0.16,
+    "counting": 0.15,
+    "colors": 0.12,
+    "position": 0.22,
+    "color_attr": 0.18,
+    "retention": 0.10,
 }
+SWAPPED_COLORS = 0.45
+"""Share of captions with two colours that name them the wrong way round."""
+MISCOUNTED = 0.15
+"""Share of counting captions with another number. Both kinds are a twelfth of all captions."""
 EVALUATION_SIZES = dict(zip(TASKS, (8, 24, 12, 24, 48, 48), strict=True))
 """Evaluation prompts per task, out of 8, 56, 24, 72, 224 and several thousand."""
 _SPLIT_SEED = 43
@@ -105,6 +109,36 @@ def pretraining_record(rng: np.random.Generator) -> Record:
         record = record_at(task, place, VOCABULARY)
         if not names_unseen_pair(record):
             return record
+
+
+def pretraining_caption(record: Record, rng: np.random.Generator) -> str:
+    """What a record's picture is called in pretraining; some colours and numbers are wrong.
+
+    A policy that has read such captions binds and counts worse than it could, as large models do.
+    """
+    texts = {"color_attr": _swapped, "counting": _miscounted}
+    shares = {"color_attr": SWAPPED_COLORS, "counting": MISCOUNTED}
+    tag = record["tag"]
+    if rng.uniform() >= shares.get(tag, 0.0):
+        return record["prompt"]
+    return texts[tag](record, rng)
+
+
+def _swapped(record: Record, _rng: np.random.Generator) -> str:
+    """The caption with its colours exchanged, unless it would name an unseen pair."""
+    first, second = record["include"]
+    exchanged = [{**first, "color": second["color"]}, {**second, "color": first["color"]}]
+    if names_unseen_pair({"include": exchanged}):
+        return record["prompt"]
+    words = (f"{with_article(clause['color'])} {clause['class']}" for clause in exchanged)
+    return f"a photo of {' and '.join(words)}"
+
+
+def _miscounted(record: Record, rng: np.random.Generator) -> str:
+    """The caption with another number."""
+    (clause,) = record["include"]
+    others = [n for n in range(2, VOCABULARY.max_count + 1) if n != clause["count"]]
+    return f"a photo of {NUMBERS[int(rng.choice(others))]} {plural(clause['class'])}"
 
 
 def retention_record(rng: np.random.Generator) -> Record:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stage_rl.policies.attention import use_fp32_causal
-from stage_rl.shapes.captions import pretraining_record
+from stage_rl.shapes.captions import pretraining_caption, pretraining_record
 from stage_rl.shapes.layouts import scene_for
 from stage_rl.shapes.pretrain_tokenizer import (
     learning_rate,
@@ -77,7 +77,7 @@ def write_chunk(vq: Any, folder: Path, chunk: int, *, size: int, seed: int) -> N
     images = render([scene_for(record, rng) for record in records])
     tokens = torch.cat([tokenize(vq, part) for part in np.array_split(images, -(-size // 100))])
     temporary = path.with_suffix(".tmp.npz")
-    texts = np.array([record["prompt"] for record in records])
+    texts = np.array([pretraining_caption(record, rng) for record in records])
     np.savez(temporary, texts=texts, tokens=tokens.numpy().astype(np.uint16))
     temporary.replace(path)
 
