@@ -198,7 +198,7 @@ def clause(**changes):
     ("text", "message"),
     [
         (line(tag="cuonting"), "tag: unknown 'cuonting'; did you mean 'counting'?"),
-        (line(tag=None), "tag: unknown None; one of single_object, "),
+        (line(tag=None), "tag: unknown None; write one of: single_object, "),
         (line(include=[]), "include: no clause"),
         (line(include={"class": "dog"}), "include: not a list of clauses"),
         (line(include=["dog"]), "include.0: not a clause"),

@@ -13,6 +13,12 @@ BUILT_IN = {
     "policy": {"janus": "stage_rl.policies.config:JanusConfig"},
     "prompts": {
         "geneval": "stage_rl.prompts.config:GenEvalPromptsConfig",
+        "t2i_r1": "stage_rl.prompts.config:T2IR1PromptsConfig",
+        "t2i_compbench": "stage_rl.prompts.config:T2ICompBenchPromptsConfig",
+        "ocr": "stage_rl.prompts.config:OcrPromptsConfig",
+        "drawbench": "stage_rl.prompts.config:DrawBenchPromptsConfig",
+        "hps": "stage_rl.prompts.config:HpsPromptsConfig",
+        "file": "stage_rl.prompts.config:FilePromptsConfig",
         "shapes": "stage_rl.shapes.config:ShapesPromptsConfig",
     },
     "reward": {"geneval": "stage_rl.rewards.config:GenEvalRewardConfig"},

@@ -17,6 +17,7 @@ from stage_rl.prompts.geneval import (
     color_attr_record,
     colors_record,
     counting_record,
+    geneval_prompts,
     position_record,
     single_object_record,
     two_object_record,
@@ -27,6 +28,30 @@ MIXES: Mapping[str, Mapping[str, float]] = {
     "flow_grpo": dict(zip(TASKS, (0, 1, 5, 1, 7, 3), strict=True)),
 }
 """Training ratios by task: of the STAGE paper (appendix B.1) and of Flow-GRPO."""
+
+
+INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+
+
+def evaluation_texts() -> frozenset[str]:
+    """The 553 evaluation prompts, and those that ask for the same with the objects swapped."""
+    records = geneval_prompts()
+    swapped = [swap_objects(record)["prompt"] for record in records if len(record["include"]) == 2]
+    return frozenset([record["prompt"] for record in records] + swapped)
+
+
+def swap_objects(record: Record) -> Record:
+    """The record of two objects that names them in the other order and asks for the same."""
+    one, other = record["include"]
+    match record["tag"]:
+        case "two_object":
+            return two_object_record(other["class"], one["class"])
+        case "color_attr":
+            first, second = ((clause["color"], clause["class"]) for clause in (other, one))
+            return color_attr_record(first, second)
+        case "position":
+            return position_record(one["class"], INVERSE[other["position"][0]], other["class"])
+    raise AssertionError(record["tag"])
 
 
 def space(task: str, vocabulary: Vocabulary = GENEVAL) -> tuple[int, ...]:

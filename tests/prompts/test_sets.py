@@ -1,0 +1,335 @@
+"""Prompt files of every kind: what they give, and how a fault in them is named."""
+
+import json
+
+import pytest
+from pydantic import ValidationError
+
+from stage_rl import registry
+from stage_rl.errors import InputError
+from stage_rl.prompts import (
+    as_prompts,
+    evaluation_texts,
+    find_leaks,
+    geneval_prompts,
+    load_drawbench,
+    load_file,
+    load_hps,
+    load_ocr,
+    load_t2i_compbench,
+    load_t2i_r1,
+    training_mix,
+)
+from stage_rl.prompts.leakage import sentence
+from stage_rl.prompts.phrases import noun_phrases
+from stage_rl.schema import PromptsConfig
+from stage_rl.types import Prompt
+
+FILES = {
+    "color_val.txt": "a green bench and a blue bowl\r\na blue rose and a green tulip",
+    "spatial_val.txt": "a frog on the top of a butterfly\na bag near a car\n",
+    "numeracy_val.txt": "three mice cooked with one microwave\na chicken, four people\n",
+    "new_objects.txt": "mouse - mice\nmicrowave - microwaves\nchicken - hens\nperson - people\n",
+    "complex_val.txt": "The red hat was on top of the brown coat rack.\nThe cat sat on the mat.\n",
+    "complex_val_spatial.txt": "The red hat was on top of the brown coat rack.\n",
+    "complex_val_action.txt": "The cat sat on the mat.\n",
+    "non_spatial_val.txt": "A man is mowing the lawn.\n",
+}
+
+
+@pytest.fixture
+def compbench(tmp_path):
+    for name, text in FILES.items():
+        (tmp_path / name).write_bytes(text.encode())
+    return tmp_path
+
+
+def written(folder, name, text):
+    file = folder / name
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def refused(load, file, *options):
+    with pytest.raises(InputError) as caught:
+        load(file, *options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+R1 = {"prompt": "two dogs left of a cat", "task_type": "spatial", "nouns": ["dog", "cat"]}
+PLACE = {"obj1": "dog", "obj2": "cat", "locality": "left of"}
+
+
+def test_t2i_r1_records_lose_none_and_gain_numbers(tmp_path):
+    counts = [{"obj_name": "dog", "num": "2"}]
+    rows = [
+        {**R1, "task_type": "numeracy", "numeracy_info": counts, "spatial_info": None},
+        {**R1, "spatial_info": PLACE, "attr_nouns": None},
+    ]
+    file = written(tmp_path, "t.jsonl", "\n".join(json.dumps(row) for row in rows))
+    first, second = load_t2i_r1(file)
+    assert first.metadata["numeracy_info"] == [{"obj_name": "dog", "num": 2}]
+    assert "spatial_info" not in first.metadata
+    assert second.metadata == {**R1, "spatial_info": PLACE}
+    # A prompt keeps the number of its line where some are left out.
+    assert load_t2i_r1(file, ["spatial"]) == (second,)
+    assert second.index == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "spatial_info: a spatial prompt needs it"),
+        ({"nouns": None, "spatial_info": PLACE}, "nouns: a spatial prompt needs it"),
+        ({"nouns": "dog", "spatial_info": PLACE}, "nouns: 'dog' is not a list of names"),
+        ({"nouns": [" "]}, "nouns.0: ' ' is not a name"),
+        ({"task_type": "spatail"}, "task_type: unknown 'spatail'; did you mean 'spatial'?"),
+        ({"spatial_info": {**PLACE, "place": 1}}, "spatial_info: key: unknown 'place'"),
+        ({"spatial_info": {"obj1": "a"}}, "spatial_info: obj2 is missing; write it"),
+        ({"spatial_info": {**PLACE, "obj1": 3}}, "spatial_info.obj1: 3 is not a name"),
+        ({"numeracy_info": [{"obj_name": "dog", "num": 0}]}, "numeracy_info.0.num: 0; write 1"),
+        ({"numeracy_info": [{"obj_name": "dog", "num": "x"}]}, "'x' is not a whole number"),
+        ({"numeracy_info": {"dog": 2}}, "is not a list of"),
+        ({"prompt": ""}, "empty prompt"),
+    ],
+)
+def test_a_wrong_t2i_r1_record_is_named_with_its_line(tmp_path, changes, message):
+    good = json.dumps({**R1, "spatial_info": PLACE})
+    file = written(tmp_path, "t.jsonl", f"{good}\n{json.dumps({**R1, **changes})}\n")
+    said = refused(load_t2i_r1, file)
+    assert said.startswith(f"{file}:2: ")
+    assert message in said
+
+
+def test_t2i_compbench_prompts_know_what_their_text_says(compbench):
+    prompts = {prompt.text: prompt.metadata for prompt in load_t2i_compbench_of(compbench)}
+    assert prompts["a green bench and a blue bowl"]["attr_nouns"] == [
+        "a green bench",
+        "a blue bowl",
+    ]
+    assert prompts["a blue rose and a green tulip"]["attr_nouns"] == [
+        "a blue rose",
+        "a green tulip",
+    ]
+    frog = {"obj1": "frog", "obj2": "butterfly", "locality": "on the top of"}
+    assert prompts["a frog on the top of a butterfly"]["spatial_info"] == frog
+    mice = prompts["three mice cooked with one microwave"]["numeracy_info"]
+    assert mice == [{"obj_name": "mouse", "num": 3}, {"obj_name": "microwave", "num": 1}]
+    assert prompts["a chicken, four people"]["nouns"] == ["chicken", "person"]
+    hat = prompts["The red hat was on top of the brown coat rack."]
+    assert hat["complex_part"] == "spatial"
+    assert hat["spatial_info"] == {"obj1": "hat", "obj2": "rack", "locality": "on top of"}
+    assert hat["attr_nouns"] == ["the red hat", "the brown coat rack"]
+    assert prompts["The cat sat on the mat."]["complex_part"] == "action"
+
+
+def load_t2i_compbench_of(folder, categories=None):
+    return load_t2i_compbench(
+        folder, categories or ("color", "spatial", "numeracy", "non_spatial", "complex")
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("spatial_val.txt", "a frog\n", "spatial_val.txt:1: no relation in 'a frog'"),
+        ("numeracy_val.txt", "two cars\n", "numeracy_val.txt:1: no counted noun of new_objects"),
+        ("new_objects.txt", "mouse\n", "new_objects.txt:1: 'mouse' is no pair of nouns"),
+        ("color_val.txt", "a\n\nb\n", "color_val.txt:2: empty prompt"),
+        ("color_val.txt", "of\n", "color_val.txt:1: no noun phrase in 'of'"),
+    ],
+)
+def test_a_wrong_t2i_compbench_line_is_named(compbench, name, text, message):
+    written(compbench, name, text)
+    assert message in refused(load_t2i_compbench_of, compbench)
+
+
+def test_a_missing_t2i_compbench_file_is_named(compbench):
+    assert "texture_val.txt: no such file" in refused(load_t2i_compbench_of, compbench, ["texture"])
+
+
+@pytest.mark.parametrize(
+    ("text", "phrases"),
+    [
+        ("a plastic phone case and a leather belt", ["a plastic phone case", "a leather belt"]),
+        ("The crisp lettuce lay next to the red tomato.", ["the crisp lettuce", "the red tomato"]),
+        ("The striped rug was on the tiled floor.", ["the striped rug", "the tiled floor"]),
+        ("The red balloon floated near the cloud.", ["the red balloon", "the cloud"]),
+        ("a hat on the left of a car", ["a hat", "a car"]),
+        ("a bird stand", ["a bird stand"]),
+        ("", []),
+        (" and ".join(f"a b{i}" for i in range(9)), [f"a b{i}" for i in range(8)]),
+    ],
+)
+def test_noun_phrases_end_at_closed_class_words_and_verbs(text, phrases):
+    assert noun_phrases(text) == phrases
+
+
+def test_the_target_of_an_ocr_prompt_stands_in_quotes(tmp_path):
+    text = 'A sign: "Open Now"\nA mug "größer"\nA wall "' + "x" * 11 + '"\n'
+    plain = load_ocr(written(tmp_path, "p.txt", text))
+    assert [p.metadata["target"] for p in plain] == ["Open Now", "größer", "x" * 11]
+    assert [p.metadata["level"] for p in plain] == ["Medium", "Medium", "Hard"]
+    lines = "".join(json.dumps({"prompt": p.text, "tag": None}) + "\n" for p in plain)
+    assert [p.metadata for p in load_ocr(written(tmp_path, "p.jsonl", lines))] == [
+        p.metadata for p in plain
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("p.txt", 'a "b"\na sign\n', 'p.txt:2: 0 double quotes; write one text in "quotes"'),
+        ("p.txt", 'a "b" "c"\n', "p.txt:1: 4 double quotes"),
+        ("p.txt", 'a "  "\n', "p.txt:1: the quotes are empty"),
+        (
+            "p.csv",
+            "prompt,target_text\n",
+            "p.csv:1: no column 'prompt_raw'; did you mean 'prompt'?",
+        ),
+        ("p.csv", "prompt_raw,target_text\n", "p.csv: holds no prompts"),
+        ("p.csv", 'prompt_raw,target_text\n"a ""b""",c\n', "p.csv:2: target_text is 'c', but"),
+        ("p.csv", 'prompt_raw,target_text\n"a, ""b"""\n', "p.csv:2: not as many cells as columns"),
+    ],
+)
+def test_a_wrong_ocr_line_is_named(tmp_path, name, text, message):
+    assert message in refused(load_ocr, written(tmp_path, name, text))
+
+
+def test_synthetic_ocr_prompts_say_so_and_depend_on_the_seed():
+    kind = registry.resolve("prompts", "ocr")
+    prompts = kind.model_validate({"synthetic": 20, "seed": 3}).build()
+    assert len(prompts) == 20
+    assert all(prompt.metadata["synthetic"] for prompt in prompts)
+    assert all(f'"{prompt.metadata["target"]}"' in prompt.text for prompt in prompts)
+    assert prompts == kind.model_validate({"synthetic": 20, "seed": 3}).build()
+    assert prompts != kind.model_validate({"synthetic": 20, "seed": 4}).build()
+
+
+def test_a_table_row_may_span_lines_and_errors_count_them(tmp_path):
+    text = 'Prompts,Category\n"a car\non a road",Colors\n,Text\n'
+    file = written(tmp_path, "d.csv", text)
+    # The second record ends on line 4 of the file: the first takes lines 2 and 3.
+    assert f"{file}:4: empty prompt" in refused(load_drawbench, file)
+    one = load_drawbench(written(tmp_path, "d.csv", text.replace(",Text\n", "")))
+    assert one[0].metadata["category"] == "Colors"
+    broken = written(tmp_path, "d.csv", 'Prompts,Category\n"a car,Colors\n')
+    assert "not CSV" in refused(load_drawbench, broken)
+    bare = written(tmp_path, "d.csv", "Prompts,Category\na car,\n")
+    assert "d.csv:2: empty Category" in refused(load_drawbench, bare)
+
+
+def test_hps_prompts_are_arrays_by_style(tmp_path):
+    for style in ("anime", "concept-art", "paintings", "photo"):
+        written(tmp_path, f"{style}.json", json.dumps([f"{style} one", f"{style} two"]))
+    prompts = load_hps(tmp_path)
+    assert [prompt.metadata["style"] for prompt in prompts[::2]] == [
+        "anime",
+        "concept-art",
+        "paintings",
+        "photo",
+    ]
+    assert [prompt.index for prompt in prompts] == list(range(8))
+    assert len(load_hps(tmp_path / "photo.json")) == 2
+    wrong = written(tmp_path, "photo.json", '["a", 3]')
+    assert f"{wrong}: record 1: empty prompt" in refused(load_hps, tmp_path)
+    (tmp_path / "photo.json").unlink()
+    assert "photo.json: no such file" in refused(load_hps, tmp_path)
+
+
+def test_files_of_ones_own_carry_what_they_hold(tmp_path):
+    plain = written(tmp_path, "p.txt", "a dog\na cat\n")
+    assert load_file(plain) == (Prompt("a dog", 0), Prompt("a cat", 1))
+    table = written(tmp_path, "p.csv", "text,style,note\na dog,oil,\n")
+    with pytest.raises(InputError, match=r"no column 'prompt'; write one of: text, style, note"):
+        load_file(table)
+    assert load_file(table, column="text") == (
+        Prompt("a dog", 0, {"text": "a dog", "style": "oil"}),
+    )
+    clauses = [{"class": "gnu", "count": "2", "color": None}]
+    record = {"prompt": "two gnus", "tag": "counting", "include": clauses, "n": None}
+    lines = written(tmp_path, "p.jsonl", json.dumps(record))
+    assert load_file(lines)[0].metadata["include"] == [{"class": "gnu", "count": 2}]
+    array = written(tmp_path, "p.json", json.dumps([record, {"prompt": "b", "nouns": []}]))
+    assert "p.json: record 1: nouns: [] is not a list of names" in refused(load_file, array)
+
+
+def test_a_leak_is_found_in_other_words():
+    records = [r for r in geneval_prompts() if r["tag"] == "position"][:1]
+    # "a photo of a A left of a B" asks for what "a photo of a B right of a A" asks for.
+    target, placed = records[0]["include"]
+    inverse = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+    swapped = {
+        "tag": "position",
+        "prompt": "in other words",
+        "include": [
+            {"class": placed["class"], "count": 1},
+            {
+                "class": target["class"],
+                "count": 1,
+                "position": [inverse[placed["position"][0]], 0],
+            },
+        ],
+    }
+    wrong = {**swapped, "include": [swapped["include"][0], {**swapped["include"][1]}]}
+    wrong["include"][1]["position"] = [placed["position"][0], 0]
+    evaluation = as_prompts(records)
+    (leak,) = find_leaks(as_prompts([swapped]), evaluation)
+    assert not leak.same_text
+    assert find_leaks(as_prompts([wrong]), evaluation) == ()
+    (same,) = find_leaks([Prompt(f"  {records[0]['prompt'].upper()}. ")], evaluation)
+    assert same.same_text
+    assert sentence([same], 1).startswith(
+        "1 of 1 evaluation prompts are in the training set (1 word for word, 0 in other words): '"
+    )
+    assert sentence([], 1) == ""
+
+
+def test_a_training_mix_holds_no_evaluation_prompt_in_either_order():
+    # Of the 240 counting prompts 160 are left; two_object has 6,320, of which 99 x 2 are out.
+    mix = training_mix(
+        {"two_object": 1, "position": 1, "color_attr": 1, "counting": 1},
+        12_000,
+        seed=0,
+        exclude=evaluation_texts(),
+    )
+    assert find_leaks(as_prompts(mix), as_prompts(geneval_prompts())) == ()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kind": "t2i_r1"}, "path"),
+        ({"kind": "t2i_r1", "path": "x", "task_types": ["spatail"]}, "did you mean 'spatial'?"),
+        ({"kind": "t2i_r1", "path": "x", "task_types": []}, "is empty; write some of color"),
+        ({"kind": "t2i_compbench", "path": "x", "categories": ["colour"]}, "mean 'color'?"),
+        ({"kind": "ocr"}, "nothing given; write one of path, synthetic"),
+        ({"kind": "ocr", "path": "x", "synthetic": 3}, "path and synthetic given; write one of"),
+        ({"kind": "file", "path": "x", "column": ""}, "at least 1 character"),
+        ({"kind": "drawbnech", "path": "x"}, "did you mean 'drawbench'?"),
+    ],
+)
+def test_a_wrong_prompts_recipe_is_refused(fields, message):
+    with pytest.raises(ValidationError) as caught:
+        PromptsConfig.model_validate(fields)
+    assert message in str(caught.value)
+
+
+def test_every_kind_is_built_from_its_path(compbench, tmp_path):
+    written(tmp_path, "o.txt", 'a "b"\n')
+    written(tmp_path, "d.csv", "Prompts,Category\na,b\n")
+    written(tmp_path, "photo.json", '["a"]')
+    written(tmp_path, "r.jsonl", json.dumps({**R1, "spatial_info": PLACE}))
+    kinds = {
+        "t2i_r1": {"path": str(tmp_path / "r.jsonl")},
+        "t2i_compbench": {"path": str(compbench), "categories": ["color"]},
+        "ocr": {"path": str(tmp_path / "o.txt")},
+        "drawbench": {"path": str(tmp_path / "d.csv")},
+        "hps": {"path": str(tmp_path / "photo.json")},
+        "file": {"path": str(tmp_path / "o.txt")},
+    }
+    for kind, fields in kinds.items():
+        config = PromptsConfig.model_validate({"kind": kind, **fields})
+        assert config.kind == kind
+        assert config.build()[0].text
