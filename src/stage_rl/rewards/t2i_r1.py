@@ -1,0 +1,182 @@
+"""The rules of T2I-R1 (arXiv 2505.00703): from detected nouns to a score, by kind of prompt.
+
+`release` is the released arithmetic with its flaws, `fixed` the same without them; both are pinned
+by tests. A box is x0, y0, x1, y1 in pixels, an image size (width, height).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from stage_rl.rewards.base import Detection, Score
+
+Compat = Literal["fixed", "release"]
+Box = tuple[float, float, float, float]
+Size = tuple[float, float]
+Span = tuple[int, int]
+
+PRESENT = 0.2
+"""What an object counts for that is there, in the wrong number or (released form) place."""
+NMS_IOU = 0.5
+MAX_OVERLAP = 0.1
+"""Overlap (intersection over union) up to which a relation counts in full."""
+NEAR_PIXELS, NEAR_SHARE = 150, 150 / 512
+"""How far apart near objects are: as released, and as a share of an image's longer side."""
+
+RELEASED_SIDES = {
+    **dict.fromkeys(("next to", "near", "on side of"), "near"),
+    **dict.fromkeys(("left of", "on the left of"), "left"),
+    **dict.fromkeys(("right of", "on the right of"), "right"),
+    **dict.fromkeys(("below", "on the bottom of"), "below"),
+    **dict.fromkeys(("top of", "on the top of"), "above"),
+}
+SIDES = {
+    **RELEASED_SIDES,
+    **{"above": "above", "on top of": "above"},
+    **{"to the left of": "left", "to the right of": "right"},
+}
+"""Where the first object lies from the second, by the words of `spatial_info.locality`."""
+
+
+def caption_of(nouns: Sequence[str]) -> tuple[str, list[list[Span]]]:
+    """The text a grounding model is asked, and of each noun the spans that stand for it.
+
+    A noun of several words is stood for by its first and its last.
+    """
+    spans, start = [], 0
+    for noun in nouns:
+        words, end = noun.split(), start + len(noun)
+        first, last = (start, start + len(words[0])), (end - len(words[-1]), end)
+        spans.append([first] if len(words) == 1 else [first, last])
+        start = end + len(" . ")
+    return " . ".join(nouns) + ".", spans
+
+
+def judge_scene(
+    detections: Sequence[Detection],
+    metadata: Mapping[str, Any],
+    *,
+    size: Size,
+    compat: Compat = "fixed",
+    threshold: float = 0.3,
+) -> Score:
+    """The score of one image in [0, 1], of its detections labelled with the prompt's nouns.
+
+    A detection counts above the threshold. Spatial and numeracy prompts have rules of their own;
+    all others ask for the share of nouns that are there. Without nouns: 1 as released, else the
+    reward does not apply.
+    """
+    nouns = metadata["nouns"]
+    if not nouns:
+        return Score(1.0 if compat == "release" else None, "no nouns to look for")
+    found: dict[str, list[Detection]] = {}
+    for detection in sorted(detections, key=lambda one: -one.score):
+        # The released code compares a noun with its first and last word, joined.
+        lost = compat == "release" and len(detection.label.split()) > 2
+        if detection.score > threshold and not lost:
+            found.setdefault(detection.label, []).append(detection)
+    task = metadata["task_type"]
+    if task == "spatial":
+        return spatial_score(found, metadata["spatial_info"], size=size, compat=compat)
+    if task == "numeracy":
+        return numeracy_score(found, metadata["numeracy_info"], size=size, compat=compat)
+    missing = [noun for noun in nouns if noun not in found]
+    why = f"no {', no '.join(missing)}" if missing else "all objects are there"
+    return Score((len(nouns) - len(missing)) / len(nouns), why)
+
+
+def spatial_score(
+    found: Mapping[str, Sequence[Detection]],
+    info: Mapping[str, str],
+    *,
+    size: Size,
+    compat: Compat = "fixed",
+) -> Score:
+    """A share for each object that is there, and half for their relation: at most 1, released .9.
+
+    `found` has the detections of each noun, most confident first; the first of each is judged.
+    """
+    names = (info["obj1"], info["obj2"])
+    share = PRESENT if compat == "release" else 0.25
+    missing = [name for name in names if not found.get(name)]
+    if missing:
+        return Score(share * (2 - len(missing)), f"no {', no '.join(missing)}")
+    first, second = (found[name][0].box for name in names)
+    position = position_score(info["locality"], first, second, size=size, compat=compat)
+    why = f"{names[0]} {info['locality']} {names[1]}: {position:.2f}"
+    return Score(2 * share + position / 2, why)
+
+
+def position_score(
+    locality: str, first: Box, second: Box, *, size: Size, compat: Compat = "fixed"
+) -> float:
+    """How far the first box stands in a relation to the second, in [0, 1].
+
+    1 on the right side with little overlap, less with more, 0 on another side or, as released, for
+    a relation that its table lacks, such as above.
+    """
+    side = (RELEASED_SIDES if compat == "release" else SIDES).get(locality)
+    dx = (second[0] + second[2] - first[0] - first[2]) / 2
+    dy = (second[1] + second[3] - first[1] - first[3]) / 2
+    near = NEAR_SHARE * max(size)
+    if compat == "release":  # pixels held against coordinates in [0, 1]: always near
+        dx, dy, near = dx / size[0], dy / size[1], NEAR_PIXELS
+    if side == "near":
+        close = abs(dx) < near or abs(dy) < near
+        return 1.0 if close else near / max(abs(dx), abs(dy))
+    along = {"left": dx, "right": -dx, "above": dy, "below": -dy}.get(side or "", 0.0)
+    across = dy if side in ("left", "right") else dx
+    if along <= abs(across):
+        return 0.0
+    overlap = iou(first, second)
+    return 1.0 if overlap < MAX_OVERLAP else MAX_OVERLAP / overlap
+
+
+def numeracy_score(
+    found: Mapping[str, Sequence[Detection]],
+    items: Sequence[Mapping[str, Any]],
+    *,
+    size: Size,
+    compat: Compat = "fixed",
+) -> Score:
+    """The mean over the items: 1 for the exact number, 0.2 for another, 0 for none."""
+    total, reasons = 0.0, []
+    for item in items:
+        boxes = [detection.box for detection in found.get(item["obj_name"], ())]
+        if compat == "release":
+            boxes = [_mistaken_corners(box, size) for box in boxes]
+        count = len(without_duplicates(boxes))
+        exact = count == int(item["num"])
+        total += 1.0 if exact else PRESENT if count else 0.0
+        reasons.append(f"{count} of {item['num']} {item['obj_name']}")
+    return Score(total / len(items), ", ".join(reasons))
+
+
+def without_duplicates(boxes: Sequence[Box], threshold: float = NMS_IOU) -> list[Box]:
+    """Boxes in order, without those that overlap an earlier one by more than the threshold."""
+    kept: list[Box] = []
+    for box in boxes:
+        if all(iou(box, other) <= threshold for other in kept):
+            kept.append(box)
+    return kept
+
+
+def iou(a: Box, b: Box) -> float:
+    """Intersection over union; 0 where there is no intersection."""
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    if width <= 0 or height <= 0:
+        return 0.0
+    areas = ((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b))
+    return width * height / (sum(areas) - width * height)
+
+
+def _mistaken_corners(box: Box, size: Size) -> Box:
+    """What the released code takes for corners: centre, width and height in [0, 1]."""
+    width, height = size
+    return (
+        (box[0] + box[2]) / 2 / width,
+        (box[1] + box[3]) / 2 / height,
+        (box[2] - box[0]) / width,
+        (box[3] - box[1]) / height,
+    )

@@ -1,0 +1,176 @@
+"""The rules of T2I-R1: the published arithmetic in both forms, with no model."""
+
+import pytest
+
+from stage_rl.rewards.base import Detection
+from stage_rl.rewards.t2i_r1 import (
+    caption_of,
+    iou,
+    judge_scene,
+    numeracy_score,
+    position_score,
+    spatial_score,
+    without_duplicates,
+)
+
+SIZE = (400, 400)
+
+
+def box(cx, cy, w, h, size=SIZE):
+    """Corners in pixels of a box given as the model gives it."""
+    width, height = size
+    return (
+        *((cx - w / 2) * width, (cy - h / 2) * height),
+        *((cx + w / 2) * width, (cy + h / 2) * height),
+    )
+
+
+def one(label, *place, score=0.9):
+    return Detection(label, score, box(*place))
+
+
+LEFT, RIGHT = (0.25, 0.5, 0.2, 0.2), (0.75, 0.5, 0.2, 0.2)
+TOP, BOTTOM = (0.5, 0.25, 0.2, 0.2), (0.5, 0.75, 0.2, 0.2)
+DIAGONAL = (0.75, 0.75, 0.2, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("nouns", "caption", "spans"),
+    [
+        (["car", "zebra"], "car . zebra.", [[(0, 3)], [(6, 11)]]),
+        (
+            ["computer keyboard", "cat"],
+            "computer keyboard . cat.",
+            [[(0, 8), (9, 17)], [(20, 23)]],
+        ),
+        (["french fry box"], "french fry box.", [[(0, 6), (11, 14)]]),
+    ],
+)
+def test_a_caption_names_the_nouns_and_where_they_stand(nouns, caption, spans):
+    assert caption_of(nouns) == (caption, spans)
+
+
+# found, locality, released, fixed. Released: .2 for each object and half of the position;
+# fixed: .25 for each.
+SPATIAL = [
+    (LEFT, RIGHT, "left of", 0.9, 1.0),
+    (RIGHT, LEFT, "left of", 0.4, 0.5),
+    (LEFT, None, "left of", 0.2, 0.25),
+    (None, None, "left of", 0.0, 0.0),
+    ((0.25, 0.25, 0.2, 0.2), DIAGONAL, "left of", 0.4, 0.5),  # |dx| is not larger than |dy|
+    # x from .25 to .65 and .35 to .75: .3 of .5 in common, position .1 / .6
+    ((0.45, 0.5, 0.4, 0.4), (0.55, 0.5, 0.4, 0.4), "left of", 0.4833, 0.5833),
+    (LEFT, DIAGONAL, "next to", 0.9, 1.0),
+    (TOP, BOTTOM, "above", 0.4, 1.0),  # absent from the released table
+    (TOP, BOTTOM, "on top of", 0.4, 1.0),
+    (TOP, BOTTOM, "on the top of", 0.9, 1.0),
+    (TOP, BOTTOM, "below", 0.4, 0.5),
+    (BOTTOM, TOP, "on the bottom of", 0.9, 1.0),
+    (RIGHT, LEFT, "on the right of", 0.9, 1.0),
+]
+
+
+@pytest.mark.parametrize(("first", "second", "locality", "released", "fixed"), SPATIAL)
+def test_spatial_scores_are_the_published_ones(first, second, locality, released, fixed):
+    found = {
+        name: [one(name, *place)] if place else []
+        for name, place in (("car", first), ("zebra", second))
+    }
+    info = {"obj1": "car", "obj2": "zebra", "locality": locality}
+    for compat, value in (("release", released), ("fixed", fixed)):
+        score = spatial_score(found, info, size=SIZE, compat=compat)
+        assert score.value == pytest.approx(value, abs=1e-4)
+
+
+def test_far_apart_is_not_near_in_the_fixed_form():
+    corners = box(0.05, 0.05, 0.1, 0.1), box(0.95, 0.95, 0.1, 0.1)
+    assert position_score("near", *corners, size=SIZE, compat="release") == 1
+    # .9 of the side apart both ways, near within 150 / 512 of it: .29297 / .9
+    assert position_score("near", *corners, size=SIZE) == pytest.approx(0.32552, abs=1e-5)
+
+
+SMALL_TWICE = ((0.3, 0.3, 0.2, 0.2), (0.305, 0.3, 0.2, 0.2))
+BIG_TWICE = ((0.4, 0.4, 0.8, 0.8), (0.41, 0.4, 0.8, 0.8))
+
+
+@pytest.mark.parametrize(
+    ("places", "num", "released", "fixed"),
+    [
+        # As corners, (.3, .3, .2, .2) has a negative width and overlaps nothing.
+        (SMALL_TWICE, 1, 0.2, 1.0),
+        (SMALL_TWICE, 2, 1.0, 0.2),
+        (BIG_TWICE, 1, 1.0, 1.0),
+        ((), 1, 0.0, 0.0),
+    ],
+)
+def test_counting_drops_duplicates_in_the_fixed_form_alone(places, num, released, fixed):
+    found = {"a": [one("a", *place) for place in places]}
+    for compat, value in (("release", released), ("fixed", fixed)):
+        items = [{"obj_name": "a", "num": num}]
+        assert numeracy_score(found, items, size=SIZE, compat=compat).value == value
+
+
+@pytest.mark.parametrize("compat", ["release", "fixed"])
+def test_a_wrong_count_is_worth_a_fifth_of_its_share(compat):
+    found = {"a": [one("a", *LEFT), one("a", *RIGHT)], "b": [one("b", *TOP)]}
+    items = [{"obj_name": "a", "num": 2}, {"obj_name": "b", "num": 2}]
+    # 1/2 for a, 0.2/2 for b
+    score = numeracy_score(found, items, size=SIZE, compat=compat)
+    assert score.value == pytest.approx(0.6)
+    assert score.why == "2 of 2 a, 1 of 2 b"
+
+
+@pytest.mark.parametrize(
+    ("labels", "value"), [(("a",), 0.5), ((), 0.0), (("a", "b"), 1.0), (("a", "a"), 0.5)]
+)
+def test_other_prompts_ask_for_the_share_of_nouns(labels, value):
+    detections = [one(label, *LEFT) for label in labels]
+    metadata = {"task_type": "object", "nouns": ["a", "b"]}
+    assert judge_scene(detections, metadata, size=SIZE).value == value
+
+
+def test_a_detection_counts_above_the_threshold():
+    metadata = {"task_type": "color", "nouns": ["a"]}
+    for score, value in ((0.3, 0.0), (0.30001, 1.0)):
+        assert judge_scene([one("a", *LEFT, score=score)], metadata, size=SIZE).value == value
+
+
+def test_a_noun_of_three_words_is_never_found_as_released():
+    detections = [one("french fry box", *LEFT)]
+    metadata = {"task_type": "object", "nouns": ["french fry box"]}
+    assert judge_scene(detections, metadata, size=SIZE, compat="release").value == 0
+    assert judge_scene(detections, metadata, size=SIZE).value == 1
+
+
+def test_without_nouns_the_reward_is_1_as_released_and_else_does_not_apply():
+    metadata = {"task_type": "object", "nouns": []}
+    assert judge_scene([], metadata, size=SIZE, compat="release").value == 1
+    assert judge_scene([], metadata, size=SIZE).value is None
+
+
+def test_the_most_confident_of_a_noun_is_judged_in_any_order():
+    info = {"obj1": "car", "obj2": "zebra", "locality": "left of"}
+    metadata = {"task_type": "spatial", "nouns": ["car", "zebra"], "spatial_info": info}
+    detections = [
+        one("car", *RIGHT, score=0.4),
+        one("zebra", *TOP, score=0.5),
+        one("car", *LEFT, score=0.8),
+        one("zebra", *RIGHT, score=0.9),
+    ]
+    assert judge_scene(detections, metadata, size=SIZE).value == 1
+
+
+def test_a_wide_image_is_judged_in_its_own_pixels():
+    # 40 px apart across and 30 px down in an image of 800 x 100: across is more in pixels, but
+    # .05 of the width against .3 of the height is less as the released code sees it.
+    first, second = (100, 20, 110, 30), (140, 50, 150, 60)
+    size = (800, 100)
+    assert position_score("left of", first, second, size=size) == 1
+    assert position_score("left of", first, second, size=size, compat="release") == 0
+
+
+def test_overlap_is_intersection_over_union():
+    assert iou((0, 0, 10, 10), (5, 0, 15, 10)) == pytest.approx(50 / 150)
+    assert iou((0, 0, 10, 10), (10, 0, 20, 10)) == 0
+    # exactly the threshold is kept: 2/3 of 4 in common is 2 / 4 = .5
+    assert without_duplicates([(0, 0, 3, 1), (1, 0, 4, 1)]) == [(0, 0, 3, 1), (1, 0, 4, 1)]
