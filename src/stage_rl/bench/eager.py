@@ -24,7 +24,7 @@ from stage_rl.policies.base import Policy
 from stage_rl.policies.janus import JanusPolicy
 from stage_rl.rewards.judging import Judge
 from stage_rl.schema import Recipe
-from stage_rl.training.loop import Clock
+from stage_rl.training.clock import Clock
 from stage_rl.training.optim import apply_gradient, build_optimizer
 from stage_rl.types import Measured, Prompt, Rollout
 
@@ -54,7 +54,7 @@ class EagerStep:
         self.loss(rollout, rewards_PG, reference).backward()
         apply_gradient(self.optimizer, rate=settings.lr, max_grad_norm=settings.max_grad_norm)
         clock.lap("learn_s")
-        return clock.laps | {"time/step_s": clock.total}
+        return clock.times()
 
     def sample(self, prompts: Sequence[Prompt]) -> Rollout:
         """A group of images for each prompt, by `generate` on one left-padded batch."""

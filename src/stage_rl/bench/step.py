@@ -7,12 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 from stage_rl.bench.base import BenchResult, Setting, at_least, check_guided
 from stage_rl.bench.eager import EagerStep
-from stage_rl.config import load_recipe, run_folder
+from stage_rl.config import load_recipe
 from stage_rl.prompts import prompts_of_step
 from stage_rl.schema import Recipe
 from stage_rl.training.loop import train_step
-from stage_rl.training.metrics import Liveness
-from stage_rl.training.runs import RunFolder
 from stage_rl.training.setup import build_trainer
 from stage_rl.types import Prompt
 
@@ -88,10 +86,8 @@ def compare(recipe: Recipe, *, rounds: int, settings: Mapping[str, Setting]) -> 
     prompts = recipe.prompts.build()
     trainer = build_trainer(recipe, prompts)
     eager = EagerStep(recipe, trainer.judge, trainer.policy.device)
-    # The trainer's step opens no file, since nothing is logged.
-    run_files, liveness = RunFolder(run_folder(recipe)), Liveness(recipe.liveness)
     forms: dict[str, Step] = {
-        "trainer": lambda step: train_step(trainer, run_files, liveness, step),
+        "trainer": lambda step: train_step(trainer, step).clock.times(),
         "eager": lambda step: eager.step(_prompts_of(recipe, prompts, step)),
     }
     measures = _measures(_medians(forms, rounds))

@@ -6,29 +6,25 @@ objective itself is in `stage_rl.algorithm`, equation by equation.
 
 from __future__ import annotations
 
-import signal
-import threading
-import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from stage_rl.errors import DivergedError, InputError, Stopped
+from stage_rl.errors import InputError, Stopped
 from stage_rl.prompts import prompts_of_step
 from stage_rl.rewards.judging import check_fields
 from stage_rl.schema import Recipe
 from stage_rl.training.batches import micro_batches
 from stage_rl.training.checkpoint import TrainerState, latest_checkpoint
+from stage_rl.training.clock import Clock
 from stage_rl.training.console import live_view
 from stage_rl.training.metrics import Liveness, learning_metrics, reward_metrics
 from stage_rl.training.optim import learning_rate
 from stage_rl.training.probe import measure_drift
 from stage_rl.training.runs import RunFolder, check_run, open_run
 from stage_rl.training.setup import Trainer, build_trainer
+from stage_rl.training.signals import stop_signals
+from stage_rl.training.steps import Step, log_samples
 from stage_rl.training.update import learn, measure_all
 from stage_rl.types import Prompt
 
@@ -66,9 +62,9 @@ def train_steps(trainer: Trainer, run: RunFolder, signals: Sequence[int]) -> Non
             view.say(f"{run.path}: goes on after step {first}")
         run.forget_after(first)
         for step in range(first, recipe.steps):
-            numbers = train_step(trainer, run, liveness, step)
-            run.log_metrics(step, numbers)
-            view.show(step + 1, numbers)
+            taken = train_step(trainer, step)
+            view.show(step + 1, record(trainer, run, taken))
+            liveness.check(taken.judged, taken.grad_norm)
             every, done = recipe.run.save_every, step + 1
             stopped = signals[0] if signals else None
             if stopped or done == recipe.steps or (every and done % every == 0):
@@ -108,18 +104,12 @@ def _finished(recipe: Recipe, run: RunFolder, done: int) -> str:
     )
 
 
-def train_step(trainer: Trainer, run: RunFolder, liveness: Liveness, step: int) -> dict[str, float]:
-    """One pass of the loop; returns the step's metrics."""
+def train_step(trainer: Trainer, step: int) -> Step:
+    """One pass of the loop."""
     recipe, clock = trainer.recipe, Clock()
-    prompts = prompts_of_step(
-        trainer.prompts,
-        step=step,
-        prompts_per_step=recipe.rollout.prompts_per_step,
-        seed=recipe.seed,
-    )
     # Sample: G images of every prompt, from copies of the weights as they are now.
     trainer.engine.reload()
-    rollout = trainer.sample(trainer.engine, prompts, step=step)
+    rollout = trainer.sample(trainer.engine, trainer.prompts_of(step), step=step)
     clock.lap("sample_s")
 
     # Judge, while the reference measures.
@@ -133,8 +123,7 @@ def train_step(trainer: Trainer, run: RunFolder, liveness: Liveness, step: int) 
     clock.lap("judge_wait_s")
 
     # Measure the policy, credit each token, learn: one pass where there is one update.
-    numbers, learned = reward_metrics(judged), None
-    rate = learning_rate(step, recipe.steps, recipe.optimizer)
+    rate, learned = learning_rate(step, recipe.steps, recipe.optimizer), None
     if judged.kept_P.any():
         learned = learn(
             trainer.policy,
@@ -144,69 +133,26 @@ def train_step(trainer: Trainer, run: RunFolder, liveness: Liveness, step: int) 
             reference=reference,
             update=trainer.update(rate),
         )
-        numbers |= learning_metrics(learned, reference, rollout)
-    numbers["optimizer/lr"] = rate
     clock.lap("learn_s")
-    if learned and trainer.is_logged(step):
-        trainer.log_samples(run, step, rollout, judged, learned, reference)
-        clock.lap("log_s")
-    try:
-        liveness.check(judged, learned.grad_norm if learned else None)
-    except DivergedError:
-        run.log_metrics(step, numbers | clock.laps)  # the step that shows why
-        raise
 
+    numbers = reward_metrics(judged) | {"optimizer/lr": rate}
+    if learned:
+        numbers |= learning_metrics(learned, reference, rollout)
     # Watch the drift from the reference on its own samples.
     if trainer.is_probed(step):
         drift = measure_drift(trainer.policy, trainer.reference, trainer.probe(), trainer.precision)
         numbers |= {"probe/kl": drift.kl, "probe/entropy_drift": drift.entropy}
         clock.lap("probe_s")
-    refresh = recipe.algorithm.reference_refresh_every
-    if refresh and (step + 1) % refresh == 0:
-        trainer.refresh_reference()
-    num_images = len(rollout.tokens_NT)
-    numbers |= clock.laps | {"time/step_s": clock.total, "images_per_s": num_images / clock.total}
+    trainer.refresh_reference_after(step)
+    return Step(step, rollout, judged, reference, learned, numbers, clock)
+
+
+def record(trainer: Trainer, run: RunFolder, taken: Step) -> dict[str, float]:
+    """Writes a step into the run folder, the samples where they are due; returns its numbers."""
+    if taken.learned and trainer.is_logged(taken.number):
+        log_samples(run, taken, num_groups=trainer.recipe.run.log_groups)
+        taken.clock.lap("log_s")
+    numbers = taken.numbers | taken.clock.times()
+    numbers["images_per_s"] = len(taken.rollout.tokens_NT) / numbers["time/step_s"]
+    run.log_metrics(taken.number, numbers)
     return numbers
-
-
-class Clock:
-    """Seconds since the last lap, by name."""
-
-    def __init__(self) -> None:
-        self._started = self._last = time.perf_counter()
-        self.laps: dict[str, float] = {}
-
-    def lap(self, name: str) -> None:
-        """Books the time since the last lap under time/NAME."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.laps[f"time/{name}"] = now - self._last
-        self._last = now
-
-    @property
-    def total(self) -> float:
-        """Seconds from the start to the last lap."""
-        return self._last - self._started
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collects Ctrl-C and SIGTERM so that a step can end; a second one ends the process at once."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received  # Python lets only the main thread set handlers
-        return
-
-    def note(number: int, _frame: object) -> None:
-        received.append(number)
-        signal.signal(number, before[number])
-
-    before: dict[int, Any] = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -14,6 +14,7 @@ import torch
 
 from stage_rl.errors import RecipeError
 from stage_rl.policies.base import Policy
+from stage_rl.prompts import prompts_of_step
 from stage_rl.rewards.judging import Judge, WeightedReward
 from stage_rl.rewards.selftest import require_order
 from stage_rl.rollout.engine import Engine
@@ -27,13 +28,10 @@ from stage_rl.training.checkpoint import (
     base_digest,
     save_checkpoint,
 )
-from stage_rl.training.metrics import report_arrays
 from stage_rl.training.optim import build_optimizer
-from stage_rl.training.pictures import captioned_grid
-from stage_rl.training.runs import RunFolder
 from stage_rl.training.scoring import scoring_of
-from stage_rl.training.update import Learned, Precision, Update
-from stage_rl.types import Judged, Measured, Prompt, Rollout
+from stage_rl.training.update import Precision, Update
+from stage_rl.types import Prompt, Rollout
 
 PROBE_STEP = 2**40
 """The step that keys the random streams of the probe set; no run gets that far."""
@@ -117,6 +115,21 @@ class Trainer:
             self._probe = next(micro_batches(rollout, None, self.policy.device))
         return self._probe
 
+    def prompts_of(self, step: int) -> tuple[Prompt, ...]:
+        """The prompts that a step takes."""
+        return prompts_of_step(
+            self.prompts,
+            step=step,
+            prompts_per_step=self.recipe.rollout.prompts_per_step,
+            seed=self.recipe.seed,
+        )
+
+    def refresh_reference_after(self, step: int) -> None:
+        """Refreshes the reference where the recipe does so after this step."""
+        every = self.recipe.algorithm.reference_refresh_every
+        if every and (step + 1) % every == 0:
+            self.refresh_reference()
+
     def refresh_reference(self) -> None:
         """Makes the policy as it is now the reference."""
         if self.recipe.probe.every:
@@ -134,35 +147,6 @@ class Trainer:
 
     def _is_due(self, step: int, every: int) -> bool:
         return bool(every) and (step % every == 0 or step == self.recipe.steps - 1)
-
-    def log_samples(
-        self,
-        run: RunFolder,
-        step: int,
-        rollout: Rollout,
-        judged: Judged,
-        learned: Learned,
-        reference: Sequence[Measured],
-    ) -> None:
-        """Writes a grid with rewards and reasons, and the arrays of its groups."""
-        groups, size = self.recipe.run.log_groups, rollout.group_size
-        shown = rollout.prompts[:groups]
-        rewards = judged.rewards_PG.flatten().tolist()
-        count = len(shown) * size
-        captions = [f"{rewards[i]:.2f}  {judged.reasons[i]}" for i in range(count)]
-        picture = captioned_grid(
-            rollout.images_NHWC[:count],
-            captions,
-            columns=size,
-            titles=[prompt.text for prompt in shown],
-        )
-        records = [
-            {"prompt": shown[i // size].text, "reward": rewards[i], "reason": judged.reasons[i]}
-            for i in range(count)
-        ]
-        run.log_images(step, picture, records)
-        arrays = report_arrays(rollout, judged, learned, reference, num_groups=groups)
-        run.log_arrays(step, arrays)
 
     def save(self, root: Path, state: TrainerState) -> None:
         """Writes a checkpoint."""
