@@ -6,10 +6,10 @@ C codebook channels, V codebook size, H x W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -85,9 +85,25 @@ class LayerWeights:
     k_norm: Tensor | None = None
 
 
+class LayersOnDemand(Sequence[LayerWeights]):
+    """Layers that are read one by one: what is made for one is gone before the next is made."""
+
+    def __init__(self, num_layers: int, read: Callable[[int], LayerWeights]) -> None:
+        self._num_layers, self._read = num_layers, read
+
+    def __len__(self) -> int:
+        return self._num_layers
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._read(range(self._num_layers)[index])
+
+    def __iter__(self) -> Iterator[LayerWeights]:
+        return map(self._read, range(self._num_layers))
+
+
 @dataclass(frozen=True)
 class DecoderWeights:
-    """Everything the rollout engine copies; views of the module's own tensors, no clones."""
+    """Everything the rollout engine copies; views of the module's own tensors where they can be."""
 
     layers: Sequence[LayerWeights]
     final_norm: Tensor
@@ -171,8 +187,11 @@ class Policy(Protocol):
         """The weights the engine copies once per step."""
         ...
 
-    def reference(self) -> Policy:
-        """This policy as it is now, frozen; memory is shared with the parts that do not train."""
+    def reference(self, hold: Callable[[Tensor], Tensor] = torch.clone) -> Policy:
+        """This policy as it is now, frozen; memory is shared with the parts that do not train.
+
+        `hold` makes the copy of a parameter of a trunk block: in another precision, elsewhere.
+        """
         ...
 
     def save(self, folder: str | Path) -> None:

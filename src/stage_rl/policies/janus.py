@@ -7,9 +7,7 @@ image together, D model width, C codebook channels, V codebook size, H x W pixel
 from __future__ import annotations
 
 import copy
-import difflib
-import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +17,18 @@ from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
 from transformers import JanusForConditionalGeneration, JanusProcessor
 
-from stage_rl.errors import InputError, RecipeError, WeightsError
+from stage_rl.errors import InputError, WeightsError
 from stage_rl.policies.attention import use_fp32_causal
-from stage_rl.policies.base import DecoderWeights, LayerWeights, Prefix, TokenLayout
+from stage_rl.policies.base import (
+    DecoderWeights,
+    LayersOnDemand,
+    LayerWeights,
+    Policy,
+    Prefix,
+    TokenLayout,
+)
+from stage_rl.policies.lora import AdapterOff, has_adapter, merged_state, merged_weight
+from stage_rl.policies.trainable import select_trainable
 from stage_rl.types import Prompt
 
 
@@ -97,7 +104,7 @@ class JanusPolicy:
         self._check_text(where, prompt.text)
         message = {"role": "user", "content": [{"type": "text", "text": prompt.text}]}
         text = self.processor.apply_chat_template([message], add_generation_prompt=True)
-        ids = self.processor(text=text, generation_mode="image")["input_ids"][0]
+        ids = self.processor(text=[text], generation_mode="image")["input_ids"][0]
         room = self._text_config.max_position_embeddings - self._layout.num_tokens
         if len(ids) > room:
             raise InputError(
@@ -154,7 +161,7 @@ class JanusPolicy:
         like = torch.empty(0, device=self.device)
         cos_1SR, sin_1SR = self._trunk.rotary_emb(like, position_ids=positions)
         return DecoderWeights(
-            layers=[_layer_weights(layer) for layer in self._trunk.layers],
+            layers=LayersOnDemand(len(self.trunk_blocks), self._layer_weights),
             final_norm=self._trunk.norm.weight,
             norm_eps=text.rms_norm_eps,
             num_heads=text.num_attention_heads,
@@ -166,16 +173,36 @@ class JanusPolicy:
             head=[(layer.weight, layer.bias) for layer in (head.proj_out, head.vision_head)],
         )
 
-    def reference(self) -> JanusPolicy:
-        """This policy as it is now, frozen: copies what trains, shares the rest."""
-        shared = {id(p): p for p in self.module.parameters() if not p.requires_grad}
-        module = copy.deepcopy(self.module, shared).requires_grad_(False)
+    def reference(self, hold: Callable[[Tensor], Tensor] = torch.clone) -> Policy:
+        """This policy as it is now, frozen: copies what trains, shares the rest.
+
+        `hold` makes the copy of a parameter of a decoder layer. With an adapter nothing is copied:
+        the reference is the base weights, and `hold` is not asked.
+        """
+        if has_adapter(self.module):
+            return AdapterOff(self)
+        made = {id(p): p for p in self.module.parameters() if not p.requires_grad}
+        for parameter in (p for block in self.trunk_blocks for p in block.parameters()):
+            if parameter.requires_grad:
+                made[id(parameter)] = nn.Parameter(hold(parameter.detach()), requires_grad=False)
+        module = copy.deepcopy(self.module, made).requires_grad_(False)
+        for block in module.model.language_model.layers:
+            # A compiled or checkpointed forward pass would still run the layer it was made for.
+            vars(block).pop("forward", None)
         return JanusPolicy(module, self.processor, trainable=())
 
     def save(self, folder: str | Path) -> None:
-        """Writes weights, configurations, tokenizer and processor in transformers' layout."""
-        self.module.save_pretrained(folder)
+        """Writes weights, configurations, tokenizer and processor in transformers' layout.
+
+        An adapter is merged into the weights that are written.
+        """
+        state = merged_state(self.module) if has_adapter(self.module) else None
+        self.module.save_pretrained(folder, state_dict=state)
         self.processor.save_pretrained(folder)
+
+    @torch.no_grad()
+    def _layer_weights(self, index: int) -> LayerWeights:
+        return _layer_weights(self._trunk.layers[index])
 
     def _check_text(self, where: str, text: str) -> None:
         tokenizer = self.processor.tokenizer
@@ -188,34 +215,6 @@ class JanusPolicy:
         if unknown:
             words = ", ".join(f"'{word}'" for word in unknown)
             raise InputError(f"{where}: the model does not know {words}; write words it knows")
-
-
-def select_trainable(module: nn.Module, patterns: Sequence[str]) -> None:
-    """Freezes every parameter but those whose name matches a pattern (in place)."""
-    module.requires_grad_(False)
-    parameters = dict(module.named_parameters())
-    for pattern in patterns:
-        names = fnmatch.filter(parameters, pattern)
-        if not names:
-            known = _patterns(parameters)
-            near = difflib.get_close_matches(pattern, known, n=3)
-            parts = near or [name for name in known if name.count(".") == 2]
-            raise RecipeError(
-                f"policy.trainable: '{pattern}' matches no parameter; "
-                f"write one of: {', '.join(parts)}, ..."
-            )
-        for name in names:
-            parameters[name].requires_grad_(True)
-
-
-def _patterns(names: Iterable[str]) -> list[str]:
-    """Every parameter name, and every module's name with `.*`."""
-    found = {}
-    for name in names:
-        parts = name.split(".")
-        found |= dict.fromkeys(".".join([*parts[:k], "*"]) for k in range(1, len(parts)))
-        found[name] = None
-    return list(found)
 
 
 def _special_ids(
@@ -253,12 +252,12 @@ def _layer_weights(layer) -> LayerWeights:
     attn, mlp = layer.self_attn, layer.mlp
     return LayerWeights(
         attention_norm=layer.input_layernorm.weight,
-        wq=attn.q_proj.weight,
-        wk=attn.k_proj.weight,
-        wv=attn.v_proj.weight,
-        wo=attn.o_proj.weight,
+        wq=merged_weight(attn.q_proj),
+        wk=merged_weight(attn.k_proj),
+        wv=merged_weight(attn.v_proj),
+        wo=merged_weight(attn.o_proj),
         mlp_norm=layer.post_attention_layernorm.weight,
-        w_gate=mlp.gate_proj.weight,
-        w_up=mlp.up_proj.weight,
-        w_down=mlp.down_proj.weight,
+        w_gate=merged_weight(mlp.gate_proj),
+        w_up=merged_weight(mlp.up_proj),
+        w_down=merged_weight(mlp.down_proj),
     )

@@ -1,0 +1,222 @@
+"""Low-rank adapters on the decoder layers, through PEFT (Hu et al. 2021, arXiv 2106.09685).
+
+The adapter trains, the base weights stay; with the adapter switched off the same module is the
+reference. Shape suffixes: N completions, T image tokens, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stage_rl.errors import RecipeError
+from stage_rl.policies.base import (
+    Codebook,
+    DecoderWeights,
+    LayersOnDemand,
+    Policy,
+    Prefix,
+    TokenLayout,
+)
+from stage_rl.types import Prompt
+
+NAME = "default"
+"""PEFT's name of the one adapter."""
+PATTERN = f"*.lora_[AB].{NAME}.weight"
+"""The parameters of an adapter, in the spelling of `fnmatch`."""
+
+
+def add_adapter(
+    trunk: nn.Module, *, rank: int, alpha: float, targets: Sequence[str], seed: int = 0
+) -> None:
+    """Puts an adapter with fp32 parameters on linear layers of a decoder, in place.
+
+    It changes no output yet: B is 0. A is drawn from the seed, the same on every device. A target
+    that names no linear layer is a RecipeError, and so is a missing PEFT.
+    """
+    peft = _peft()
+    known = sorted({n.rpartition(".")[2] for n, m in trunk.named_modules() if _is_linear(m)})
+    for target in targets:
+        if target not in known:
+            names = ", ".join(known)
+            raise RecipeError(f"policy.lora.targets: no layer '{target}'; write of: {names}")
+    settings = peft.LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(targets)
+    )
+    peft.inject_adapter_in_model(settings, trunk, NAME)
+    generator = torch.Generator().manual_seed(seed)
+    for layer in _adapted(trunk):
+        for parts in (layer.lora_A, layer.lora_B):
+            parts.float()
+        weight = layer.lora_A[NAME].weight
+        # The bound of nn.Linear, and of PEFT, drawn on the host.
+        bound = weight.shape[1] ** -0.5
+        drawn = torch.empty(weight.shape).uniform_(-bound, bound, generator=generator)
+        with torch.no_grad():
+            weight.copy_(drawn)
+
+
+def has_adapter(module: nn.Module) -> bool:
+    """Whether any layer of a module carries an adapter."""
+    return next(_adapted(module), None) is not None
+
+
+def merged_weight(linear: Any) -> Tensor:
+    """The weight that a linear layer multiplies by: base + alpha / rank x B A where that is on.
+
+    The layer itself is unchanged. The sum is fp32.
+    """
+    if not hasattr(linear, "get_delta_weight"):
+        return linear.weight
+    base = linear.base_layer.weight
+    return base if linear.disable_adapters else base + linear.get_delta_weight(NAME)
+
+
+@torch.no_grad()
+def merged_state(module: nn.Module) -> dict[str, Tensor]:
+    """The state of the same module without adapters: merged weights in the dtype of the base."""
+    state = {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in module.state_dict().items()
+        if ".lora_" not in name
+    }
+    for name, layer in module.named_modules():
+        if hasattr(layer, "get_delta_weight"):
+            base: Any = layer.base_layer
+            state[f"{name}.weight"] = merged_weight(layer).to(base.weight.dtype)
+    return state
+
+
+def save_adapter(module: nn.Module, folder: str | Path, *, base: str) -> None:
+    """Writes the adapter in PEFT's layout, for `PeftModel.from_pretrained(model, folder)`.
+
+    `base` is the folder or hub id of the weights that the adapter belongs to.
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    suffix = f".{NAME}.weight"
+    tensors = {
+        f"base_model.model.{name.removesuffix(suffix)}.weight": tensor.contiguous().cpu()
+        for name, tensor in module.state_dict().items()
+        if ".lora_" in name
+    }
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    carriers: Iterator[Any] = (m for m in module.modules() if hasattr(m, "peft_config"))
+    settings = next(carriers).peft_config[NAME]
+    # PEFT looks for targets in the whole model, where the image encoder has such names too.
+    adapted = set(_adapted(module))
+    names = sorted(name for name, layer in module.named_modules() if layer in adapted)
+    saved = replace(
+        settings, target_modules=names, base_model_name_or_path=base, inference_mode=True
+    )
+    saved.save_pretrained(folder)
+
+
+@contextmanager
+def adapter_off(module: nn.Module) -> Iterator[None]:
+    """Runs the base weights alone inside the block."""
+    layers = list(_adapted(module))
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+class AdapterOff:
+    """A policy without its adapter: the reference, in the memory of the policy itself."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+
+    @property
+    def module(self) -> nn.Module:
+        """The module of the policy, adapter included."""
+        return self._policy.module
+
+    @property
+    def trunk_blocks(self) -> Sequence[nn.Module]:
+        """Those of the policy."""
+        return self._policy.trunk_blocks
+
+    @property
+    def codebook(self) -> Codebook:
+        """That of the policy."""
+        return self._policy.codebook
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self._policy.device
+
+    def layout(self, prompts: Sequence[Prompt]) -> TokenLayout:
+        """The token grid."""
+        return self._policy.layout(prompts)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[Prompt]) -> Prefix:
+        """The prompts as embeddings; the adapter is on decoder layers only."""
+        return self._policy.encode(prompts)
+
+    @torch.no_grad()
+    def embed(self, tokens_NT: Tensor) -> Tensor:
+        """Image tokens as decoder inputs, embeds_NTD."""
+        return self._policy.embed(tokens_NT)
+
+    @torch.no_grad()
+    def hidden(self, prefix: Prefix, tokens_NT: Tensor) -> Tensor:
+        """Teacher-forced states of the base weights, hidden_NTD, without gradient."""
+        with adapter_off(self.module):
+            return self._policy.hidden(prefix, tokens_NT)
+
+    @torch.no_grad()
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits over the codebook; the last axis goes from D to V."""
+        return self._policy.head(hidden)
+
+    def decoder_weights(self) -> DecoderWeights:
+        """The base weights."""
+        weights = self._policy.decoder_weights()
+
+        def layer(index: int):
+            with adapter_off(self.module):
+                return weights.layers[index]
+
+        return replace(weights, layers=LayersOnDemand(len(weights.layers), layer))
+
+    def reference(self, hold: Callable[[Tensor], Tensor] = torch.clone) -> AdapterOff:
+        """The base weights do not change, so nothing is held."""
+        return self
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the base weights in the layout they were loaded from."""
+        with adapter_off(self.module):
+            self._policy.save(folder)
+
+
+def _adapted(module: nn.Module) -> Iterator[Any]:
+    return (layer for layer in module.modules() if hasattr(layer, "get_delta_weight"))
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear)
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise RecipeError(
+            "policy.lora: needs PEFT, which is not installed; pip install 'stage-rl[lora]'"
+        ) from error
+    return peft
