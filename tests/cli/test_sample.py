@@ -6,7 +6,6 @@ import torch
 from PIL import Image
 
 import stage_rl
-from stage_rl.cli.sample import grid
 from stage_rl.config import load_recipe, resolved_json
 from stage_rl.training.checkpoint import TrainerState, save_checkpoint
 
@@ -53,15 +52,6 @@ def test_sample_draws_with_what_a_run_has_learned(run_folder, tmp_path, stage, r
     code, printed = run_main("sample", f"{run_folder}@7", "a", "--out", tmp_path / "none.png")
     assert code == 2
     assert printed == f"error: {run_folder}@7: no checkpoint of step 7; the run has: 1, 2\n"
-
-
-def test_a_grid_places_images_row_by_row():
-    images_NHWC = np.zeros((3, 192, 192, 3), np.uint8)
-    images_NHWC[1] = 100
-    images_NHWC[2] = 200
-    picture = np.asarray(grid(images_NHWC, columns=2))
-    # Tiles start at 4 and at 4 + 196 = 200; the fourth place stays white.
-    assert [picture[y, x, 0] for y in (4, 200) for x in (4, 200)] == [0, 100, 200, 255]
 
 
 def test_a_grid_needs_a_png_in_a_folder_that_is(tmp_path, run_main):

@@ -1,24 +1,14 @@
-"""`stage sample`: images of prompts as one PNG grid, a row per prompt.
-
-Shape suffixes: N images (prompt by prompt), H x W pixels, C colour channels.
-"""
+"""`stage sample`: images of prompts as one PNG grid, a row per prompt."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from stage_rl.cli.options import finite
 from stage_rl.errors import InputError, StageError
-
-if TYPE_CHECKING:
-    import numpy as np
-    from PIL import Image
-
-SHOWN_PIXELS = 192
-GAP = 4
 
 
 def sample(
@@ -39,6 +29,7 @@ def sample(
         raise InputError(f"--out {out}: no place for a grid; write FILE.png in a folder that is")
     import torch
 
+    from stage_rl.pictures import image_grid
     from stage_rl.rollout.sample import sample as draw
     from stage_rl.training.models import load_policy
 
@@ -51,25 +42,9 @@ def sample(
         temperature=temperature,
         seed=seed,
     )
-    picture = grid(rollout.images_NHWC.numpy(), columns=images)
+    picture = image_grid(rollout.images_NHWC, columns=images)
     try:
         picture.save(out)
     except OSError as error:
         raise StageError(f"--out {out}: {error.strerror}; name another file") from error
     typer.echo(str(out))
-
-
-def grid(images_NHWC: np.ndarray, *, columns: int) -> Image.Image:
-    """The images row by row on white; small ones are enlarged by a whole factor."""
-    from PIL import Image
-
-    num_images, height, width, _ = images_NHWC.shape
-    factor = max(1, SHOWN_PIXELS // max(height, width))
-    step_y, step_x = factor * height + GAP, factor * width + GAP
-    rows = -(-num_images // columns)
-    canvas = Image.new("RGB", (columns * step_x + GAP, rows * step_y + GAP), "white")
-    for number, image_HWC in enumerate(images_NHWC):
-        row, column = divmod(number, columns)
-        tile = Image.fromarray(image_HWC.repeat(factor, axis=0).repeat(factor, axis=1))
-        canvas.paste(tile, (GAP + column * step_x, GAP + row * step_y))
-    return canvas

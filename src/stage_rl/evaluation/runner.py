@@ -11,8 +11,8 @@ import torch
 from stage_rl.errors import CheckpointError, InputError
 from stage_rl.evaluation import shapes_geneval
 from stage_rl.evaluation.benchmark import Comparison, Results, Setup, compare
-from stage_rl.evaluation.gallery import before_after_grid
 from stage_rl.evaluation.progress import progress
+from stage_rl.pictures import side_by_side
 from stage_rl.policies.base import Policy
 from stage_rl.rollout.engine import Engine
 from stage_rl.rollout.sample import rollout
@@ -93,7 +93,13 @@ def evaluate_run(
     comparison = compare(base, trained)
     figures = json.dumps(comparison.to_json(), allow_nan=False)
     _write(out / "evaluation.json", lambda path: path.write_text(figures, encoding="utf-8"))
-    grid = before_after_grid(_examples(before, setup), _examples(after, setup))
+    drawn = [_examples(policy, setup) for policy in (before, after)]
+    grid = side_by_side(
+        *(one.images_NHWC for one in drawn),
+        columns=IMAGES_IN_GRID,
+        titles=[prompt.text for prompt in drawn[0].prompts],
+        heads=("base", "trained"),
+    )
     _write(out / "before_after.png", lambda path: grid.save(path, format="png"))
     return comparison.table()
 
