@@ -21,8 +21,18 @@ BUILT_IN = {
         "file": "stage_rl.prompts.config:FilePromptsConfig",
         "shapes": "stage_rl.shapes.config:ShapesPromptsConfig",
     },
-    "reward": {"geneval": "stage_rl.rewards.config:GenEvalRewardConfig"},
-    "detector": {"shapes": "stage_rl.shapes.config:ShapesDetectorConfig"},
+    "reward": {
+        "geneval": "stage_rl.rewards.config:GenEvalRewardConfig",
+        "hps": "stage_rl.rewards.config_scorers:HpsConfig",
+        "pickscore": "stage_rl.rewards.config_scorers:PickScoreConfig",
+        "clip_score": "stage_rl.rewards.config_scorers:ClipScoreConfig",
+        "image_reward": "stage_rl.rewards.config_scorers:ImageRewardConfig",
+        "aesthetic": "stage_rl.rewards.config_scorers:AestheticConfig",
+    },
+    "detector": {
+        "shapes": "stage_rl.shapes.config:ShapesDetectorConfig",
+        "mask2former": "stage_rl.rewards.config_detectors:Mask2FormerConfig",
+    },
 }
 
 
