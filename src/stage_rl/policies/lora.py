@@ -109,8 +109,8 @@ def save_adapter(module: nn.Module, folder: str | Path, *, base: str) -> None:
         if ".lora_" in name
     }
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    carriers: Iterator[Any] = (m for m in module.modules() if hasattr(m, "peft_config"))
-    settings = next(carriers).peft_config[NAME]
+    found: list[Any] = [getattr(layer, "peft_config", None) for layer in module.modules()]
+    settings = next(known for known in found if known)[NAME]
     # PEFT looks for targets in the whole model, where the image encoder has such names too.
     adapted = set(_adapted(module))
     names = sorted(name for name, layer in module.named_modules() if layer in adapted)

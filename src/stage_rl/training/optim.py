@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stage_rl.errors import DivergedError
+from stage_rl.errors import DivergedError, RecipeError
 from stage_rl.schema import OptimizerConfig
 
 
@@ -16,13 +17,30 @@ def build_optimizer(
     parameters: Iterable[nn.Parameter], settings: OptimizerConfig
 ) -> torch.optim.Optimizer:
     """The optimizer of the parameters that train; the rate is set before each step."""
-    return torch.optim.AdamW(
-        parameters,
-        lr=settings.lr,
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-    )
+    parameters = list(parameters)
+    options: dict[str, Any] = {
+        "lr": settings.lr,
+        "betas": settings.betas,
+        "eps": settings.eps,
+        "weight_decay": settings.weight_decay,
+    }
+    if settings.kind == "adamw_8bit":
+        return _adamw_8bit()(parameters, **options)
+    # On a GPU the fused form takes no memory of its own; torch's default there, for each operation
+    # over all parameters at once, holds a copy of them.
+    fused = all(parameter.is_cuda for parameter in parameters)
+    return torch.optim.AdamW(parameters, fused=fused or None, **options)
+
+
+def _adamw_8bit() -> type[torch.optim.Optimizer]:
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        raise RecipeError(
+            "optimizer.kind: adamw_8bit needs torchao, which is not installed; pip install "
+            "'stage-rl[8bit]', or write adamw"
+        ) from error
+    return AdamW8bit
 
 
 def learning_rate(step: int, num_steps: int, settings: OptimizerConfig) -> float:
@@ -56,7 +74,10 @@ def apply_gradient(
     if max_grad_norm is not None:
         nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        if isinstance(group["lr"], Tensor):  # torchao compiles the update with it
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
