@@ -131,14 +131,21 @@ def batches(images_per_task: int) -> Iterator[Batch]:
 
 
 def run(
-    policy: Policy, setup: Setup, *, name: str, advance: Callable[[int], None] = lambda _: None
+    policy: Policy,
+    setup: Setup,
+    *,
+    name: str,
+    advance: Callable[[int], None] = lambda _: None,
+    engine: Engine | None = None,
 ) -> Results:
     """Draws and judges all images; `advance` is told how many more are done.
+
+    `engine` None is one of its own; another draws by the weights of its last reload.
 
     A policy whose images are not those of the shapes world is an `InputError`.
     """
     judges = Judges(ShapesDetector.load(policy.device))
-    engine = Engine(policy, dtype=setup.dtype, max_images=MAX_IMAGES)
+    engine = engine or Engine(policy, dtype=setup.dtype, max_images=MAX_IMAGES)
     sampling = Sampling(guidance_scale=setup.guidance_scale)
     for batch in batches(setup.images_per_task):
         drawn = rollout(

@@ -39,6 +39,9 @@ class TrainerState:
     """Counters of the liveness checks."""
     base: str = ""
     """`base_digest` of the weights the run began with; empty in checkpoints that lack it."""
+    best_step: int | None = None
+    """Steps of the checkpoint that is best by the held-out panel; None: there was no panel yet."""
+    best_score: float | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ def save_checkpoint(
     reference: Policy | None = None,
     keep: int = 2,
 ) -> Path:
-    """Writes `root`/step_N and removes all but the newest `keep`.
+    """Writes `root`/step_N and removes all but the newest `keep` and the best.
 
     `reference` is given where it differs from the policy the run began with. A failed write is a
     CheckpointError and leaves the older checkpoints as they are.
@@ -120,7 +123,7 @@ def save_checkpoint(
             f"{final}: could not be written ({error}); make room and run the same command again: "
             "it goes on from the checkpoint before"
         ) from error
-    _prune(root, state.step, keep)
+    _prune(root, state, keep)
     return final
 
 
@@ -141,12 +144,15 @@ def _write_parts(
     _write_synced(folder / MANIFEST, json.dumps(sums, indent=1))
 
 
-def _prune(root: Path, step: int, keep: int) -> None:
-    """Leaves the newest `keep`; those above `step` are damaged ones that the run fell back from."""
+def _prune(root: Path, state: TrainerState, keep: int) -> None:
+    """Leaves the newest `keep` and the best.
+
+    Those above the step are damaged ones that the run fell back from.
+    """
     found = checkpoints(root)
-    written = [folder for folder in found if step_of(folder) <= step]
+    written = [folder for folder in found if step_of(folder) <= state.step]
     for folder in found:
-        if folder in written[:keep]:
+        if folder in written[:keep] or step_of(folder) == state.best_step:
             continue
         try:
             shutil.rmtree(folder)

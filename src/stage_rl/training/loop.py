@@ -15,17 +15,20 @@ from stage_rl.prompts import prompts_of_step
 from stage_rl.rewards.judging import check_fields
 from stage_rl.schema import Recipe
 from stage_rl.training.batches import micro_batches
-from stage_rl.training.checkpoint import TrainerState, latest_checkpoint
+from stage_rl.training.checkpoint import latest_checkpoint
 from stage_rl.training.clock import Clock
 from stage_rl.training.console import live_view
-from stage_rl.training.metrics import Liveness, learning_metrics, reward_metrics
+from stage_rl.training.metrics import learning_metrics, reward_metrics
+from stage_rl.training.mismatch import trained_mismatch, untrained_mismatch
 from stage_rl.training.optim import learning_rate
 from stage_rl.training.probe import measure_drift
+from stage_rl.training.resample import redraw
 from stage_rl.training.runs import RunFolder, check_run, open_run
 from stage_rl.training.setup import Trainer, build_trainer
 from stage_rl.training.signals import stop_signals
 from stage_rl.training.steps import Step, log_samples
 from stage_rl.training.update import learn, measure_all
+from stage_rl.training.watch import Watch
 from stage_rl.types import Prompt
 
 
@@ -55,7 +58,7 @@ def train_steps(trainer: Trainer, run: RunFolder, signals: Sequence[int]) -> Non
     """All steps from the newest checkpoint on; `signals` fills while they run."""
     recipe, saved = trainer.recipe, latest_checkpoint(run.checkpoints)
     first = saved.state.step if saved else 0
-    liveness = Liveness(recipe.liveness, saved.state.signs if saved else None)
+    watch = Watch(recipe, saved.state if saved else None)
     with live_view(first=first, last=recipe.steps) as view:
         if saved:
             trainer.restore(saved)
@@ -63,12 +66,14 @@ def train_steps(trainer: Trainer, run: RunFolder, signals: Sequence[int]) -> Non
         run.forget_after(first)
         for step in range(first, recipe.steps):
             taken = train_step(trainer, step)
+            watch.look(trainer, taken, view.say)
             view.show(step + 1, record(trainer, run, taken))
-            liveness.check(taken.judged, taken.grad_norm)
+            watch.check(taken, view.say)
             every, done = recipe.run.save_every, step + 1
             stopped = signals[0] if signals else None
-            if stopped or done == recipe.steps or (every and done % every == 0):
-                trainer.save(run.checkpoints, TrainerState(done, liveness.counters, trainer.base))
+            due = done == recipe.steps or (every and done % every == 0)
+            if stopped or due or watch.is_best(done):
+                trainer.save(run.checkpoints, watch.state(done, trainer.base))
             if stopped:
                 raise Stopped(
                     f"{run.path}: stopped after step {done} and saved; run the same command "
@@ -112,8 +117,11 @@ def train_step(trainer: Trainer, step: int) -> Step:
     rollout = trainer.sample(trainer.engine, trainer.prompts_of(step), step=step)
     clock.lap("sample_s")
 
-    # Judge, while the reference measures.
-    verdict = trainer.judge.submit(rollout)
+    # Judge, while the reference measures; where the recipe asks so, draw equal rewards again first.
+    verdict, numbers = trainer.judge.submit(rollout), {}
+    if recipe.rollout.resample_equal_groups:
+        rollout, verdict, numbers = redraw(trainer, rollout, verdict, step=step)
+        clock.lap("resample_s")
     batches = list(
         micro_batches(rollout, recipe.training.groups_per_microbatch, trainer.policy.device)
     )
@@ -125,6 +133,14 @@ def train_step(trainer: Trainer, step: int) -> Step:
     # Measure the policy, credit each token, learn: one pass where there is one update.
     rate, learned = learning_rate(step, recipe.steps, recipe.optimizer), None
     if judged.kept_P.any():
+        numbers |= untrained_mismatch(
+            trainer.policy,
+            batches[0],
+            trainer.precision,
+            sampling=trainer.sampling,
+            num_images=recipe.probe.mismatch_images,
+        )
+        clock.lap("mismatch_s")
         learned = learn(
             trainer.policy,
             trainer.optimizer,
@@ -135,9 +151,10 @@ def train_step(trainer: Trainer, step: int) -> Step:
         )
     clock.lap("learn_s")
 
-    numbers = reward_metrics(judged) | {"optimizer/lr": rate}
+    numbers |= reward_metrics(judged) | {"optimizer/lr": rate}
     if learned:
-        numbers |= learning_metrics(learned, reference, rollout)
+        numbers |= learning_metrics(learned, reference)
+        numbers |= trained_mismatch(learned.measured, rollout, recipe.algorithm)
     # Watch the drift from the reference on its own samples.
     if trainer.is_probed(step):
         drift = measure_drift(trainer.policy, trainer.reference, trainer.probe(), trainer.precision)

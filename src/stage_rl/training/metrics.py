@@ -36,14 +36,12 @@ def reward_metrics(judged: Judged) -> dict[str, float]:
     return numbers
 
 
-def learning_metrics(
-    learned: Learned, reference: Sequence[Measured], rollout: Rollout
-) -> dict[str, float]:
+def learning_metrics(learned: Learned, reference: Sequence[Measured]) -> dict[str, float]:
     """What the update saw and did."""
     ref_entropy = torch.cat([measured.entropy_NT for measured in reference]).mean().item()
     entropy = learned.measured.entropy_NT.mean().item()
     losses = learned.losses
-    numbers = {
+    return {
         "entropy/policy": entropy,
         "entropy/reference": ref_entropy,
         "entropy/gap": entropy - ref_entropy,
@@ -58,14 +56,6 @@ def learning_metrics(
         "clip/fraction": losses.clip_fraction.item(),
         "grad/norm": learned.grad_norm,
     }
-    if rollout.logprobs_NT is not None:
-        # The sampler computes with its own copies and kernels: this is how far they stray.
-        gap_NT = (rollout.logprobs_NT.cpu() - learned.measured.logprobs_NT.cpu()).abs()
-        numbers |= {
-            "mismatch/logprobs_mean": gap_NT.mean().item(),
-            "mismatch/logprobs_max": gap_NT.max().item(),
-        }
-    return numbers
 
 
 def report_arrays(

@@ -15,24 +15,20 @@ import torch
 from torch import Tensor
 
 from stage_rl.algorithm import importance_ratio
+from stage_rl.objective import AlgorithmConfig
 from stage_rl.policies.base import Policy
 from stage_rl.rollout.sampling import Sampling
 from stage_rl.training.batches import MicroBatch
 from stage_rl.training.scoring import CONDITIONAL, Scoring, scoring_of
 from stage_rl.training.update import Precision, measure
-
-NAMES = {
-    "conditional": "logprobs",
-    "guided": "guided_logprobs",
-    "guided_detached": "guided_logprobs",
-}
+from stage_rl.types import Measured, Rollout
 
 
-def mismatch_metrics(logprobs_NT: Tensor, sampler_NT: Tensor, scoring: Scoring) -> dict[str, float]:
+def mismatch_metrics(logprobs_NT: Tensor, sampler_NT: Tensor, kind: str) -> dict[str, float]:
     """Mean and largest |difference| of log-probabilities (nats), and the mean importance weight,
-    the trainer's over the sampler's probability of a token.
+    the trainer's over the sampler's probability of a token. `kind` is as `algorithm.logprobs` is.
     """
-    name = NAMES[scoring.logprobs]
+    name = "logprobs" if kind == "conditional" else "guided_logprobs"
     logprobs_NT, sampler_NT = logprobs_NT.cpu(), sampler_NT.cpu()
     gap_NT = (logprobs_NT - sampler_NT).abs()
     return {
@@ -43,19 +39,19 @@ def mismatch_metrics(logprobs_NT: Tensor, sampler_NT: Tensor, scoring: Scoring) 
 
 
 def trained_mismatch(
-    logprobs_NT: Tensor, batches: list[MicroBatch], scoring: Scoring, *, cap: float | None
+    measured: Measured, rollout: Rollout, settings: AlgorithmConfig
 ) -> dict[str, float]:
     """The mismatch of all images under the trained distribution, whose log-probabilities the step
-    has anyway; with a `cap`, also the share of importance weights above it.
+    has anyway; where importance weights are truncated, also the share of those above the cap.
     """
-    sampled = [batch.sampler_logprobs_of(scoring.logprobs) for batch in batches]
-    known = [values for values in sampled if values is not None]
-    if len(known) < len(sampled):
+    conditional = settings.logprobs == "conditional"
+    sampler_NT = rollout.logprobs_NT if conditional else rollout.guided_logprobs_NT
+    if sampler_NT is None:
         return {}
-    sampler_NT = torch.cat(known)
-    numbers = mismatch_metrics(logprobs_NT, sampler_NT, scoring)
-    if cap is not None:
-        capped_NT = importance_ratio(logprobs_NT, sampler_NT) > cap
+    numbers = mismatch_metrics(measured.logprobs_NT, sampler_NT, settings.logprobs)
+    if settings.importance_sampling == "truncated":
+        weight_NT = importance_ratio(measured.logprobs_NT.cpu(), sampler_NT.cpu())
+        capped_NT = weight_NT > settings.importance_cap
         numbers["mismatch/capped"] = capped_NT.float().mean().item()
     return numbers
 
@@ -80,7 +76,7 @@ def untrained_mismatch(
     if sampler_NT is None:
         return {}
     measured = measure(policy, few, replace(precision, scoring=other))
-    return mismatch_metrics(measured.logprobs_NT, sampler_NT, other)
+    return mismatch_metrics(measured.logprobs_NT, sampler_NT, other.logprobs)
 
 
 def _other_scoring(scoring: Scoring, sampling: Sampling) -> Scoring | None:

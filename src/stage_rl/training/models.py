@@ -21,7 +21,9 @@ from stage_rl.training.checkpoint import (
 
 
 def load_policy(model: str, device: torch.device) -> Policy:
-    """The policy behind a folder, a hub id, `shapes`, RUN (its newest checkpoint) or RUN@STEP."""
+    """The policy behind a folder, a hub id, `shapes`, RUN (its newest checkpoint), RUN@STEP or
+    RUN@best, its best one by the held-out panel.
+    """
     run, step = Path(model), ""
     if "@" in model and not run.exists():  # a folder's name may hold an @ of its own
         name, _, step = model.rpartition("@")
@@ -44,8 +46,20 @@ def _checkpoint(model: str, root: Path, step: str) -> Checkpoint:
         if checkpoint is None:
             raise InputError(f"{model}: has no checkpoint yet; train it first")
         return checkpoint
+    if step == "best":
+        step = _best_step(model, root)
     steps = {str(step_of(folder)): folder for folder in checkpoints(root)}
     if step not in steps:
         known = ", ".join(sorted(steps, key=int)) or "none"
         raise InputError(f"{model}: no checkpoint of step {step}; the run has: {known}")
     return read_checkpoint(steps[step])
+
+
+def _best_step(model: str, root: Path) -> str:
+    newest = latest_checkpoint(root)
+    if newest is None or newest.state.best_step is None:
+        raise InputError(
+            f"{model}: no held-out panel has chosen a best checkpoint; train with evaluation.every,"
+            " or write RUN@STEP"
+        )
+    return str(newest.state.best_step)
