@@ -28,10 +28,14 @@ BUILT_IN = {
         "clip_score": "stage_rl.rewards.config_scorers:ClipScoreConfig",
         "image_reward": "stage_rl.rewards.config_scorers:ImageRewardConfig",
         "aesthetic": "stage_rl.rewards.config_scorers:AestheticConfig",
+        "grounding_dino": "stage_rl.rewards.config_scenes:GroundingDinoRewardConfig",
+        "git": "stage_rl.rewards.config_scenes:GitRewardConfig",
+        "yes_no": "stage_rl.rewards.config_scenes:YesNoRewardConfig",
     },
     "detector": {
         "shapes": "stage_rl.shapes.config:ShapesDetectorConfig",
         "mask2former": "stage_rl.rewards.config_detectors:Mask2FormerConfig",
+        "grounding_dino": "stage_rl.rewards.config_scenes:GroundingDinoDetectorConfig",
     },
 }
 

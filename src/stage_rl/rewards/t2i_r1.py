@@ -53,6 +53,25 @@ def caption_of(nouns: Sequence[str]) -> tuple[str, list[list[Span]]]:
     return " . ".join(nouns) + ".", spans
 
 
+def scene_objection(metadata: Mapping[str, Any], *, compat: Compat = "fixed") -> str | None:
+    """Why a prompt with nouns and a task type cannot be judged, in words; None where it can be."""
+    task, named = metadata["task_type"], []
+    if task == "spatial":
+        info = metadata.get("spatial_info")
+        if not info:
+            return "needs 'spatial_info', which this spatial prompt lacks"
+        named = [info["obj1"], info["obj2"]]
+        if compat == "fixed" and info["locality"] not in SIDES:
+            known = ", ".join(SIDES)
+            return f"does not know the locality '{info['locality']}'; write one of: {known}"
+    elif task == "numeracy":
+        if not metadata.get("numeracy_info"):
+            return "needs 'numeracy_info', which this numeracy prompt lacks"
+        named = [item["obj_name"] for item in metadata["numeracy_info"]]
+    absent = [name for name in named if name not in metadata["nouns"]]
+    return f"looks for nouns alone, and '{absent[0]}' is not among them" if absent else None
+
+
 def judge_scene(
     detections: Sequence[Detection],
     metadata: Mapping[str, Any],

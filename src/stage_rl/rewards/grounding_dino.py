@@ -1,0 +1,156 @@
+"""GroundingDINO: boxes for the nouns of a prompt, and the T2I-R1 reward on them.
+
+Shape suffixes: N images, H x W pixels, C colour channels, Q queries, K nouns, L text tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import GroundingDinoForObjectDetection
+
+from stage_rl.errors import RewardError
+from stage_rl.rewards.base import Detection, Detector, Score
+from stage_rl.rewards.pixels import detr_pixels
+from stage_rl.rewards.t2i_r1 import Span, caption_of
+from stage_rl.rewards.tiny import TINY
+from stage_rl.rewards.tiny_scenes import tiny_grounding_dino, tiny_scene_tokenizer
+from stage_rl.rewards.weights import load_model, load_tokenizer
+
+if TYPE_CHECKING:
+    from stage_rl.types import Prompt
+
+
+@dataclass(frozen=True)
+class GroundingDino:
+    """Finds the nouns of prompts (`metadata['nouns']`) in images."""
+
+    module: GroundingDinoForObjectDetection
+    tokenizer: Any
+    shortest_side: int = 800
+    longest_side: int = 1333
+    batch_size: int = 8
+    min_score: float = 0.05
+    """Boxes of at most this confidence are left out."""
+
+    def __call__(self, images_NHWC: Tensor, prompts: Sequence[Prompt]) -> list[list[Detection]]:
+        """The detections of each image, labelled with its prompt's nouns, most confident first."""
+        assert len(images_NHWC) == len(prompts)
+        places: dict[tuple[str, ...], list[int]] = {}
+        for place, prompt in enumerate(prompts):
+            places.setdefault(tuple(prompt.metadata["nouns"]), []).append(place)
+        found: list[list[Detection]] = [[] for _ in prompts]
+        # One caption at a time: texts padded to different lengths are masked differently.
+        for nouns, rows in places.items():
+            for place, detections in zip(rows, self.detect(images_NHWC[rows], nouns), strict=True):
+                found[place] = detections
+        return found
+
+    @torch.inference_mode()
+    def detect(self, images_NHWC: Tensor, nouns: Sequence[str]) -> list[list[Detection]]:
+        """The same for images of which all are asked for the same nouns."""
+        if not nouns:
+            return [[] for _ in images_NHWC]
+        caption, spans = caption_of(nouns)
+        text = self.tokenizer(caption, return_tensors="pt")
+        longest = self.module.config.max_text_len
+        if text["input_ids"].shape[1] > longest:
+            raise RewardError(f"GroundingDINO: '{caption[:40]}...' is longer than {longest} tokens")
+        weights_KL = token_weights(text, spans, nouns).to(self.module.device)
+        found = []
+        for images in images_NHWC.split(self.batch_size):
+            found += self._detect_batch(images, text, weights_KL, nouns)
+        return found
+
+    def _detect_batch(
+        self, images_NHWC: Tensor, text: Any, weights_KL: Tensor, nouns: Sequence[str]
+    ) -> list[list[Detection]]:
+        count, height, width = images_NHWC.shape[:3]
+        device = self.module.device
+        pixels = detr_pixels(
+            images_NHWC,
+            shortest=self.shortest_side,
+            longest=self.longest_side,
+            device=device,
+        )
+        asked = {key: value.expand(count, -1).to(device) for key, value in text.items()}
+        output = self.module(pixel_values=pixels, **asked)
+        # Places beyond the text hold -inf, which is 0 here.
+        shares_NQL = output.logits[..., : weights_KL.shape[1]].sigmoid()
+        scores_NKQ = (shares_NQL @ weights_KL.T).transpose(1, 2)
+        scale = torch.tensor([width, height, width, height], device=device)
+        boxes_NQ4 = corners(output.pred_boxes) * scale
+        return [
+            _detections(*image, nouns=nouns, min_score=self.min_score)
+            for image in zip(scores_NKQ.cpu(), boxes_NQ4.cpu(), strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class SceneReward:
+    """Scores images by rules on what a detector finds of their prompts' nouns."""
+
+    detector: Detector
+    judge: Callable[..., Score]
+    """From detections, metadata and size=(width, height) to a score: `t2i_r1.judge_scene`."""
+
+    def __call__(self, images_NHWC: Tensor, prompts: list[Prompt]) -> list[Score]:
+        """One score per image."""
+        height, width = images_NHWC.shape[1:3]
+        return [
+            self.judge(found, prompt.metadata, size=(width, height))
+            for found, prompt in zip(self.detector(images_NHWC, prompts), prompts, strict=True)
+        ]
+
+
+def token_weights(text: Any, spans: Sequence[Sequence[Span]], nouns: Sequence[str]) -> Tensor:
+    """weights_KL: of each noun the mean over the tokens of its spans; a RewardError without any."""
+    length = text["input_ids"].shape[1]
+    weights_KL = torch.zeros(len(spans), length)
+    for row, (noun, parts) in enumerate(zip(nouns, spans, strict=True)):
+        for start, end in parts:
+            first = _first_token(text, range(start, min(start + 3, end)))
+            last = _first_token(text, range(end - 1, max(end - 4, start - 1), -1))
+            if first is None or last is None:
+                raise RewardError(f"GroundingDINO: '{noun}' holds no word that its tokenizer knows")
+            weights_KL[row, first : last + 1] = 1
+    return weights_KL / (weights_KL.sum(1, keepdim=True) + 1e-6)
+
+
+def corners(boxes: Tensor) -> Tensor:
+    """x0, y0, x1, y1 of boxes given by centre, width and height."""
+    centre, half = boxes[..., :2], boxes[..., 2:] / 2
+    return torch.cat([centre - half, centre + half], -1)
+
+
+def load_grounding_dino(
+    path: str, *, device: torch.device | str = "cpu", **settings: Any
+) -> GroundingDino:
+    """The detector of a folder or hub id; `tiny` is random. Settings are those of the class."""
+    if path == TINY:
+        module, tokenizer = tiny_grounding_dino(), tiny_scene_tokenizer()
+        nn.Module.to(module, device)
+        return GroundingDino(module, tokenizer, **settings)
+    module = load_model(GroundingDinoForObjectDetection, path, device=device)
+    return GroundingDino(module, load_tokenizer(path), **settings)
+
+
+def _first_token(text: Any, characters: Sequence[int]) -> int | None:
+    """The token of the first of these characters that has one."""
+    tokens = (text.char_to_token(0, at) for at in characters)
+    return next((token for token in tokens if token is not None), None)
+
+
+def _detections(
+    scores_KQ: Tensor, boxes_Q4: Tensor, *, nouns: Sequence[str], min_score: float
+) -> list[Detection]:
+    """One detection per noun and query above a confidence; a query may serve several nouns."""
+    found = []
+    for noun, query in (scores_KQ > min_score).nonzero().tolist():
+        box = cast("tuple[float, float, float, float]", tuple(boxes_Q4[query].tolist()))
+        found.append(Detection(nouns[noun], scores_KQ[noun, query].item(), box))
+    return sorted(found, key=lambda detection: -detection.score)

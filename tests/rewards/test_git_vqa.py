@@ -1,0 +1,121 @@
+"""GIT with tiny random weights: questions, answers, batches."""
+
+import math
+
+import pytest
+import torch
+from transformers import BertTokenizer
+
+from stage_rl.errors import WeightsError
+from stage_rl.rewards.answers import Answer, answers_from, tokens_of
+from stage_rl.rewards.config_scenes import GitRewardConfig
+from stage_rl.rewards.git_vqa import load_git, questions_of, score_answers
+from stage_rl.rewards.pixels import clip_pixels
+from stage_rl.rewards.tiny_scenes import tiny_git, tiny_scene_tokenizer
+from stage_rl.types import Prompt
+
+CPU = torch.device("cpu")
+
+
+def images(count):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (count, 48, 40, 3), generator=generator, dtype=torch.uint8)
+
+
+def test_a_share_of_yes_is_renormalised_and_the_belief_is_kept():
+    # Four words of probability .6, .2, .1 and .1: yes is .6 / .8, the belief .8.
+    logits = torch.tensor([[0.6, 0.2, 0.1, 0.1]]).log()
+    (answer,) = answers_from(logits, yes=[0], no=[1])
+    assert (answer.yes, answer.belief) == pytest.approx((0.75, 0.8))
+    # Two spellings of yes: .7 / .9.
+    (answer,) = answers_from(logits, yes=[0, 2], no=[1])
+    assert (answer.yes, answer.belief) == pytest.approx((0.7 / 0.9, 0.9))
+
+
+def test_two_tiny_probabilities_still_have_a_ratio():
+    (answer,) = answers_from(torch.tensor([[0.0, -200.0, -201.0]]), yes=[1], no=[2])
+    assert answer.yes == pytest.approx(math.e / (math.e + 1), abs=1e-6)
+    assert answer.belief == 0
+
+
+def test_a_tokenizer_without_the_word_is_refused():
+    letters = BertTokenizer(vocab={"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4})
+    with pytest.raises(WeightsError, match="no token 'yes'"):
+        tokens_of(letters, ("yes",))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "questions"),
+    [
+        ({"task_type": "color", "nouns": ["cat"], "attr_nouns": ["red cat"]}, ("red cat?",)),
+        ({"task_type": "object", "nouns": ["cat", "dog"]}, ("cat?", "dog?")),
+        ({"task_type": "object", "nouns": ["cat"], "attr_nouns": []}, ("cat?",)),
+        ({"task_type": "spatial", "nouns": ["cat"]}, ()),
+        ({"task_type": "numeracy", "nouns": ["cat"]}, ()),
+    ],
+)
+def test_attributes_are_asked_for_else_nouns(metadata, questions):
+    assert questions_of(metadata) == questions
+
+
+def test_a_score_is_the_mean_share_of_yes():
+    answers = [Answer(0.9, 0.5), Answer(0.4, 0.1)]
+    score = score_answers({"task_type": "color"}, ("red cat?", "dog?"), answers)
+    assert score.value == pytest.approx(0.65)
+    assert score.extras == pytest.approx({"answered": 0.3})
+    assert score.why == "red cat? 0.90, dog? 0.40"
+
+
+@pytest.mark.parametrize(
+    ("task", "released"), [("spatial", 0.0), ("numeracy", 0.0), ("color", 1.0)]
+)
+def test_without_questions_the_reward_does_not_apply(task, released):
+    assert score_answers({"task_type": task}, (), ()).value is None
+    assert score_answers({"task_type": task}, (), (), compat="release").value == released
+
+
+QUESTIONS = [("red cat?", "a?"), ("dog?",), ("blue bird?", "x y z?"), (), ("dog?",)]
+
+
+def test_a_batch_gives_what_each_image_gives_alone():
+    pictures = images(5)
+    together = load_git("tiny", batch_size=2).ask(pictures, QUESTIONS)
+    model = load_git("tiny")
+    assert [len(given) for given in together] == [2, 1, 2, 0, 1]
+    for i, asked in enumerate(QUESTIONS):
+        (alone,) = model.ask(pictures[i : i + 1], [asked])
+        for a, b in zip(together[i], alone, strict=True):
+            assert a.yes == pytest.approx(b.yes, abs=1e-5)
+            assert a.belief == pytest.approx(b.belief, abs=1e-5)
+    # Different questions and images get different answers, so that a mix-up would show.
+    assert len({answer.yes for given in together for answer in given}) == 6
+
+
+def test_an_answer_is_the_last_text_token_of_the_plain_forward():
+    module, tokenizer = tiny_git(), tiny_scene_tokenizer()
+    yes, no = (tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no"))
+    ids = torch.tensor(
+        [[tokenizer.cls_token_id, *tokenizer("cat?", add_special_tokens=False)["input_ids"]]]
+    )
+    with torch.inference_mode():
+        logits = module(input_ids=ids, pixel_values=clip_pixels(images(1), 32, device="cpu")).logits
+    shares = logits[0, -1].softmax(-1)
+    ((answer,),) = load_git("tiny").ask(images(1), [("cat?",)])
+    assert answer.yes == pytest.approx((shares[yes] / (shares[yes] + shares[no])).item(), abs=1e-5)
+
+
+def test_saved_weights_give_the_same_answers(tmp_path):
+    tiny_git().save_pretrained(tmp_path)
+    tiny_scene_tokenizer().save_pretrained(tmp_path)
+    asked = [("cat?", "dog?")] * 2
+    assert load_git(str(tmp_path)).ask(images(2), asked) == load_git("tiny").ask(images(2), asked)
+
+
+def test_the_reward_is_built_from_its_config():
+    prompts = [
+        Prompt("a", 0, {"task_type": "color", "nouns": ["cat"]}),
+        Prompt("b", 1, {"task_type": "spatial", "nouns": ["cat"]}),
+    ]
+    colour, spatial = GitRewardConfig(path="tiny").build(CPU)(images(2), prompts)
+    assert 0 < colour.value < 1
+    assert spatial.value is None
