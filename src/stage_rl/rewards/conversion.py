@@ -1,11 +1,13 @@
 """Weights published in other layouts than transformers', renamed tensor by tensor.
 
-A table lists every tensor of the foreign layout; one that is missing, over or of another shape is
-a `WeightsError` with its foreign name. Files are read without running anything in them.
+A table lists every tensor of the foreign layout; one that is missing or over is a `WeightsError`
+with its foreign name, one of another shape with ours. Files are read without running anything in
+them.
 """
 
 from __future__ import annotations
 
+import functools
 import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from transformers.utils import cached_file
 
 from stage_rl.errors import WeightsError
-from stage_rl.rewards.weights import DTYPES, LOADING_ERRORS, load_part
+from stage_rl.rewards.weights import DTYPES, LOADING_ERRORS, load_part, quietly
 
 Names = Mapping[str, str | tuple[str, ...]]
 """From a foreign name to ours; to several where the tensor is split along its first axis."""
@@ -67,7 +69,8 @@ def fill(
     **options: Any,
 ) -> Any:
     """A frozen transformers model in eval mode with these tensors, by its checkpoint names."""
-    module, info = model_class.from_pretrained(
+    load = functools.partial(
+        model_class.from_pretrained,
         None,
         config=config,
         state_dict=dict(tensors),
@@ -76,6 +79,7 @@ def fill(
         output_loading_info=True,
         **options,
     )
+    module, info = quietly(load, source, "the weights")
     shapes = {entry[0] for entry in info["mismatched_keys"]}
     named = {"missing": info["missing_keys"], "unexpected": info["unexpected_keys"]}
     _refuse(source, {**named, "of another shape": shapes})

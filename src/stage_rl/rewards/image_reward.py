@@ -194,7 +194,7 @@ def _text_config(path: str, vision: BlipVisionConfig) -> BlipTextConfig:
             f"{file}: is no configuration of the text tower ({type(error).__name__}: {error}); "
             "write the file as published"
         ) from error
-    return BlipTextConfig(**sizes, encoder_hidden_size=vision.hidden_size)
+    return BlipTextConfig(**sizes, encoder_hidden_size=vision.hidden_size, bos_token_id=None)
 
 
 def _with_bias(theirs: str, ours: str) -> dict[str, str]:

@@ -121,7 +121,7 @@ def tiny_blip_configs() -> tuple[BlipVisionConfig, BlipTextConfig]:
     )
     text = BlipTextConfig(
         **size,
-        bos_token_id=2,
+        bos_token_id=None,
         num_attention_heads=2,
         encoder_hidden_size=32,
         vocab_size=len(tiny_bert_tokenizer()),

@@ -41,7 +41,7 @@ def load_model(
         "output_loading_info": True,
     }
     load = functools.partial(model_class.from_pretrained, source, **options)
-    module, info = _load(load, source, "the weights")
+    module, info = quietly(load, source, "the weights")
     faults = [
         f"{kind}: {_names(info[f'{kind}_keys'])}"
         for kind in ("missing", "mismatched")
@@ -62,7 +62,7 @@ def load_model(
 def load_part(loader: Callable[..., Loaded], path: str, what: str, **options: Any) -> Loaded:
     """A processor or config, by its `from_pretrained`; failure is a `WeightsError`."""
     source = locate(path)
-    return _load(lambda: loader(source, **options), source, what)
+    return quietly(lambda: loader(source, **options), source, what)
 
 
 def load_tokenizer(path: str) -> Any:
@@ -86,7 +86,8 @@ def locate(path: str) -> str:
     return path
 
 
-def _load(load: Callable[[], Loaded], source: str, what: str) -> Loaded:
+def quietly(load: Callable[[], Loaded], source: str, what: str) -> Loaded:
+    """What `load` returns, nothing on the console; its failure is a `WeightsError` of one line."""
     try:
         with _quiet():
             return load()

@@ -1,0 +1,183 @@
+"""ImageReward: the published layout against its architecture written out, batches, the scale."""
+
+import json
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import BlipTextConfig
+
+from stage_rl.config import load_reward
+from stage_rl.errors import WeightsError
+from stage_rl.rewards.image_reward import (
+    MEAN,
+    STD,
+    TEXT_FILE,
+    TEXT_SIZES,
+    UNUSED,
+    WEIGHTS_FILE,
+    foreign_names,
+    load_image_reward,
+    tiny_image_reward,
+)
+from stage_rl.rewards.pixels import clip_pixels
+from stage_rl.rewards.tiny import tiny_bert_tokenizer, tiny_blip_configs
+from stage_rl.types import Prompt
+
+TEXTS = ["a red square", "Two dogs, a cat!", "a red square"]
+VISION, TEXT = tiny_blip_configs()
+
+
+def noise(num=3, height=40, width=56):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (num, height, width, 3), generator=generator, dtype=torch.uint8)
+
+
+def foreign_tensors():
+    """The tiny model in the published layout, with all that the published file may hold beside."""
+    model = tiny_image_reward()
+    ours = {f"vision.{name}": tensor for name, tensor in model.vision.state_dict().items()}
+    ours |= {f"text.{name}": tensor for name, tensor in model.text.state_dict().items()}
+    ours |= {f"mlp.{name}": tensor for name, tensor in model.head.state_dict().items()}
+    tensors = {theirs: ours.pop(name) for theirs, name in foreign_names(VISION, TEXT).items()}
+    assert not ours
+    return tensors | dict.fromkeys(UNUSED, torch.zeros(1))
+
+
+@pytest.fixture
+def published(tmp_path):
+    """Writes a folder as published."""
+
+    def write(tensors):
+        tiny_bert_tokenizer().save_pretrained(tmp_path)
+        torch.save(tensors, tmp_path / WEIGHTS_FILE)
+        sizes = {name: getattr(TEXT, name) for name in TEXT_SIZES}
+        text = json.dumps({**sizes, "encoder_width": 768, "add_cross_attention": True})
+        (tmp_path / TEXT_FILE).write_text(text)
+        return {"path": str(tmp_path), "tokenizer": str(tmp_path), "vision": VISION}
+
+    return write
+
+
+def attend(query_NLD, key_NPD, value_NPD, mask=None):
+    heads = [x.unflatten(-1, (2, -1)).transpose(1, 2) for x in (query_NLD, key_NPD, value_NPD)]
+    return F.scaled_dot_product_attention(*heads, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+def linear(x, tensors, name):
+    return F.linear(x, tensors[f"{name}.weight"], tensors[f"{name}.bias"])
+
+
+def norm(x, tensors, name, eps):
+    return F.layer_norm(x, x.shape[-1:], tensors[f"{name}.weight"], tensors[f"{name}.bias"], eps)
+
+
+def read_image(pixels, tensors):
+    """A ViT in timm's layout."""
+    t = {k.removeprefix("blip.visual_encoder."): v for k, v in tensors.items()}
+    x = F.conv2d(pixels, t["patch_embed.proj.weight"], t["patch_embed.proj.bias"], stride=8)
+    x = torch.cat([t["cls_token"].expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], 1)
+    x = x + t["pos_embed"]
+    for i in range(2):
+        y = norm(x, t, f"blocks.{i}.norm1", 1e-6)
+        q, k, v = linear(y, t, f"blocks.{i}.attn.qkv").chunk(3, dim=-1)
+        x = x + linear(attend(q, k, v), t, f"blocks.{i}.attn.proj")
+        y = F.gelu(linear(norm(x, t, f"blocks.{i}.norm2", 1e-6), t, f"blocks.{i}.mlp.fc1"))
+        x = x + linear(y, t, f"blocks.{i}.mlp.fc2")
+    return norm(x, t, "norm", 1e-6)
+
+
+def read_text(ids_NL, seen_NL, patches_NPD, tensors):
+    """A BERT with cross-attention after each self-attention."""
+    t = {k.removeprefix("blip.text_encoder."): v for k, v in tensors.items()}
+    x = t["embeddings.word_embeddings.weight"][ids_NL]
+    x = x + t["embeddings.position_embeddings.weight"][: ids_NL.shape[1]]
+    x = norm(x, t, "embeddings.LayerNorm", 1e-12)
+    mask = seen_NL.bool()[:, None, None]
+    for i in range(2):
+        for part, keys, seen in (("attention", None, mask), ("crossattention", patches_NPD, None)):
+            name, source = f"encoder.layer.{i}.{part}", x if keys is None else keys
+            rows = [linear(x, t, f"{name}.self.query")]
+            rows += [linear(source, t, f"{name}.self.{kind}") for kind in ("key", "value")]
+            y = linear(attend(*rows, mask=seen), t, f"{name}.output.dense")
+            x = norm(x + y, t, f"{name}.output.LayerNorm", 1e-12)
+        y = F.gelu(linear(x, t, f"encoder.layer.{i}.intermediate.dense"))
+        y = linear(y, t, f"encoder.layer.{i}.output.dense")
+        x = norm(x + y, t, f"encoder.layer.{i}.output.LayerNorm", 1e-12)
+    return x
+
+
+def test_the_published_layout_gives_what_its_architecture_gives(published):
+    tensors = foreign_tensors()
+    model = load_image_reward(**published(tensors))
+    tokens = tiny_bert_tokenizer()(
+        TEXTS, padding="max_length", max_length=35, truncation=True, return_tensors="pt"
+    )
+    patches = read_image(clip_pixels(noise(), 32, device="cpu"), tensors)
+    x = read_text(tokens["input_ids"], tokens["attention_mask"], patches, tensors)[:, 0]
+    for place in (0, 2, 4, 6, 7):
+        x = linear(x, tensors, f"mlp.layers.{place}")
+    wanted = (x[:, 0] - 0.16717362830052426) / 1.0333394966054072
+    assert torch.allclose(model.scores_N(noise(), TEXTS), wanted, atol=1e-5)
+    assert torch.allclose(tiny_image_reward().scores_N(noise(), TEXTS), wanted, atol=1e-5)
+    # the images and the texts both count
+    assert len(wanted.unique()) == 3
+    other = model.scores_N(noise(1), [TEXTS[1]])
+    assert abs(other.item() - wanted[0].item()) > 1e-4
+
+
+def test_the_reward_scores_pairs_in_any_batch():
+    settings = ["path=tiny"]
+    prompts = [Prompt(text, i) for i, text in enumerate(TEXTS)]
+    whole, singly = (
+        load_reward("image_reward", [*settings, f"batch_size={size}"]).build(torch.device("cpu"))
+        for size in (16, 1)
+    )
+    wanted = tiny_image_reward().scores_N(noise(), TEXTS).tolist()
+    for reward in (whole, singly):
+        scores = reward(noise(), prompts)
+        assert [score.value for score in scores] == pytest.approx(wanted, abs=1e-5)
+
+
+@pytest.mark.parametrize(("output", "reward"), [(MEAN, 0.0), (MEAN + STD, 1.0), (0.0, -0.161780)])
+def test_the_heads_output_is_standardised(output, reward):
+    # -0.16717362830052426 / 1.0333394966054072 = -0.161780
+    model = tiny_image_reward()
+    for parameter in model.head.parameters():
+        parameter.zero_()
+    model.head.layers["7"].bias.fill_(output)
+    assert model.scores_N(noise(1), TEXTS[:1]).tolist() == pytest.approx([reward], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("blip.visual_encoder.blocks.1.attn.qkv.bias", r"missing: blip.*qkv\.bias; write"),
+        ("mlp.layers.4.weight", r"missing: mlp\.layers\.4\.weight; write"),
+    ],
+)
+def test_a_missing_tensor_is_named(published, name, message):
+    tensors = foreign_tensors()
+    del tensors[name]
+    with pytest.raises(WeightsError, match=message):
+        load_image_reward(**published(tensors))
+
+
+def test_a_tensor_too_many_or_of_another_shape_is_named(published):
+    tensors = foreign_tensors()
+    with pytest.raises(WeightsError, match=r"unexpected: blip\.itm_head\.bias; write"):
+        load_image_reward(**published({**tensors, "blip.itm_head.bias": torch.zeros(2)}))
+    with pytest.raises(WeightsError, match=r"of another shape: layers\.0\.bias; write"):
+        load_image_reward(**published({**tensors, "mlp.layers.0.bias": torch.zeros(2)}))
+
+
+def test_a_text_configuration_without_sizes_is_refused(published):
+    folder = published(foreign_tensors())
+    with open(f"{folder['path']}/{TEXT_FILE}", "w", encoding="utf-8") as file:
+        file.write("{}")
+    with pytest.raises(WeightsError, match=r"no configuration of the text tower \(KeyError"):
+        load_image_reward(**folder)
+
+
+def test_the_sizes_that_are_read_are_those_of_a_text_tower():
+    assert all(hasattr(BlipTextConfig(), name) for name in TEXT_SIZES)
