@@ -33,6 +33,17 @@ class Brightness(RewardConfig):
         return score
 
 
+class Coarse(RewardConfig):
+    edge: float = 0.482
+
+    def build(self, device):
+        def score(images_NHWC, prompts):
+            means = images_NHWC.float().mean(dim=(1, 2, 3)) / 255
+            return [Score(float(x > self.edge), "") for x in means.tolist()]
+
+        return score
+
+
 class Darkness(Brightness):
     def build(self, device):
         return lambda images, prompts: [Score(-x.float().mean().item(), "") for x in images]

@@ -9,30 +9,16 @@ import signal
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from run_files import parameters_of, steps_of, untimed
 
 from stage_rl.config import run_folder
 from stage_rl.errors import CheckpointError, DivergedError, InputError, RecipeError, Stopped
 from stage_rl.policies.janus import JanusPolicy
 from stage_rl.training import checkpoint as checkpoint_module
+from stage_rl.training import contents
 from stage_rl.training.loop import check_prompts, train
 from stage_rl.training.models import load_policy
 from stage_rl.types import Prompt
-
-
-def parameters_of(run, step):
-    return load_file(run / "checkpoints" / f"step_{step:06d}" / "policy.safetensors")
-
-
-def steps_of(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def untimed(lines):
-    return [
-        {k: v for k, v in line.items() if not k.startswith(("time", "images_per"))}
-        for line in lines
-    ]
 
 
 def test_two_steps_and_two_more_equal_four_to_the_bit(recipe, tmp_path):
@@ -131,7 +117,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(recipe, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint_module, "save_file", full)
+    monkeypatch.setattr(contents, "save_file", full)
     with pytest.raises(CheckpointError, match=r"No space left on device.*goes on from"):
         train(recipe("steps=4"))
     monkeypatch.undo()
