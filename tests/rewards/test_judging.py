@@ -50,6 +50,40 @@ def test_a_reward_that_skips_one_image_drops_out_for_its_whole_group():
     assert judged.kept_P.all()
 
 
+def test_the_share_of_a_reward_is_its_part_of_the_groups_spread():
+    def constant_in_group_1(images, prompts):
+        return [Score(s.value if s.value < 2 else 7.0, "") for s in number(images, prompts)]
+
+    judged = judge(("a", 1.0, number), ("b", -3.0, constant_in_group_1))
+    # group 0: deviations of 0, 1 and of 0, -3 are 1 : 3; group 1: only a differs
+    assert judged.columns["a_share"].tolist() == [[0.25, 0.25], [1, 1]]
+    assert judged.columns["b_share"].tolist() == [[0.75, 0.75], [0, 0]]
+
+
+def test_a_group_without_spread_or_that_failed_has_no_shares():
+    def fails_on_image_0(images, prompts):
+        if images[0, 0, 0, 0] == 0:
+            raise OSError
+        return [Score(1.0, "")] * len(images)
+
+    judged = judge(("a", 1.0, fails_on_image_0), ("b", 1.0, lambda i, p: [Score(2.0, "")] * len(i)))
+    assert judged.kept_P.tolist() == [False, True]
+    assert judged.columns["a_share"].isnan().all()
+    assert judged.columns["b_share"].isnan().all()
+
+
+def test_a_reward_that_skips_a_group_has_no_share_of_it():
+    def skips(images, prompts):
+        return [Score(None if s.value == 1 else s.value, "") for s in number(images, prompts)]
+
+    judged = judge(("a", 1.0, skips), ("b", 1.0, number))
+    assert judged.columns["a_share"].tolist() == [[0, 0], [0.5, 0.5]]
+
+
+def test_one_reward_alone_has_no_share_to_log():
+    assert list(judge(("a", 1.0, number)).columns) == ["a"]
+
+
 def test_a_failing_image_takes_only_its_group_out_of_the_step():
     calls = []
 

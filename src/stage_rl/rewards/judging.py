@@ -1,6 +1,6 @@
 """Judges a rollout with all rewards of a recipe: the weighted sum, what does not apply, what fails.
 
-Shape suffixes: P prompts, G group, N = P x G images, H x W pixels, C colour channels.
+Shape suffixes: P prompts, G group, N = P x G images, H x W pixels, C colour channels, R rewards.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ class Judge:
         shape = (len(rollout.prompts), size)
         total, kept = torch.zeros(shape), torch.ones(shape[0], dtype=torch.bool)
         columns: dict[str, Tensor] = {}
+        terms: dict[str, Tensor] = {}
         reasons = [""] * rollout.tokens_NT.shape[0]
         for item in self._rewards:
             groups = _score_groups(item, rollout)
@@ -77,10 +78,13 @@ class Judge:
             values = columns[item.name]
             # A reward that skips one image of a group says nothing of the whole group.
             applies = values.isfinite().all(1, keepdim=True)
-            total += torch.where(applies, item.weight * values, 0.0)
+            terms[item.name] = torch.where(applies, item.weight * values, 0.0)
+            total += terms[item.name]
             for place, score in enumerate(_flat(groups, size)):
                 reasons[place] += ("; " if reasons[place] else "") + _sentence(item.name, score)
         total[~kept] = 0.0
+        if len(terms) > 1 and size > 1:
+            columns |= _shares(terms, kept)
         return Judged(total, kept, columns, tuple(reasons))
 
 
@@ -158,6 +162,22 @@ def _columns(name: str, groups: list[list[Score] | None], size: int) -> dict[str
             math.nan if s is None else s.extras.get(key, math.nan) for s in scores
         ]
     return {key: torch.tensor(column).view(-1, size) for key, column in values.items()}
+
+
+def _shares(terms: dict[str, Tensor], kept_P: Tensor) -> dict[str, Tensor]:
+    """How much of a group's spread is each reward's, PG columns NAME_share that sum to 1.
+
+    The standard deviation of a weighted term within the group over the sum of all terms'; NaN in
+    groups without any spread or that left the step. A reward of small spread steers nothing.
+    """
+    spread_RP1 = torch.stack([term_PG.std(1, keepdim=True) for term_PG in terms.values()])
+    share_RP1 = spread_RP1 / spread_RP1.sum(0)  # 0 / 0 where nothing differs: NaN
+    share_RP1[:, ~kept_P] = math.nan
+    size = next(iter(terms.values())).shape[1]
+    return {
+        f"{name}_share": share_P1.expand(-1, size)
+        for name, share_P1 in zip(terms, share_RP1, strict=True)
+    }
 
 
 def _sentence(name: str, score: Score | None) -> str:
