@@ -248,13 +248,9 @@ def test_what_is_no_folder_of_a_model_is_one_clear_line(tmp_path, folder):
         load(folder / "config.json")
 
 
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [("llama", "model_type is 'llama'"), ("multi_modality", "DeepSeek's own layout")],
-)
-def test_another_kind_of_model_is_refused(folder, kind, message):
-    rewrite(folder / "config.json", model_type=kind)
-    with pytest.raises(WeightsError, match=message):
+def test_another_kind_of_model_is_refused(folder):
+    rewrite(folder / "config.json", model_type="llama")
+    with pytest.raises(WeightsError, match="model_type is 'llama'"):
         load(folder)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from stage_rl.policies.base import (
     Prefix,
     TokenLayout,
 )
+from stage_rl.policies.deepseek.files import write_folder
 from stage_rl.policies.lora import AdapterOff, has_adapter, merged_state, merged_weight
 from stage_rl.policies.trainable import select_trainable
 from stage_rl.types import Prompt
@@ -191,18 +192,33 @@ class JanusPolicy:
             vars(block).pop("forward", None)
         return JanusPolicy(module, self.processor, trainable=())
 
-    def save(self, folder: str | Path) -> None:
-        """Writes weights, configurations, tokenizer and processor in transformers' layout.
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        layout: Literal["transformers", "deepseek"] = "transformers",
+        like: Path | None = None,
+    ) -> None:
+        """Writes weights, configurations, tokenizer and processor; an adapter is merged into them.
 
-        An adapter is merged into the weights that are written.
+        `like` is the folder in DeepSeek's layout that the policy was loaded from, if it was; see
+        `stage_rl.policies.deepseek.files.write_folder`.
         """
-        state = merged_state(self.module) if has_adapter(self.module) else None
+        state = merged_state(self.module) if has_adapter(self.module) else self.module.state_dict()
+        if layout == "deepseek":
+            pad = self._ids["pad"]
+            parts = (self.module, self.processor, Path(folder))
+            write_folder(*parts, state=state, pad_id=pad, like=like)
+            return
         self.module.save_pretrained(folder, state_dict=state)
         self.processor.save_pretrained(folder)
 
     @torch.no_grad()
     def _layer_weights(self, index: int) -> LayerWeights:
-        return _layer_weights(self._trunk.layers[index])
+        weights = vars(_layer_weights(self._trunk.layers[index]))
+        # A streamed reference keeps its layers in host memory.
+        moved = {k: None if w is None else w.to(self.device) for k, w in weights.items()}
+        return LayerWeights(**moved)
 
     def _check_text(self, where: str, text: str) -> None:
         tokenizer = self.processor.tokenizer

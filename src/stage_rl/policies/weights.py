@@ -4,83 +4,79 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import nn
-from transformers import AutoProcessor, JanusConfig, JanusForConditionalGeneration, JanusProcessor
+from torch import Tensor, nn
+from transformers import (
+    AutoProcessor,
+    GenerationConfig,
+    JanusConfig,
+    JanusForConditionalGeneration,
+    JanusProcessor,
+)
 from transformers.utils import logging
 
 from stage_rl.errors import WeightsError
+from stage_rl.policies.deepseek import files as deepseek
+from stage_rl.policies.hub import Source, find, one_line
+from stage_rl.policies.tensor_files import INDEXES, SINGLE, read_tensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-SHAPES = "shapes"
-EXAMPLE = "deepseek-community/Janus-Pro-1B"
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError)
 
 
 def load_janus(
     path: str | Path, *, dtype: str = "float32", device: torch.device | str = "cpu"
 ) -> tuple[JanusForConditionalGeneration, JanusProcessor]:
-    """The model and processor of a folder, a hub id or `shapes`; remote code is never run.
+    """The model and processor of a folder, a hub id or `shapes`, in either layout.
 
-    Anything that is not a whole Janus checkpoint is a `WeightsError`.
+    Nothing of a checkpoint is ever run. What is no whole Janus checkpoint is a `WeightsError`;
+    a hub model of another kind is refused before its weights are downloaded.
     """
-    source = locate(path)
-    check_kind(source)
-    with _quiet():
-        module = _load_module(source, DTYPES[dtype])
-        processor = _load_processor(source)
-    check_structure(source, module.config)
+    source = find(path)
+    original = check_kind(source)
+    with quiet():
+        config, processor, generation = (_describe_original if original else _describe)(source)
+        check_structure(source.name, config)
+        source.fetch_weights()
+        state = _state(source, config, original=original)
+        module = _load_module(source, config, state, DTYPES[dtype])
+    if generation is not None:
+        module.generation_config = generation
     # nn.Module spells out what transformers' wrapper of `to` hides from type checkers.
     nn.Module.to(module, device)
     return module.eval(), processor
 
 
-def locate(path: str | Path) -> str:
-    """The folder or hub id behind a path; a path that names no folder is a `WeightsError`."""
-    if str(path) == SHAPES:
-        folder = Path(str(resources.files("stage_rl") / "shapes" / "checkpoint"))
-        if not (folder / "config.json").is_file():
-            raise WeightsError(
-                "shapes: this copy of the package has no weights; reinstall it, "
-                "or build them with `stage shapes pretrain`"
-            )
-        return str(folder)
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return str(folder)
-    if folder.exists():
-        raise WeightsError(f"{path}: is a file; write the folder of the weights")
-    if str(path).count("/") != 1 or str(path)[0] in "./~":
-        raise WeightsError(
-            f"{path}: no such folder; write a folder with a Janus checkpoint, "
-            f"a hub id such as {EXAMPLE}, or {SHAPES}"
-        )
-    return str(path)
+def original_folder(path: str | Path) -> Path | None:
+    """The folder behind a path where it is in DeepSeek's layout, its weights present; else None."""
+    source = find(path)
+    if not check_kind(source):
+        return None
+    source.fetch_weights()
+    return source.folder
 
 
-def check_kind(source: str) -> None:
-    """Refuses what is not a Janus in transformers' layout (`WeightsError`)."""
+def check_kind(source: Source) -> bool:
+    """Whether a Janus is in DeepSeek's layout; what is no Janus is a `WeightsError`."""
     try:
-        config, _ = JanusConfig.get_config_dict(source)
+        config, _ = JanusConfig.get_config_dict(source.folder)
     except (OSError, ValueError) as error:
-        raise WeightsError(f"{source}: no model there: {_one_line(error)}") from error
+        raise WeightsError(f"{source.name}: no model there: {one_line(error)}") from error
     kind = config.get("model_type")
-    if kind == JanusConfig.model_type:
-        return
-    if kind == "multi_modality":
-        raise WeightsError(
-            f"{source}: a Janus in DeepSeek's own layout; write its conversion for transformers, "
-            f"such as {EXAMPLE}"
-        )
     if kind is None:
-        raise WeightsError(f"{source}: holds no config.json of a model; write a Janus folder")
-    raise WeightsError(f"{source}: model_type is '{kind}'; write a model of type 'janus'")
+        raise WeightsError(
+            f"{source.name}: holds no config.json of a model; write a Janus folder, "
+            "on the hub as OWNER/NAME or OWNER/NAME/FOLDER"
+        )
+    original = deepseek.is_deepseek(config)
+    if kind != JanusConfig.model_type and not original:
+        raise WeightsError(f"{source.name}: model_type is '{kind}'; write a model of type 'janus'")
+    return original
 
 
 def check_structure(source: str, config: Any) -> None:
@@ -100,11 +96,40 @@ def check_structure(source: str, config: Any) -> None:
             raise WeightsError(f"{source}: {key} is {value!r}; this policy needs {needed!r}")
 
 
-def _load_module(source: str, dtype: torch.dtype) -> JanusForConditionalGeneration:
+def _describe(source: Source) -> tuple[Any, JanusProcessor, GenerationConfig | None]:
+    """Configuration and processor; the generation settings come with the weights."""
+    try:
+        config = JanusConfig.from_pretrained(source.folder)
+    except LOADING_ERRORS as error:
+        raise WeightsError(f"{source.name}: config.json: {one_line(error)}") from error
+    return config, _load_processor(source), None
+
+
+def _describe_original(source: Source) -> tuple[Any, JanusProcessor, GenerationConfig]:
+    try:
+        return deepseek.describe(source.folder, source.name)
+    except LOADING_ERRORS as error:
+        raise WeightsError(f"{source.name}: {one_line(error)}") from error
+
+
+def _state(source: Source, config: Any, *, original: bool) -> dict[str, Tensor] | None:
+    """The tensors where transformers would not find them by itself, else None."""
+    if original:
+        return deepseek.read_state(source.folder, source.name, config)
+    if any((source.folder / name).is_file() for name in (*INDEXES, *SINGLE)):
+        return None
+    return read_tensors(source.folder)
+
+
+def _load_module(
+    source: Source, config: Any, state: dict[str, Tensor] | None, dtype: torch.dtype
+) -> JanusForConditionalGeneration:
     try:
         # Mismatched shapes are let through here to be named below, together with the rest.
         loaded: Any = JanusForConditionalGeneration.from_pretrained(
-            source,
+            source.folder if state is None else None,
+            config=config,
+            state_dict=state,
             dtype=dtype,
             attn_implementation="sdpa",
             ignore_mismatched_sizes=True,
@@ -112,7 +137,7 @@ def _load_module(source: str, dtype: torch.dtype) -> JanusForConditionalGenerati
         )
         module, info = loaded
     except LOADING_ERRORS as error:
-        raise WeightsError(f"{source}: cannot load the weights: {_one_line(error)}") from error
+        raise WeightsError(f"{source.name}: cannot load the weights: {one_line(error)}") from error
     faults = []
     for kind in ("missing", "unexpected", "mismatched"):
         entries = info[f"{kind}_keys"]
@@ -123,33 +148,30 @@ def _load_module(source: str, dtype: torch.dtype) -> JanusForConditionalGenerati
             faults.append(f"{what}: {', '.join(names[:3])}{more}")
     if faults:
         raise WeightsError(
-            f"{source}: the weights do not fit the model: {'; '.join(faults)}; "
+            f"{source.name}: the weights do not fit the model: {'; '.join(faults)}; "
             "write a complete checkpoint"
         )
     return module
 
 
-def _load_processor(source: str) -> JanusProcessor:
+def _load_processor(source: Source) -> JanusProcessor:
     try:
         # A tokenizer without image tokens shows as a missing attribute.
-        processor = AutoProcessor.from_pretrained(source)
+        processor = AutoProcessor.from_pretrained(source.folder, trust_remote_code=False)
     except (*LOADING_ERRORS, AttributeError) as error:
-        raise WeightsError(f"{source}: cannot load the processor: {_one_line(error)}") from error
+        raise WeightsError(
+            f"{source.name}: cannot load the processor: {one_line(error)}"
+        ) from error
     if not isinstance(processor, JanusProcessor):
         raise WeightsError(
-            f"{source}: its processor is a {type(processor).__name__}; write a folder with the "
-            "files of a JanusProcessor beside the weights"
+            f"{source.name}: its processor is a {type(processor).__name__}; write a folder with "
+            "the files of a JanusProcessor beside the weights"
         )
     return processor
 
 
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else text[:297] + "..."
-
-
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps transformers' bars and reports off the console; what matters becomes an error."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

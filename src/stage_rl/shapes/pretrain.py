@@ -25,7 +25,8 @@ import torch
 from safetensors import SafetensorError
 
 from stage_rl.errors import CheckpointError, InputError
-from stage_rl.policies.weights import SHAPES, load_janus
+from stage_rl.policies.hub import SHAPES
+from stage_rl.policies.weights import load_janus
 from stage_rl.shapes.captions import WORDS
 from stage_rl.shapes.detector import WEIGHTS
 from stage_rl.shapes.model import JanusSize, build_janus, save_janus
