@@ -1,0 +1,172 @@
+"""The T2I-CompBench rules by hand, and the models behind them at a tiny size."""
+
+import numpy as np
+import pytest
+import torch
+
+from stage_rl.rewards.base import Detection
+from stage_rl.rewards.compbench import (
+    attribute_score,
+    depth_score,
+    distinct_boxes,
+    numeracy_score,
+    plane_score,
+    question_of,
+)
+from stage_rl.schema import RewardConfig
+from stage_rl.types import Prompt
+
+LEFT = {"obj1": "dog", "obj2": "cat", "locality": "on the left of"}
+SIZE = (479, 479)
+
+
+def dog_and_cat(dog, cat, scores=(0.9, 0.8)):
+    return [Detection("dog", scores[0], dog), Detection("cat", scores[1], cat)]
+
+
+def plane(found, info=LEFT, *, trusted=False, size=SIZE, threshold=0.5):
+    return plane_score(found, info, size=size, threshold=threshold, trusted=trusted).value
+
+
+def test_a_relation_in_the_plane_has_the_published_score():
+    # 0.25 x 0.9 + 0.25 x 0.8 + 1 / 2
+    assert plane(dog_and_cat((0, 0, 50, 50), (100, 0, 150, 50))) == pytest.approx(0.925)
+    # Two boxes of width 80 that share 60: overlap 60 / 100, so 0.425 + (0.1 / 0.6) / 2.
+    assert plane(dog_and_cat((0, 0, 80, 50), (20, 0, 100, 50))) == pytest.approx(0.5083, abs=1e-4)
+    # The wrong way round: 0.425, which is below a half.
+    assert plane(dog_and_cat((100, 0, 150, 50), (0, 0, 50, 50))) == 0
+    # One object: 0.25 x 0.99.
+    assert plane([Detection("dog", 0.99, (0, 0, 9, 9))]) == 0
+
+
+def test_near_is_150_pixels_of_an_image_of_479():
+    near = {**LEFT, "locality": "next to"}
+    # Centres 300 apart both ways: 150 / 300 of a half, 0.425 + 0.25.
+    far = dog_and_cat((0, 0, 10, 10), (300, 300, 310, 310))
+    assert plane(far, near) == pytest.approx(0.675)
+    assert plane(dog_and_cat((0, 0, 10, 10), (300, 100, 310, 110)), near) == pytest.approx(0.925)
+    # At half the size the same places are half as far in pixels and as far apart to the rule.
+    half = dog_and_cat((0, 0, 5, 5), (150, 150, 155, 155))
+    assert plane(half, near, size=(239.5, 300)) == pytest.approx(0.675)
+
+
+def test_a_trusted_detector_counts_what_it_finds_in_full():
+    right = dog_and_cat((0, 0, 50, 50), (100, 0, 150, 50), scores=(0.4, 0.35))
+    assert plane(right, trusted=True, threshold=0.3) == 1
+    wrong = dog_and_cat((100, 0, 150, 50), (0, 0, 50, 50), scores=(0.4, 0.35))
+    assert plane(wrong, trusted=True, threshold=0.3) == 0
+    assert plane(right, trusted=True, threshold=0.4) == 0  # neither is above it
+
+
+def test_depth_counts_order_and_overlap():
+    near_left = np.tile(np.linspace(1, 0, 400, dtype=np.float32), (400, 1))
+    info = {**LEFT, "locality": "in front of"}
+
+    def score(a, b, **changes):
+        found = dog_and_cat(a, b, scores=(1.0, 1.0))
+        said = {**info, **changes}
+        return depth_score(found, said, depth_HW=near_left, threshold=0.5, trusted=False).value
+
+    one, far = (100, 100, 300, 300), (310, 310, 390, 390)
+    # Shifted by 20: 180^2 / (2 x 200^2 - 180^2) = 0.68, above a half.
+    assert score(one, (120, 120, 320, 320)) == pytest.approx(1.0)
+    # Shifted by 100: 100^2 / (2 x 200^2 - 100^2) = 0.1429, so 0.5 + 0.2857 / 2.
+    assert score(one, (200, 200, 400, 400)) == pytest.approx(0.5 + 0.142857, abs=1e-4)
+    assert score(one, far) == 0.5
+    assert score((120, 120, 320, 320), one) == 0.5
+    assert score((120, 120, 320, 320), one, locality="hidden by") == pytest.approx(1.0)
+    alone = [Detection("dog", 0.8, one)]
+    assert depth_score(
+        alone, info, depth_HW=near_left, threshold=0.5, trusted=False
+    ).value == pytest.approx(0.2)
+
+
+def test_numbers_count_half_for_presence_and_half_for_the_exact_count():
+    items = [{"obj_name": "dog", "num": 2}, {"obj_name": "cat", "num": 3}]
+    found = [
+        *(Detection("dog", 0.9, (x, 0, x + 9, 9)) for x in (0, 20)),
+        *(Detection("cat", 0.9, (x, 20, x + 9, 29)) for x in (0, 20)),
+        Detection("cat", 0.2, (90, 20, 99, 29)),
+    ]
+    # Dogs: 1/2 + 1/2; cats: 1/2; the mean is 0.75.
+    score = numeracy_score(found, items, threshold=0.3)
+    assert score.value == pytest.approx(0.75)
+    assert score.why == "2 of 2 dog, 2 of 3 cat"
+
+
+def test_a_box_within_another_is_no_further_object():
+    assert len(distinct_boxes([(0, 0, 99, 99), (10, 10, 20, 20), (200, 0, 299, 99)])) == 2
+    assert len(distinct_boxes([(10, 10, 20, 20), (0, 0, 99, 99)])) == 1
+    assert len(distinct_boxes([(0, 0, 9, 9), (8, 8, 17, 17)])) == 2
+
+
+def test_attributes_multiply():
+    assert attribute_score([0.9, 0.8], ["a", "b"]).value == pytest.approx(0.72)
+    assert attribute_score([0.123456], ["a"]).value == 0.1235
+    assert question_of("a Red hat (big).") == "a red hat big?"
+
+
+SPATIAL = Prompt("a dog left of a cat", 0, {"nouns": ["dog", "cat"], "spatial_info": LEFT})
+NUMBERS = Prompt(
+    "two dogs", 1, {"nouns": ["dog"], "numeracy_info": [{"obj_name": "dog", "num": 2}]}
+)
+TINY_DETECTOR = {"kind": "grounding_dino", "path": "tiny", "shortest_side": 128, "min_score": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("config", "prompt"),
+    [
+        ({"kind": "compbench_attributes"}, Prompt("x", 0, {"attr_nouns": ["a red dog", "a cat"]})),
+        ({"kind": "compbench_spatial", "detector": TINY_DETECTOR}, SPATIAL),
+        ({"kind": "compbench_depth", "detector": TINY_DETECTOR, "depth": "tiny"}, SPATIAL),
+        ({"kind": "compbench_numeracy", "detector": TINY_DETECTOR}, NUMBERS),
+    ],
+    ids=lambda value: value["kind"] if isinstance(value, dict) else "",
+)
+def test_tiny_models_run_through_the_whole_reward(config, prompt):
+    paths = {"path": "tiny", "side": 32} if config["kind"] == "compbench_attributes" else {}
+    settings = RewardConfig.model_validate({**config, **paths})
+    assert settings.objection(prompt) is None
+    assert "needs '" in (settings.objection(Prompt("x")) or "")
+    reward = settings.build(torch.device("cpu"))
+    images_NHWC = torch.randint(
+        256, (3, 48, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    scores = [one.value for one in reward(images_NHWC, [prompt] * 3)]
+    assert all(0 <= value <= 1 for value in scores)
+    assert scores == pytest.approx(
+        [one.value for image in images_NHWC for one in reward(image[None], [prompt])], abs=1e-4
+    )
+
+
+def test_a_question_is_answered_alone_as_among_longer_ones():
+    from stage_rl.rewards.blip_vqa import load_blip_vqa
+
+    model = load_blip_vqa("tiny", side=48)
+    images_NHWC = torch.randint(
+        256, (2, 40, 60, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
+    questions = [["a dog?"], ["a very long question about a cat?", "no?"]]
+    both = model.ask(images_NHWC, questions)
+    assert [len(answers) for answers in both] == [1, 2]
+    alone = model.ask(images_NHWC[:1], questions[:1])
+    assert both[0] == pytest.approx(alone[0], abs=1e-5)
+    assert model.ask(images_NHWC, [[], []]) == [[], []]
+    assert len({round(share, 6) for answers in both for share in answers}) == 3
+
+
+def test_variety_is_the_mean_over_pairs_within_a_prompt():
+    reward = RewardConfig.model_validate({"kind": "variety", "path": "tiny"}).build(
+        torch.device("cpu")
+    )
+    images_NHWC = torch.randint(
+        256, (4, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2)
+    )
+    images_NHWC[1] = images_NHWC[0]
+    prompts = [Prompt("a", 0), Prompt("a", 0), Prompt("a", 0), Prompt("b", 1)]
+    same, twin, other, alone = reward(images_NHWC, prompts)
+    # Two equal images and one at distance d: d/2, d/2 and d.
+    assert same.value == pytest.approx(twin.value, abs=1e-6)
+    assert other.value == pytest.approx(2 * same.value, abs=1e-5)
+    assert other.value > 0
+    assert alone.value is None
