@@ -31,6 +31,7 @@ BUILT_IN = {
         "grounding_dino": "stage_rl.rewards.config_scenes:GroundingDinoRewardConfig",
         "git": "stage_rl.rewards.config_scenes:GitRewardConfig",
         "yes_no": "stage_rl.rewards.config_scenes:YesNoRewardConfig",
+        "ocr": "stage_rl.rewards.config_text:OcrRewardConfig",
         "compbench_attributes": "stage_rl.rewards.config_compbench:AttributesConfig",
         "compbench_spatial": "stage_rl.rewards.config_compbench:PlaneConfig",
         "compbench_depth": "stage_rl.rewards.config_compbench:DepthConfig",

@@ -1,0 +1,258 @@
+"""The OCR reward: its formula with no engine, then a real one on drawn text."""
+
+import functools
+import importlib
+import os
+import socket
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from stage_rl.errors import InputError
+from stage_rl.rewards import ocr_engines
+from stage_rl.rewards.config_text import OcrRewardConfig
+from stage_rl.rewards.ocr import OcrReward, edit_distance, similarity, target_of, text_of
+from stage_rl.rewards.ocr_engines import Line, PaddleOcr, RapidOcr
+from stage_rl.rewards.selftest import check_reward
+from stage_rl.rewards.worker_processes import ParallelReader
+from stage_rl.rewards.written import garbled, text_image
+from stage_rl.types import Prompt
+
+CPU = torch.device("cpu")
+TEXTS = ("Hello World", "Spring Collection 2024", "Forever Yours", "42", "Bonjour", "STAGE")
+
+
+def stacked(images):
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+
+
+@pytest.mark.parametrize(
+    ("text", "released", "paper"),
+    [
+        ("Hello World", 1.0, 1.0),
+        ("Helo World", 0.9, 0.9),
+        ("xxHelloWorldyy", 1.0, 0.6),  # four letters too many of ten
+        ("", 0.0, 0.0),
+        ("abcdefghijklmnopqrstuvwxyz", 0.0, 0.0),
+        ("Hello", 0.5, 0.5),
+        ("Hello Wor1d", 0.9, 0.9),
+        ("World Hello", 0.2, 0.2),
+        ("Hello, World!", 0.8, 0.8),
+        ("hELLO wORLD", 1.0, 1.0),
+    ],
+)
+def test_the_score_is_the_published_one(text, released, paper):
+    assert similarity(text, "Hello World") == pytest.approx(released)
+    assert similarity(text, "Hello World", allow_more=False) == pytest.approx(paper)
+
+
+def test_edit_distance_counts_insertions_deletions_and_replacements():
+    # kitten: k -> s, e -> i, + g
+    assert edit_distance("kitten", "sitting") == 3
+    assert edit_distance("", "abc") == edit_distance("abc", "") == 3
+
+
+@pytest.mark.parametrize(
+    ("prompt", "target"),
+    [
+        (Prompt('a sign "Open" on a "door"'), "Open"),
+        (Prompt('a sign "Open"', 0, {"target": "Shut"}), "Shut"),
+    ],
+)
+def test_the_target_is_that_of_the_metadata_else_the_first_quoted_text(prompt, target):
+    assert target_of(prompt) == target
+
+
+@pytest.mark.parametrize(
+    ("text", "objection"),
+    [
+        ("a sign", "double quotes"),
+        ('a sign "Open', "double quotes"),
+        ('a sign " "', "is empty"),
+        ('a sign "Open"', None),
+    ],
+)
+def test_a_prompt_without_a_target_is_told_before_training(text, objection):
+    said = OcrRewardConfig().objection(Prompt(text))
+    assert (objection in said) if objection else said is None
+
+
+def test_lines_count_above_the_confidence_and_in_order():
+    lines = [Line("B", 0.9), Line("x", 0.0), Line("A", 0.4)]
+    assert text_of(lines) == "BA"
+    assert text_of(lines, 0.4) == "B"
+
+
+class Recorder:
+    def __init__(self):
+        self.pictures = []
+
+    def read(self, pictures):
+        self.pictures += pictures
+        return [[Line("Open", 1.0)] for _ in pictures]
+
+
+@pytest.mark.parametrize(("compat", "pixel"), [("fixed", [0, 0, 255]), ("release", [255, 0, 0])])
+def test_engines_get_blue_first_in_the_fixed_form_alone(compat, pixel):
+    red = torch.tensor([255, 0, 0], dtype=torch.uint8).expand(1, 2, 2, 3)
+    recorder = Recorder()
+    (score,) = OcrReward(recorder, compat)(red, [Prompt('"open"')])
+    assert recorder.pictures[0][0, 0].tolist() == pixel
+    assert score.value == 1
+    assert score.why == "reads 'Open' for 'open'"
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*_):
+        raise OSError("the network is unreachable")
+
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.fixture(scope="module")
+def reader():
+    return RapidOcr()
+
+
+def test_drawn_words_are_read_without_a_network_and_their_strokes_in_disorder_are_not(no_network):
+    reward = OcrRewardConfig().build(CPU)
+    prompts = [Prompt(f'a sign that says "{text}"') for text in TEXTS]
+    pictures = [text_image(text) for text in TEXTS]
+    legible = reward(stacked(pictures), prompts)
+    assert min(score.value for score in legible) >= 0.9, legible
+    disordered = reward(stacked([garbled(picture) for picture in pictures]), prompts)
+    assert max(score.value for score in disordered) <= 0.3, disordered
+
+
+def test_a_letter_too_few_costs_its_share(reader):
+    images = stacked([text_image("Hello World"), text_image("Helo World")])
+    scores = OcrReward(reader)(images, [Prompt('"Hello World"')] * 2)
+    assert [score.value for score in scores] == [1.0, 0.9]
+
+
+def test_an_image_without_text_scores_0(reader):
+    blank = torch.full((1, 384, 384, 3), 255, dtype=torch.uint8)
+    (score,) = OcrReward(reader)(blank, [Prompt('"Open"')])
+    assert score.value == 0
+    assert score.why == "reads '' for 'Open'"
+
+
+def test_the_reference_images_are_in_order(reader):
+    outcomes = check_reward(OcrRewardConfig(), OcrReward(reader))
+    assert len(outcomes) == 2
+    assert all(outcome.is_right for outcome in outcomes)
+
+
+def test_a_missing_engine_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(ocr_engines.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"rapidocr is not installed; run pip install 'stage-rl\["):
+        RapidOcr()
+
+
+READERS = '''
+"""Engines for worker processes; free of torch, so that these start fast."""
+import os
+import signal
+
+from stage_rl.rewards.ocr_engines import Line
+
+
+class Echo:
+    """Reads the process it runs in and the brightness of a picture."""
+
+    def read(self, pictures):
+        return [[Line(f"{os.getpid()} {picture.max()}", 1.0)] for picture in pictures]
+
+
+class Mortal:
+    def read(self, pictures):
+        os.kill(os.getpid(), signal.SIGKILL)
+'''
+
+
+@pytest.fixture
+def readers(tmp_path, monkeypatch):
+    (tmp_path / "echo_readers.py").write_text(READERS)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module("echo_readers")
+    del sys.modules["echo_readers"]
+
+
+PICTURES = [np.full((4, 4, 3), value, np.uint8) for value in range(6)]
+
+
+def test_several_processes_read_every_picture_in_order(readers):
+    reader = ParallelReader(readers.Echo, processes=2)
+    try:
+        lines = [page[0].text.split() for page in reader.read(PICTURES)]
+        again = [page[0].text.split() for page in reader.read(PICTURES)]
+    finally:
+        reader.close()
+    assert [int(value) for _, value in lines] == list(range(6))
+    workers = {int(pid) for pid, _ in lines + again}
+    assert os.getpid() not in workers
+    assert len(workers) <= 2
+
+
+def test_a_dead_process_is_an_error_and_new_ones_follow(readers):
+    reader = ParallelReader(readers.Mortal, processes=2)
+    with pytest.raises(RuntimeError, match="a worker process of the OCR reward died"):
+        reader.read(PICTURES)
+    reader._make = readers.Echo
+    try:
+        assert len(reader.read(PICTURES)) == 6
+    finally:
+        reader.close()
+
+
+@pytest.mark.slow
+def test_processes_with_a_real_engine_read_what_one_reads(reader):
+    reward = OcrRewardConfig(processes=2).build(CPU)
+    prompts = [Prompt(f'"{text}"') for text in TEXTS]
+    pictures = stacked([text_image(text) for text in TEXTS])
+    try:
+        assert reward(pictures, prompts) == OcrReward(reader)(pictures, prompts)
+    finally:
+        reward.reader.close()
+
+
+def test_a_worker_needs_no_torch():
+    code = "import sys, stage_rl.rewards.worker_processes as w; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def paddle(version, monkeypatch, **answers):
+    """PaddleOCR as its two versions answer; it keeps what it was called with."""
+    calls = []
+
+    def build(**options):
+        calls.append(options)
+        return SimpleNamespace(**answers)
+
+    monkeypatch.setitem(sys.modules, "paddleocr", SimpleNamespace(PaddleOCR=build))
+    monkeypatch.setattr(ocr_engines.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(ocr_engines.importlib.metadata, "version", lambda name: version)
+    return calls
+
+
+def test_paddleocr_2_is_asked_as_it_wants(monkeypatch):
+    pages = iter([[[[[0, 0]], ("Open", 0.9)], [[[0, 1]], ("now", 0.8)]], None])
+    calls = paddle("2.9.1", monkeypatch, ocr=lambda picture, cls: [next(pages)])
+    reader = PaddleOcr()
+    assert calls[0]["use_gpu"] is False
+    assert reader.read(PICTURES[:2]) == [[Line("Open", 0.9), Line("now", 0.8)], []]
+
+
+def test_paddleocr_3_is_asked_as_it_wants(monkeypatch):
+    page = {"rec_texts": ["Open"], "rec_scores": [0.9]}
+    calls = paddle("3.7.0", monkeypatch, predict=lambda picture: [page])
+    reader = functools.partial(PaddleOcr, language="en")()
+    assert calls[0]["device"] == "cpu"
+    assert reader.read(PICTURES[:1]) == [[Line("Open", 0.9)]]
