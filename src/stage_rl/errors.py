@@ -33,6 +33,10 @@ class DivergedError(StageError):
     """A loss or gradient that is not finite, or a run that no longer learns."""
 
 
+class RankError(StageError):
+    """Another process of a run that was lost, or that was given something else."""
+
+
 class Stopped(StageError):
     """A run that was asked to stop and saved what it had."""
 

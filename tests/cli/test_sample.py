@@ -8,6 +8,7 @@ from PIL import Image
 import stage_rl
 from stage_rl.config import load_recipe, resolved_json
 from stage_rl.training.checkpoint import TrainerState, save_checkpoint
+from stage_rl.training.contents import Contents
 
 
 @pytest.fixture
@@ -23,7 +24,8 @@ def run_folder(tmp_path, tiny_janus, tiny_janus_folder):
             for parameter in tiny_janus.module.parameters():
                 parameter.mul_(1 + 0.5 * parameter.requires_grad)
         state = TrainerState(step=step, signs={})
-        save_checkpoint(folder / "checkpoints", tiny_janus, optimizer, state=state)
+        contents = Contents(tiny_janus.module, optimizer)
+        save_checkpoint(folder / "checkpoints", contents, state=state)
     return folder
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stage_rl.errors import CheckpointError, InputError
-from stage_rl.training.checkpoint import base_digest
+from stage_rl.training.contents import base_digest
 from stage_rl.training.loop import train
 from stage_rl.training.models import load_policy
 

@@ -1,6 +1,7 @@
 """What a trainer refuses before the first step."""
 
 import pytest
+import torch
 
 from stage_rl.errors import InputError, RecipeError, RewardError
 from stage_rl.training.setup import build_trainer
@@ -28,9 +29,14 @@ def test_without_a_probe_no_probe_is_drawn(recipe, monkeypatch):
     wanted = recipe("probe.every=0")
     trainer = build_trainer(wanted, wanted.prompts.build())
     monkeypatch.setattr(trainer, "sample", None)
-    before = trainer.reference
+    name = "model.language_model.norm.weight"
+    trained, held = (
+        dict(p.module.named_parameters())[name] for p in (trainer.policy, trainer.reference)
+    )
+    with torch.no_grad():
+        trained.mul_(2)
     trainer.refresh_reference()
-    assert trainer.reference is not before
+    assert torch.equal(held, trained)
     assert not any(trainer.is_probed(step) for step in range(wanted.steps))
 
 

@@ -19,6 +19,7 @@ class MicroBatch:
     """Some whole groups of a rollout."""
 
     groups: slice
+    """Their places among the groups of the step, which may be spread over ranks."""
     prompts: tuple[Prompt, ...]
     group_size: int
     tokens_NT: Tensor
@@ -54,9 +55,16 @@ class MicroBatch:
 
 
 def micro_batches(
-    rollout: Rollout, groups_per_microbatch: int | None, device: torch.device
+    rollout: Rollout,
+    groups_per_microbatch: int | None,
+    device: torch.device,
+    *,
+    first_group: int = 0,
 ) -> Iterator[MicroBatch]:
-    """A rollout in pieces of at most `groups_per_microbatch` groups (None: one piece)."""
+    """A rollout in pieces of at most `groups_per_microbatch` groups (None: one piece).
+
+    `first_group` is the place of the rollout's first group in the step.
+    """
     num_groups, size = len(rollout.prompts), rollout.group_size
     for first in range(0, num_groups, groups_per_microbatch or num_groups):
         last = min(num_groups, first + (groups_per_microbatch or num_groups))
@@ -66,5 +74,10 @@ def micro_batches(
         )
         assert tokens is not None
         yield MicroBatch(
-            slice(first, last), rollout.prompts[first:last], size, tokens, logprobs, guided
+            slice(first_group + first, first_group + last),
+            rollout.prompts[first:last],
+            size,
+            tokens,
+            logprobs,
+            guided,
         )

@@ -19,11 +19,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from stage_rl.errors import CheckpointError
-from stage_rl.policies.base import Policy
+from stage_rl.training.contents import Contents, load_moments, load_parameters, write_contents
+from stage_rl.training.distributed import ALONE, Ranks
 
 MANIFEST = "manifest.json"
 log = logging.getLogger(__name__)
@@ -61,87 +61,66 @@ class Checkpoint:
 
     def load_policy(self, module: nn.Module) -> None:
         """Puts the trained parameters into a module, in place."""
-        _load_parameters(module, load_file(self.folder / "policy.safetensors"), self.folder)
+        if not load_parameters(self.folder, "policy", module):
+            raise CheckpointError(f"{self.folder}: holds no parameters; name another checkpoint")
 
     def load_reference(self, module: nn.Module) -> bool:
         """Puts a refreshed reference into a module; False where it never was refreshed."""
-        path = self.folder / "reference.safetensors"
-        if path.exists():
-            _load_parameters(module, load_file(path), self.folder)
-        return path.exists()
+        return load_parameters(self.folder, "reference", module)
 
-    def load_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Restores the optimizer's moments."""
-        state = torch.load(self.folder / "optimizer.pt", weights_only=True, map_location="cpu")
-        optimizer.load_state_dict(state)
-
-
-def base_digest(module: nn.Module) -> str:
-    """SHA-256 over all parameters as they were loaded: names in order, types, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(module.named_parameters()):
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)};".encode())
-        values = parameter.detach().cpu().contiguous().flatten()
-        digest.update(values.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that take a gradient, by name."""
-    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+    def load_optimizer(self, optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
+        """Restores the optimizer's moments of a module's trained parameters."""
+        load_moments(self.folder, optimizer, module)
 
 
 def save_checkpoint(
     root: Path,
-    policy: Policy,
-    optimizer: torch.optim.Optimizer,
+    contents: Contents,
     *,
     state: TrainerState,
-    reference: Policy | None = None,
     keep: int = 2,
+    ranks: Ranks = ALONE,
 ) -> Path:
-    """Writes `root`/step_N and removes all but the newest `keep` and the best.
+    """Writes `root`/step_N and removes all but the newest `keep` and the best; all ranks call it.
 
-    `reference` is given where it differs from the policy the run began with. A failed write is a
-    CheckpointError and leaves the older checkpoints as they are.
+    A failed write is a CheckpointError and leaves the older checkpoints as they are.
     """
-    names = trained_parameters(policy.module)
-    tensors = {"policy": {name: p.detach() for name, p in names.items()}}
-    if reference is not None:
-        frozen = dict(reference.module.named_parameters())
-        tensors["reference"] = {name: frozen[name].detach() for name in names}
     final, temporary = root / f"step_{state.step:06d}", root / f".step_{state.step:06d}.tmp"
     try:
-        _write_parts(temporary, tensors, optimizer, state)
-        if final.exists():
-            shutil.rmtree(final)
-        temporary.rename(final)
+        _write_parts(temporary, contents, state, ranks)
+        if ranks.first:
+            if final.exists():
+                shutil.rmtree(final)
+            temporary.rename(final)
     # safetensors and torch wrap a full disk in errors of their own
     except (OSError, RuntimeError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if ranks.first:
+            shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
             f"{final}: could not be written ({error}); make room and run the same command again: "
             "it goes on from the checkpoint before"
         ) from error
-    _prune(root, state, keep)
+    if ranks.first:
+        _prune(root, state, keep)
+    ranks.wait()
     return final
 
 
-def _write_parts(
-    folder: Path,
-    tensors: Mapping[str, Mapping[str, Tensor]],
-    optimizer: torch.optim.Optimizer,
-    state: TrainerState,
-) -> None:
+def _write_parts(folder: Path, contents: Contents, state: TrainerState, ranks: Ranks) -> None:
     """All files of a checkpoint; the manifest comes last."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    for name, values in tensors.items():
-        save_file(_contiguous(values), folder / f"{name}.safetensors")
-    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
-    (folder / "state.json").write_text(json.dumps(asdict(state)))
-    sums = {path.name: _sum(path) for path in sorted(folder.iterdir())}
-    _write_synced(folder / MANIFEST, json.dumps(sums, indent=1))
+    if ranks.first:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text(json.dumps(asdict(state)))
+    ranks.wait()
+    write_contents(folder, contents)
+    ranks.wait()
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    # Each rank sums up some of the files: they may hold a hundred gigabytes.
+    mine = {str(path.relative_to(folder)): _sum(path) for path in files[ranks.rank :: ranks.size]}
+    sums = {name: value for part in ranks.gather(mine) for name, value in part.items()}
+    if ranks.first:
+        _write_synced(folder / MANIFEST, json.dumps(sums, indent=1, sort_keys=True))
 
 
 def _prune(root: Path, state: TrainerState, keep: int) -> None:
@@ -218,28 +197,6 @@ def damage(folder: Path) -> str | None:
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({error})"
-
-
-def _load_parameters(module: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
-    parameters = dict(module.named_parameters())
-    for name, tensor in tensors.items():
-        if name not in parameters:
-            raise CheckpointError(f"{folder}: holds '{name}', which the model lacks")
-        if parameters[name].shape != tensor.shape:
-            raise CheckpointError(
-                f"{folder}: '{name}' is {tuple(tensor.shape)}, the model has "
-                f"{tuple(parameters[name].shape)}"
-            )
-    missing = [name for name in trained_parameters(module) if name not in tensors]
-    if missing:
-        raise CheckpointError(f"{folder}: lacks '{missing[0]}', which the recipe trains")
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            parameters[name].copy_(tensor)
-
-
-def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
 
 
 def _sum(path: Path) -> str:

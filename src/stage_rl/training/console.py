@@ -51,14 +51,20 @@ class LiveView:
 
 
 @contextmanager
-def live_view(*, first: int, last: int) -> Iterator[LiveView]:
-    """The view for steps `first` + 1 to `last`; warnings appear above the bar."""
-    console = Console(file=sys.stdout, soft_wrap=True)
+def live_view(*, first: int, last: int, rank: int = 0) -> Iterator[LiveView]:
+    """The view for steps `first` + 1 to `last`; warnings appear above the bar.
+
+    Of several processes the first one shows the steps; the others have their warnings alone.
+    """
+    console = Console(file=sys.stdout, soft_wrap=True, quiet=rank > 0)
     handler = RichHandler(console=console, show_path=False, show_time=False, markup=False)
+    if rank:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter(f"process {rank}: %(levelname)s %(message)s"))
     logger = logging.getLogger("stage_rl")
     logger.addHandler(handler)
     try:
-        if not console.is_terminal:
+        if rank or not console.is_terminal:
             yield LiveView(console, None, first=first, last=last)
             return
         columns = (

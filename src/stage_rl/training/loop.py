@@ -14,20 +14,21 @@ from stage_rl.errors import InputError, Stopped
 from stage_rl.prompts import prompts_of_step
 from stage_rl.rewards.judging import check_fields
 from stage_rl.schema import Recipe
-from stage_rl.training.batches import micro_batches
 from stage_rl.training.checkpoint import latest_checkpoint
 from stage_rl.training.clock import Clock
 from stage_rl.training.console import live_view
-from stage_rl.training.metrics import learning_metrics, reward_metrics
-from stage_rl.training.mismatch import trained_mismatch, untrained_mismatch
+from stage_rl.training.distributed import Ranks, joined_ranks
+from stage_rl.training.metrics import learning_metrics, over_ranks, reward_metrics
+from stage_rl.training.mismatch import trained_mismatch
 from stage_rl.training.optim import learning_rate
 from stage_rl.training.probe import measure_drift
 from stage_rl.training.resample import redraw
 from stage_rl.training.runs import RunFolder, check_run, open_run
-from stage_rl.training.setup import Trainer, build_trainer
+from stage_rl.training.setup import build_trainer, check_ranks, pick_device
 from stage_rl.training.signals import stop_signals
 from stage_rl.training.steps import Step, log_samples
-from stage_rl.training.update import learn, measure_all
+from stage_rl.training.trainer import Trainer
+from stage_rl.training.update import measure_all
 from stage_rl.training.watch import Watch
 from stage_rl.types import Prompt
 
@@ -38,39 +39,49 @@ def train(recipe: Recipe) -> Path:
     Raises `Stopped` after Ctrl-C or SIGTERM, when the step is done and saved; a `StageError` for
     everything else that ends a run.
     """
+    with joined_ranks(pick_device(recipe.training.device)) as ranks:
+        return train_on(recipe, ranks)
+
+
+def train_on(recipe: Recipe, ranks: Ranks) -> Path:
+    """`train` by one of the processes of a run; all of them call it."""
     prompts = recipe.prompts.build()
     check_prompts(recipe, prompts)
-    folder = check_run(recipe)
-    done = finished_steps(folder)
+    check_ranks(recipe, ranks, num_prompts=len(prompts))
+    folder = ranks.from_first(lambda: check_run(recipe))
+    done = ranks.from_first(lambda: finished_steps(folder))
     if done >= recipe.steps:
         # Nothing is written: the run may have more steps than this recipe asks for.
-        with live_view(first=done, last=done) as view:
+        with live_view(first=done, last=done, rank=ranks.rank) as view:
             view.say(_finished(recipe, folder, done))
         return folder.path
     # What can be wrong with a recipe shows here, before the run folder says what is trained in it.
-    trainer = build_trainer(recipe, prompts)
-    with open_run(recipe) as run, stop_signals() as signals:
+    trainer = build_trainer(recipe, prompts, ranks)
+    with open_run(recipe, ranks) as run, stop_signals() as signals:
         train_steps(trainer, run, signals)
     return run.path
 
 
 def train_steps(trainer: Trainer, run: RunFolder, signals: Sequence[int]) -> None:
     """All steps from the newest checkpoint on; `signals` fills while they run."""
-    recipe, saved = trainer.recipe, latest_checkpoint(run.checkpoints)
+    recipe, ranks = trainer.recipe, trainer.ranks
+    saved = ranks.from_first(lambda: latest_checkpoint(run.checkpoints))
     first = saved.state.step if saved else 0
     watch = Watch(recipe, saved.state if saved else None)
-    with live_view(first=first, last=recipe.steps) as view:
+    with live_view(first=first, last=recipe.steps, rank=ranks.rank) as view:
         if saved:
             trainer.restore(saved)
             view.say(f"{run.path}: goes on after step {first}")
-        run.forget_after(first)
+        if ranks.first:
+            run.forget_after(first)
         for step in range(first, recipe.steps):
             taken = train_step(trainer, step)
             watch.look(trainer, taken, view.say)
-            view.show(step + 1, record(trainer, run, taken))
+            if ranks.first:
+                view.show(step + 1, record(trainer, run, taken))
             watch.check(taken, view.say)
             every, done = recipe.run.save_every, step + 1
-            stopped = signals[0] if signals else None
+            stopped = ranks.any_of(signals[0] if signals else None)
             due = done == recipe.steps or (every and done % every == 0)
             if stopped or due or watch.is_best(done):
                 trainer.save(run.checkpoints, watch.state(done, trainer.base))
@@ -122,46 +133,33 @@ def train_step(trainer: Trainer, step: int) -> Step:
     if recipe.rollout.resample_equal_groups:
         rollout, verdict, numbers = redraw(trainer, rollout, verdict, step=step)
         clock.lap("resample_s")
-    batches = list(
-        micro_batches(rollout, recipe.training.groups_per_microbatch, trainer.policy.device)
-    )
+    batches = trainer.batches(rollout)
     reference = measure_all(trainer.reference, batches, trainer.precision)
     clock.lap("reference_s")
-    judged = verdict.result()
+    judged = trainer.ranks.join(verdict.result())
     clock.lap("judge_wait_s")
 
     # Measure the policy, credit each token, learn: one pass where there is one update.
     rate, learned = learning_rate(step, recipe.steps, recipe.optimizer), None
     if judged.kept_P.any():
-        numbers |= untrained_mismatch(
-            trainer.policy,
-            batches[0],
-            trainer.precision,
-            sampling=trainer.sampling,
-            num_images=recipe.probe.mismatch_images,
-        )
+        numbers |= trainer.untrained_mismatch(batches[0])
         clock.lap("mismatch_s")
-        learned = learn(
-            trainer.policy,
-            trainer.optimizer,
-            batches,
-            judged=judged,
-            reference=reference,
-            update=trainer.update(rate),
-        )
-    clock.lap("learn_s")
-
-    numbers |= reward_metrics(judged) | {"optimizer/lr": rate}
-    if learned:
+        learned = trainer.learn(batches, judged, reference, rate=rate)
         numbers |= learning_metrics(learned, reference)
         numbers |= trained_mismatch(learned.measured, rollout, recipe.algorithm)
+    clock.lap("learn_s")
+
     # Watch the drift from the reference on its own samples.
     if trainer.is_probed(step):
         drift = measure_drift(trainer.policy, trainer.reference, trainer.probe(), trainer.precision)
         numbers |= {"probe/kl": drift.kl, "probe/entropy_drift": drift.entropy}
         clock.lap("probe_s")
     trainer.refresh_reference_after(step)
-    return Step(step, rollout, judged, reference, learned, numbers, clock)
+
+    numbers = over_ranks(trainer.ranks.gather(numbers))
+    numbers |= reward_metrics(judged) | {"optimizer/lr": rate}
+    taken = Step(step, rollout, judged, reference, learned, numbers, clock)
+    return taken.joined(trainer.ranks) if trainer.is_logged(step) else taken
 
 
 def record(trainer: Trainer, run: RunFolder, taken: Step) -> dict[str, float]:
@@ -170,6 +168,6 @@ def record(trainer: Trainer, run: RunFolder, taken: Step) -> dict[str, float]:
         log_samples(run, taken, num_groups=trainer.recipe.run.log_groups)
         taken.clock.lap("log_s")
     numbers = taken.numbers | taken.clock.times()
-    numbers["images_per_s"] = len(taken.rollout.tokens_NT) / numbers["time/step_s"]
+    numbers["images_per_s"] = taken.judged.rewards_PG.numel() / numbers["time/step_s"]
     run.log_metrics(taken.number, numbers)
     return numbers

@@ -36,6 +36,22 @@ def reward_metrics(judged: Judged) -> dict[str, float]:
     return numbers
 
 
+def over_ranks(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The numbers of all ranks, which hold equally many images, as those of one: means, the largest
+    of what ends in _max, and the sum of resample/groups. A rank may lack one.
+    """
+    found = {
+        name: [part[name] for part in parts if name in part]
+        for name in dict.fromkeys(name for part in parts for name in part)
+    }
+    return {
+        name: max(values)
+        if name.endswith("_max")
+        else math.fsum(values) / (1 if name == "resample/groups" else len(values))
+        for name, values in found.items()
+    }
+
+
 def learning_metrics(learned: Learned, reference: Sequence[Measured]) -> dict[str, float]:
     """What the update saw and did."""
     ref_entropy = torch.cat([measured.entropy_NT for measured in reference]).mean().item()

@@ -12,12 +12,12 @@ from stage_rl.policies.base import Policy
 from stage_rl.policies.config import JanusConfig
 from stage_rl.training.checkpoint import (
     Checkpoint,
-    base_digest,
     checkpoints,
     latest_checkpoint,
     read_checkpoint,
     step_of,
 )
+from stage_rl.training.contents import base_digest
 
 
 def load_policy(model: str, device: torch.device) -> Policy:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from stage_rl.errors import DivergedError, RecipeError
 from stage_rl.schema import OptimizerConfig
+from stage_rl.training.sharding import whole
 
 
 def build_optimizer(
@@ -66,7 +67,7 @@ def apply_gradient(
     A norm that is not finite is a DivergedError, and the parameters stay as they are.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
     if not norm.isfinite():
         raise DivergedError(
             f"the gradient norm is {norm.item()}; lower optimizer.lr, or raise algorithm.beta"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from stage_rl.algorithm import equal_reward_groups
-from stage_rl.training.setup import Trainer
+from stage_rl.training.trainer import Trainer
 from stage_rl.types import Judged, Prompt, Rollout
 
 ATTEMPT_STRIDE = 2**41
@@ -41,14 +41,22 @@ def redraw(
     trainer: Trainer, rollout: Rollout, verdict: Future[Judged], *, step: int
 ) -> tuple[Rollout, Future[Judged], dict[str, float]]:
     """The rollout that a step learns from, its verdict (already there), metrics of the draws."""
+
+    def draw(prompts: Sequence[Prompt], key: int) -> Rollout:
+        trainer.ranks.any_of(len(prompts))
+        return trainer.sample(trainer.engine, prompts, step=key)
+
     redrawn = redraw_equal_groups(
         rollout,
         verdict.result(),
         step=step,
         cap=trainer.recipe.rollout.resample_equal_groups,
-        draw=lambda prompts, key: trainer.sample(trainer.engine, prompts, step=key),
+        draw=draw,
         judge=trainer.judge.judge,
     )
+    # A draw gathers shards of all ranks: those that need no more keep in step with the others.
+    while trainer.ranks.any_of(None):
+        trainer.policy.encode(rollout.prompts[:1])
     judged: Future[Judged] = Future()
     judged.set_result(redrawn.judged)
     return redrawn.rollout, judged, redrawn.numbers

@@ -22,6 +22,7 @@ from stage_rl.config import diff_recipes, load_recipe, resolved_json, run_folder
 from stage_rl.errors import CheckpointError, InputError
 from stage_rl.schema import Recipe
 from stage_rl.training.checkpoint import checkpoints
+from stage_rl.training.distributed import ALONE, Ranks
 
 PACKAGES = ("stage-rl", "torch", "transformers", "numpy", "safetensors")
 
@@ -69,11 +70,24 @@ class RunFolder:
 
 
 @contextlib.contextmanager
-def open_run(recipe: Recipe) -> Iterator[RunFolder]:
-    """The folder of a recipe, made or taken up, and locked while it is open.
+def open_run(recipe: Recipe, ranks: Ranks = ALONE) -> Iterator[RunFolder]:
+    """The folder of a recipe, made or taken up, and locked while it is open; all ranks call it,
+    the first one writes.
 
     Raises what `check_run` raises. Open it when nothing can be wrong with the recipe any more.
     """
+    with contextlib.ExitStack() as opened:
+        run = ranks.from_first(lambda: opened.enter_context(_made(recipe, ranks.size)))
+        if not run.path.is_dir():
+            raise InputError(
+                f"{run.path}: was made by the first process and is not seen by process "
+                f"{ranks.rank}; give a run.dir on storage that all machines share"
+            )
+        yield run
+
+
+@contextlib.contextmanager
+def _made(recipe: Recipe, num_ranks: int) -> Iterator[RunFolder]:
     run = RunFolder(run_folder(recipe))
     try:
         run.path.mkdir(parents=True, exist_ok=True)
@@ -87,7 +101,7 @@ def open_run(recipe: Recipe) -> Iterator[RunFolder]:
             run.checkpoints.mkdir(exist_ok=True)
         # The text as given goes first: a folder with recipe.json is complete.
         replace_text(run.path / "recipe.yaml", recipe.given)
-        replace_text(run.path / "environment.json", json.dumps(environment(), indent=1))
+        replace_text(run.path / "environment.json", json.dumps(environment(num_ranks), indent=1))
         replace_text(run.path / "recipe.json", resolved_json(recipe))
         yield run
 
@@ -120,8 +134,8 @@ def check_run(recipe: Recipe) -> RunFolder:
     return run
 
 
-def environment() -> dict[str, Any]:
-    """What a run was made with."""
+def environment(num_ranks: int) -> dict[str, Any]:
+    """What a run was made with, as its first process sees it."""
     import torch
 
     return {
@@ -129,6 +143,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "command": " ".join(sys.argv),
         "packages": {name: metadata.version(name) for name in PACKAGES if _installed(name)},
+        "processes": num_ranks,
         "threads": torch.get_num_threads(),
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }

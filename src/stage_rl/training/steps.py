@@ -6,11 +6,12 @@ Shape suffixes: P prompts, G group, N = P x G completions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from stage_rl.pictures import image_grid
 from stage_rl.training.clock import Clock
+from stage_rl.training.distributed import Ranks
 from stage_rl.training.metrics import report_arrays
-from stage_rl.training.pictures import captioned_grid
 from stage_rl.training.runs import RunFolder
 from stage_rl.training.update import Learned
 from stage_rl.types import Judged, Measured, Rollout
@@ -18,7 +19,7 @@ from stage_rl.types import Judged, Measured, Rollout
 
 @dataclass(frozen=True)
 class Step:
-    """One pass of the loop."""
+    """One pass of the loop; the judgement and the numbers are those of all ranks."""
 
     number: int
     """Counted from 0."""
@@ -37,6 +38,18 @@ class Step:
         """Before clipping; None for a step that had nothing to learn from."""
         return self.learned.grad_norm if self.learned else None
 
+    def joined(self, ranks: Ranks) -> Step:
+        """The same with the samples of all ranks, whose parts are in the order of the groups."""
+        learned = ranks.join(self.learned)
+        if learned is not None and self.learned is not None:
+            learned = replace(learned, losses=self.learned.losses)  # those of all ranks before
+        return replace(
+            self,
+            rollout=ranks.join(self.rollout),
+            reference=ranks.join(self.reference),
+            learned=learned,
+        )
+
 
 def log_samples(run: RunFolder, step: Step, *, num_groups: int) -> None:
     """Writes a grid with rewards and reasons, and the arrays of its groups."""
@@ -44,9 +57,9 @@ def log_samples(run: RunFolder, step: Step, *, num_groups: int) -> None:
     shown = rollout.prompts[:num_groups]
     rewards = judged.rewards_PG.flatten().tolist()
     count = len(shown) * size
-    picture = captioned_grid(
+    picture = image_grid(
         rollout.images_NHWC[:count],
-        [f"{rewards[i]:.2f}  {judged.reasons[i]}" for i in range(count)],
+        captions=[f"{rewards[i]:.2f}  {judged.reasons[i]}" for i in range(count)],
         columns=size,
         titles=[prompt.text for prompt in shown],
     )

@@ -25,6 +25,7 @@ from stage_rl.training.credit import Credit, credit, importance_weighted
 from stage_rl.training.logprobs import head_logprobs
 from stage_rl.training.optim import apply_gradient
 from stage_rl.training.scoring import CONDITIONAL, Scoring
+from stage_rl.training.sharding import in_one_pass
 from stage_rl.types import Judged, Measured
 
 
@@ -86,18 +87,25 @@ def measure(
     """Teacher-forced log-probability and entropy of every token under the scored distribution, NT,
     with gradient.
     """
-    states_NTW = trunk_states(policy, batch, precision)
-    logprobs_N, entropy_N = head_logprobs(
-        precision.scoring.head(policy),
-        states_NTW.flatten(0, 1),
-        batch.tokens_NT.flatten(),
-        chunk_rows=precision.logprob_rows,
-        entropy_grad=entropy_grad,
+    logprobs_N, entropy_N = in_one_pass(
+        policy, lambda policy: _measure(policy, batch, precision, entropy_grad)
     )
     if precision.round_to_bf16:
         logprobs_N, entropy_N = _as_bf16(logprobs_N), _as_bf16(entropy_N)
     shape = batch.tokens_NT.shape
     return Measured(logprobs_N.view(shape), entropy_N.view(shape))
+
+
+def _measure(
+    policy: Policy, batch: MicroBatch, precision: Precision, entropy_grad: bool
+) -> tuple[Tensor, Tensor]:
+    return head_logprobs(
+        precision.scoring.head(policy),
+        trunk_states(policy, batch, precision).flatten(0, 1),
+        batch.tokens_NT.flatten(),
+        chunk_rows=precision.logprob_rows,
+        entropy_grad=entropy_grad,
+    )
 
 
 def trunk_states(policy: Policy, batch: MicroBatch, precision: Precision) -> Tensor:

@@ -8,8 +8,8 @@ from stage_rl.schema import Recipe
 from stage_rl.training.checkpoint import TrainerState
 from stage_rl.training.metrics import Liveness
 from stage_rl.training.panel import Best, best_of, score_panel
-from stage_rl.training.setup import Trainer
 from stage_rl.training.steps import Step
+from stage_rl.training.trainer import Trainer
 from stage_rl.training.tripwires import Tripwires
 
 
@@ -41,6 +41,8 @@ class Watch:
         numbers = score_panel(
             trainer.engine, settings, guidance_scale=trainer.sampling.guidance_scale
         )
+        # Every rank draws the panel; the first one's score decides, on all.
+        numbers = trainer.ranks.gather(numbers)[0]
         taken.numbers.update(numbers)
         taken.clock.lap("panel_s")
         score = numbers["panel/score"]
