@@ -4,8 +4,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 
 from stage_rl.rollout import attention
-from stage_rl.rollout.attention import KeyValueCache, decode_attention, live_bias
+from stage_rl.rollout.attention import CacheShape, KeyValueCache, decode_attention, live_bias
 
+CPU = torch.device("cpu")
 ROWS, HEADS, QUERIES, SLOTS, HEAD_DIM = 3, 2, 2, 75, 8
 
 
@@ -14,7 +15,7 @@ def test_each_row_attends_to_its_own_slots_across_blocks(block, monkeypatch):
     monkeypatch.setattr(attention, "BLOCK", block)
     torch.manual_seed(0)
     keys, values = torch.randn(2, ROWS, HEADS, SLOTS, HEAD_DIM)
-    cache = KeyValueCache.empty(1, (ROWS, HEADS, SLOTS, HEAD_DIM), torch.device("cpu"))
+    cache = KeyValueCache.empty(CacheShape(1, HEADS, HEAD_DIM), ROWS, SLOTS, CPU)
     # Garbage of an earlier call, everywhere.
     cache.keys[0].fill_(100)
     cache.values[0].fill_(100)
@@ -36,7 +37,7 @@ def test_each_row_attends_to_its_own_slots_across_blocks(block, monkeypatch):
 def test_a_prefill_fills_the_rows_of_its_group(monkeypatch):
     monkeypatch.setattr(attention, "BLOCK", 4)
     keys, values = torch.randn(2, 2, 1, 6, 3)
-    cache = KeyValueCache.empty(1, (4, 1, 9, 3), torch.device("cpu"))
+    cache = KeyValueCache.empty(CacheShape(1, 1, 3), 4, 9, CPU)
     cache.fill(0, keys, values, 2)
     # Blocks WRKUE side by side: 3 blocks of 4 slots for 9 slots.
     slots_RKSE = torch.cat(list(cache.keys[0]), dim=2)

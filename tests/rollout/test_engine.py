@@ -1,12 +1,16 @@
+from contextlib import contextmanager
+
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
 from stage_rl.errors import InputError
 from stage_rl.policies.base import Prefix
 from stage_rl.rollout import attention, engine
+from stage_rl.rollout.cuda_graphs import Captured
 from stage_rl.rollout.engine import Engine
-from stage_rl.rollout.sample import rollout, sample
+from stage_rl.rollout.sample import _even, rollout, sample
 from stage_rl.rollout.sampling import Sampling
 from stage_rl.types import Prompt
 
@@ -49,9 +53,9 @@ def test_without_guidance_greedy_tokens_are_likeliest_under_teacher_forcing(tiny
 def test_guidance_1_runs_no_unconditional_rows(tiny_janus):
     engine = Engine(tiny_janus)
     tokens(engine, guidance_scale=1.0)
-    assert engine._cache.fits(6, 1)
+    assert engine._cache.num_rows == 6
     tokens(engine, guidance_scale=1.1)
-    assert engine._cache.fits(12, 1)
+    assert engine._cache.num_rows == 12
 
 
 def test_an_image_does_not_depend_on_how_passes_are_cut(tiny_janus):
@@ -61,6 +65,102 @@ def test_an_image_does_not_depend_on_how_passes_are_cut(tiny_janus):
         assert torch.equal(tokens(Engine(tiny_janus, max_images=max_images), group_size=3), whole)
     assert torch.equal(tokens(Engine(tiny_janus), PROMPTS[2:], group_size=3), whole[6:])
     assert len(whole.unique(dim=0)) == 9
+
+
+def test_passes_are_as_even_as_they_can_be():
+    # 8 prompts, at most 6 in a pass: two passes of 4, not 6 and 2; 7 need passes of 4 and 3.
+    assert [_even(8, 6), _even(7, 6), _even(6, 6), _even(1, 64)] == [4, 4, 6, 1]
+
+
+def test_the_cache_of_a_gpu_decides_how_many_images_fit():
+    # 0.9 x 100 bytes hold 4 images of 22 bytes.
+    assert engine.images_that_fit(100, 22) == 4
+    with pytest.raises(InputError, match=r"one image needs 2\.0 GiB, and 1\.0 GiB"):
+        engine.images_that_fit(2**30, 2**31)
+
+
+def test_a_row_of_the_cache_of_a_7b_policy_has_480_kib_for_each_token():
+    # 2 (keys and values) x 30 layers x 32 heads x 128 x 2 bytes; slots in blocks of 32.
+    shape = attention.CacheShape(30, 32, 128, torch.bfloat16)
+    assert shape.row_bytes(32) == 32 * 480 * 1024
+    assert shape.row_bytes(33) == 64 * 480 * 1024
+
+
+def test_a_released_engine_draws_the_same(tiny_janus):
+    engine = Engine(tiny_janus)
+    first = tokens(engine)
+    engine.release()
+    assert engine._cache is None
+    assert torch.equal(tokens(engine), first)
+
+
+def test_one_trace_of_a_step_draws_all_tokens(tiny_janus, monkeypatch):
+    """What a CUDA graph needs: the second step, traced, does the work of all that follow."""
+
+    class Traced:
+        def __init__(self, function):
+            self._function, self._calls = function, 0
+
+        def __call__(self):
+            self._calls += 1
+            if self._calls == 2:
+                self._trace = make_fx(lambda: self._function())()
+            elif self._calls > 2:
+                self._trace()
+            else:
+                self._function()
+
+    monkeypatch.setattr(engine, "Captured", Traced)
+    for sampling in ({}, {"guidance_scale": 1.0}, {"top_k": 9, "top_p": 0.8}, {"temperature": 0.0}):
+        static = Engine(tiny_janus, cuda_graph=True)
+        # The second pass replays a trace of the first.
+        drawn = [tokens(static, PROMPTS[:1], **sampling) for _ in range(2)]
+        assert torch.equal(drawn[0], tokens(Engine(tiny_janus), PROMPTS[:1], **sampling))
+        assert torch.equal(drawn[0], drawn[1])
+
+
+def test_a_graph_is_captured_after_its_first_calls_and_then_replayed(monkeypatch):
+    happened = []
+
+    class Graph:
+        def replay(self):
+            happened.append("replay")
+
+    @contextmanager
+    def capture(graph, capture_error_mode):
+        happened.append("capture")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    captured = Captured(lambda: happened.append("call"))
+    for _ in range(4):
+        captured()
+    # Inside a capture the call is recorded, not done, so a replay follows.
+    assert happened == ["call", "call", "capture", "call", "replay", "replay"]
+
+
+def test_forced_tokens_have_no_log_probability(tiny_janus):
+    forced_T = torch.full((16,), -1)
+    forced_T[3], forced_T[15] = 7, 9
+    prefix = tiny_janus.encode(PROMPTS[:1])
+    drawn = Engine(tiny_janus).generate(
+        prefix,
+        group_size=2,
+        sampling=Sampling(),
+        uniforms_NT=torch.rand(2, 16, generator=torch.Generator().manual_seed(0)),
+        forced_T=forced_T,
+    )
+    assert drawn.tokens_NT[:, [3, 15]].tolist() == [[7, 9]] * 2
+    for known_NT in (drawn.logprobs_NT, drawn.guided_logprobs_NT, drawn.entropy_NT):
+        assert known_NT[:, [3, 15]].eq(0).all()
+        assert known_NT[:, [0, 14]].ne(0).all()
+    with torch.no_grad():
+        logits_NTV = tiny_janus.head(tiny_janus.hidden(prefix.repeat(2), drawn.tokens_NT))
+    logprobs_NT = logits_NTV.log_softmax(-1).gather(-1, drawn.tokens_NT[..., None])[..., 0]
+    sampled = forced_T < 0
+    # What follows a forced token is conditioned on it.
+    assert_close(drawn.logprobs_NT[:, sampled], logprobs_NT[:, sampled], atol=1e-4, rtol=0)
 
 
 def test_a_sequence_of_many_blocks_gives_the_same_tokens(tiny_janus, monkeypatch):
@@ -170,6 +270,11 @@ def test_mixed_precision_on_a_cpu_without_bf16_is_warned_of_once(
         Engine(tiny_janus, dtype="mixed")
     assert len(caplog.messages) == num_warnings
     assert all("rollout.dtype=float32 training.dtype=float32" in m for m in caplog.messages)
+
+
+def test_an_unknown_backend_is_an_error(tiny_janus):
+    with pytest.raises(InputError, match="unknown 'cuda'; write one of: eager, triton"):
+        Engine(tiny_janus, backend="cuda")
 
 
 def test_no_prompts_is_an_error(tiny_janus):

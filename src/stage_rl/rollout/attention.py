@@ -1,4 +1,4 @@
-"""The key-value cache and the attention of one new token per row over the live part of it.
+"""The key-value cache and, without kernels of our own, the attention of one new token per row.
 
 Shape suffixes: B rows of the prefill (unique prompts), R rows of the decode, K key-value heads,
 J query heads of one key-value head, W blocks of slots, U slots of a block, S slots of the live
@@ -18,11 +18,27 @@ BLOCK = 32
 
 
 @dataclass(frozen=True)
+class CacheShape:
+    """What one row of the cache holds."""
+
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    dtype: torch.dtype = torch.float32
+
+    def row_bytes(self, num_slots: int) -> int:
+        """Bytes of one row: keys and values of all layers, in whole blocks."""
+        slots = math.ceil(num_slots / BLOCK) * BLOCK
+        return 2 * self.num_layers * self.num_heads * self.head_dim * slots * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
 class KeyValueCache:
-    """Keys and values of every layer in fp32, in blocks of slots.
+    """Keys and values of every layer, in blocks of slots.
 
     Outermost are the blocks, so that the live part is read from end to end. With all slots of a
-    row together, half of them live, the gaps between rows slow the reading on a CPU.
+    row together, half of them live, the gaps between rows slow the reading on a CPU. Where a slot
+    lies does not depend on the number of blocks.
     """
 
     keys: tuple[Tensor, ...]
@@ -31,18 +47,47 @@ class KeyValueCache:
 
     @classmethod
     def empty(
-        cls, num_layers: int, shape_RKSE: tuple[int, int, int, int], device: torch.device
+        cls, shape: CacheShape, num_rows: int, num_slots: int, device: torch.device
     ) -> KeyValueCache:
         """Zeros: a slot that is masked still enters a product, so it must be finite."""
-        num_rows, num_heads, num_slots, head_dim = shape_RKSE
-        shape = (math.ceil(num_slots / BLOCK), num_rows, num_heads, BLOCK, head_dim)
-        layers = [torch.zeros((2, *shape), device=device) for _ in range(num_layers)]
+        num_blocks = math.ceil(num_slots / BLOCK)
+        layer_shape = (2, num_blocks, num_rows, shape.num_heads, BLOCK, shape.head_dim)
+        layers = [
+            torch.zeros(layer_shape, dtype=shape.dtype, device=device)
+            for _ in range(shape.num_layers)
+        ]
         return cls(tuple(layer[0] for layer in layers), tuple(layer[1] for layer in layers))
 
+    @property
+    def num_rows(self) -> int:
+        """Rows of the decode."""
+        return self.keys[0].shape[1]
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of a row, in whole blocks."""
+        return self.keys[0].shape[0] * BLOCK
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all layers."""
+        return sum(part.nbytes for part in (*self.keys, *self.values))
+
     def fits(self, num_rows: int, num_slots: int) -> bool:
-        """Whether the cache has these rows, and slots enough."""
-        blocks, rows, *_ = self.keys[0].shape
-        return rows == num_rows and blocks * BLOCK >= num_slots
+        """Whether these rows and slots find room."""
+        return self.num_rows >= num_rows and self.num_slots >= num_slots
+
+    def rows(self, num_rows: int) -> KeyValueCache:
+        """A cache of so many rows in the memory of this one."""
+        num_blocks, all_rows, *rest = self.keys[0].shape
+        if num_rows == all_rows:
+            return self
+
+        def fewer(part: Tensor) -> Tensor:
+            shape = (num_blocks, num_rows, *rest)
+            return part.view(-1)[: math.prod(shape)].view(shape)
+
+        return KeyValueCache(tuple(map(fewer, self.keys)), tuple(map(fewer, self.values)))
 
     def fill(self, layer: int, keys_BKSE: Tensor, values_BKSE: Tensor, group_size: int) -> None:
         """Writes a prefill to the first slots, each of its rows to a group of rows."""
@@ -57,7 +102,8 @@ class KeyValueCache:
         """Writes one slot per row and head, at `places`."""
         head_dim = keys_RKE.shape[-1]
         for cache, new in ((self.keys, keys_RKE), (self.values, values_RKE)):
-            cache[layer].view(-1, head_dim).index_copy_(0, places, new.reshape(-1, head_dim))
+            flat, lanes = cache[layer].view(-1, head_dim), new.reshape(-1, head_dim)
+            flat.index_copy_(0, places, lanes.to(flat.dtype))
 
     def places(self, positions_R: Tensor) -> Tensor:
         """Where slot `positions_R` of every row and head lies among all slots of a layer."""
@@ -87,8 +133,10 @@ def decode_attention(
     batch = num_rows * num_heads
     query = query_RKJE.reshape(batch, num_queries, head_dim) * head_dim**-0.5
     num_blocks = bias_R1S.shape[-1] // BLOCK
-    keys = keys_WRKUE[:num_blocks].view(num_blocks, batch, BLOCK, head_dim)
-    values = values_WRKUE[:num_blocks].view(num_blocks, batch, BLOCK, head_dim)
+    keys, values = (
+        part[:num_blocks].view(num_blocks, batch, BLOCK, head_dim).to(query.dtype)
+        for part in (keys_WRKUE, values_WRKUE)
+    )
     scores = torch.cat([torch.bmm(query, block.transpose(1, 2)) for block in keys], -1)
     scores.view(num_rows, -1, num_blocks * BLOCK).add_(bias_R1S)
     weights = scores.softmax(-1).split(BLOCK, -1)

@@ -1,21 +1,23 @@
 """The decoder with fused, static copies of a policy's weights: prefill, and a step of one token.
 
 Shape suffixes: B rows of the prefill, R rows of the decode, L prompt slots, M rows x slots,
-D model width, H query heads, K key-value heads, J query heads of one key-value head, S slots,
-E head dimension, V codebook size.
+D model width, C width of queries, keys and values together, H query heads, K key-value heads,
+S slots, E head dimension, V codebook size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, linear, rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import gelu, linear, scaled_dot_product_attention
 
 from stage_rl.policies.base import DecoderWeights, LayerWeights
-from stage_rl.rollout.attention import KeyValueCache, decode_attention, live_bias
+from stage_rl.rollout.attention import CacheShape, KeyValueCache
+from stage_rl.rollout.backends import Attend, Backend, EagerBackend, HeadNorms, Heads, turned
 
 LINEAR_DTYPES = {"float32": torch.float32, "mixed": torch.bfloat16}
 
@@ -26,6 +28,9 @@ class FusedLayer:
 
     attention_norm: Tensor
     wqkv: Tensor
+    bqkv: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
     wo: Tensor
     mlp_norm: Tensor
     w_gate_up: Tensor
@@ -34,61 +39,71 @@ class FusedLayer:
     @classmethod
     def like(cls, layer: LayerWeights, dtype: torch.dtype) -> FusedLayer:
         """Empty copies with linear weights of a dtype and norms in fp32."""
-        parts = (layer.bq, layer.bk, layer.bv, layer.q_norm, layer.k_norm)
-        assert all(part is None for part in parts), "biases and QK norms are not copied yet"
-
-        def rows(*weights: Tensor) -> Tensor:
-            shape = (sum(len(weight) for weight in weights), weights[0].shape[1])
-            return torch.empty(shape, dtype=dtype, device=weights[0].device)
-
-        return cls(
-            attention_norm=_empty_copy(layer.attention_norm),
-            wqkv=rows(layer.wq, layer.wk, layer.wv),
-            wo=rows(layer.wo),
-            mlp_norm=_empty_copy(layer.mlp_norm),
-            w_gate_up=rows(layer.w_gate, layer.w_up),
-            w_down=rows(layer.w_down),
-        )
+        kept_fp32 = ("attention_norm", "q_norm", "k_norm", "mlp_norm")
+        copies = {}
+        for name, parts in _sources(layer).items():
+            if not parts:
+                copies[name] = None
+                continue
+            shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
+            kind = torch.float32 if name in kept_fp32 else dtype
+            copies[name] = torch.empty(shape, dtype=kind, device=parts[0].device)
+        return cls(**copies)
 
     def load(self, layer: LayerWeights) -> None:
         """Copies the weights in place."""
-        _stack_into(self.attention_norm, layer.attention_norm)
-        _stack_into(self.wqkv, layer.wq, layer.wk, layer.wv)
-        _stack_into(self.wo, layer.wo)
-        _stack_into(self.mlp_norm, layer.mlp_norm)
-        _stack_into(self.w_gate_up, layer.w_gate, layer.w_up)
-        _stack_into(self.w_down, layer.w_down)
+        for name, parts in _sources(layer).items():
+            target = getattr(self, name)
+            assert (target is None) == (not parts), f"{name} comes or goes between two loads"
+            if target is not None:
+                for mine, part in zip(target.split([len(p) for p in parts]), parts, strict=True):
+                    mine.copy_(part)
+
+    @property
+    def num_bytes(self) -> int:
+        """What a step reads of this layer."""
+        return sum(x.nbytes for f in fields(self) if (x := getattr(self, f.name)) is not None)
 
 
 class Decoder:
     """A decoder-only transformer over fused copies; addresses never change after construction.
 
-    `mixed` runs the linear layers of the trunk in bf16; norms, rotation, cache, attention and the
-    image head stay in fp32.
+    `mixed` runs the linear layers of the trunk in bf16, on a GPU with the cache in bf16 too; norms,
+    rotation, softmax and the image head stay in fp32.
     """
 
-    def __init__(self, weights: DecoderWeights, *, dtype: str):
-        self.linear_dtype = LINEAR_DTYPES[dtype]
-        self.num_heads, self.num_kv_heads = weights.num_heads, weights.num_kv_heads
-        self.head_dim, self.norm_eps = weights.head_dim, weights.norm_eps
+    def __init__(self, weights: DecoderWeights, *, dtype: str, backend: Backend):
+        self.linear_dtype, self.backend = LINEAR_DTYPES[dtype], backend
+        self.norm_eps = weights.norm_eps
         self.layers = [FusedLayer.like(layer, self.linear_dtype) for layer in weights.layers]
+        self.norms = [HeadNorms(x.q_norm, x.k_norm, self.norm_eps) for x in self.layers]
         self.final_norm = _empty_copy(weights.final_norm)
         self.token_embeds_VD = _empty_copy(weights.token_embeds_VD)
         self.head_layers = [
             (_empty_copy(weight), None if bias is None else _empty_copy(bias))
             for weight, bias in weights.head
         ]
-        half = self.head_dim // 2
+        half = weights.head_dim // 2
         sign_E = torch.ones_like(weights.rotary_sin_SR[0])
         sign_E[:half] = -1
-        self.cos_S1E = weights.rotary_cos_SR.float()[:, None].clone()
-        # The sign of the half rotation, (-x2, x1), is kept in the table of sines.
-        self.sin_S1E = (weights.rotary_sin_SR.float() * sign_E)[:, None].clone()
-        self.load(weights)
+        self.heads = Heads(
+            weights.num_heads,
+            weights.num_kv_heads,
+            weights.head_dim,
+            weights.rotary_cos_SR.float()[:, None].contiguous(),
+            (weights.rotary_sin_SR.float() * sign_E)[:, None].contiguous(),
+        )
+        on_gpu = self.final_norm.device.type == "cuda"
+        self.cache_shape = CacheShape(
+            len(self.layers),
+            weights.num_kv_heads,
+            weights.head_dim,
+            self.linear_dtype if on_gpu else torch.float32,
+        )
 
     @torch.no_grad()
     def load(self, weights: DecoderWeights) -> None:
-        """Copies the weights in place, once per step."""
+        """Copies the weights in place, once per step; layers are read one after another."""
         for mine, layer in zip(self.layers, weights.layers, strict=True):
             mine.load(layer)
         self.final_norm.copy_(weights.final_norm)
@@ -98,10 +113,15 @@ class Decoder:
             if mine[1] is not None and bias is not None:
                 mine[1].copy_(bias)
 
+    @property
+    def step_bytes(self) -> int:
+        """Weights that one step reads, whatever the number of rows."""
+        head = sum(x.nbytes for layer in self.head_layers for x in layer if x is not None)
+        return sum(layer.num_bytes for layer in self.layers) + self.final_norm.nbytes + head
+
     def new_cache(self, num_rows: int, num_slots: int) -> KeyValueCache:
         """An empty cache for the rows of a decode."""
-        shape = (num_rows, self.num_kv_heads, num_slots, self.head_dim)
-        return KeyValueCache.empty(len(self.layers), shape, self.final_norm.device)
+        return KeyValueCache.empty(self.cache_shape, num_rows, num_slots, self.final_norm.device)
 
     def prefill(
         self, embeds_BLD: Tensor, lengths_B: Tensor, cache: KeyValueCache, *, group_size: int
@@ -111,21 +131,23 @@ class Decoder:
         Returns the last hidden state of each prompt, states_BD.
         """
         num_rows, num_slots, width = embeds_BLD.shape
-        cos, sin = (x[:num_slots].repeat(num_rows, 1, 1) for x in (self.cos_S1E, self.sin_S1E))
+        heads = self.heads
+        cos, sin = (x[:num_slots].repeat(num_rows, 1, 1) for x in (heads.cos_S1E, heads.sin_S1E))
 
-        def attend(layer: int, qkv_M: Tensor) -> Tensor:
+        def attend(layer: int, qkv_MC: Tensor, norms: HeadNorms) -> Tensor:
             query, keys, values = (
-                part.view(num_rows, num_slots, -1, self.head_dim).transpose(1, 2)
-                for part in self._rotated(qkv_M, cos, sin)
+                part.view(num_rows, num_slots, -1, heads.head_dim).transpose(1, 2)
+                for part in turned(qkv_MC, heads, norms, cos=cos, sin=sin)
             )
             cache.fill(layer, keys, values, group_size)
-            grouped = self.num_heads != self.num_kv_heads
+            grouped = heads.num_heads != heads.num_kv_heads
             mixed = scaled_dot_product_attention(
                 query, keys, values, is_causal=True, enable_gqa=grouped
             )
             return mixed.transpose(1, 2).reshape(num_rows * num_slots, -1)
 
-        states_MD = self._run(embeds_BLD.reshape(-1, width).float(), attend)
+        inputs_MD = embeds_BLD.reshape(-1, width).to(torch.float32, copy=True)
+        states_MD = self._run(inputs_MD, attend, EagerBackend())
         rows_B = torch.arange(num_rows, device=lengths_B.device)
         return states_MD.view(num_rows, num_slots, width)[rows_B, lengths_B - 1]
 
@@ -134,60 +156,70 @@ class Decoder:
     ) -> Tensor:
         """One token per row at its own slot, attending to the slots up to it; states_RD.
 
-        Positions are a tensor; `num_live`, the largest of them plus 1, only bounds what is read.
+        Positions are a tensor; `num_live`, the largest of them plus 1 or more, only bounds what is
+        read, where the backend needs a bound.
         """
-        cos, sin = self.cos_S1E[positions_R], self.sin_S1E[positions_R]
-        places = cache.places(positions_R)
-        bias = live_bias(positions_R, num_live)
-
-        def attend(layer: int, qkv_R: Tensor) -> Tensor:
-            query, keys, values = self._rotated(qkv_R, cos, sin)
-            cache.append(layer, keys, values, places)
-            query = query.view(len(query), self.num_kv_heads, -1, self.head_dim)
-            mixed = decode_attention(query, cache.keys[layer], cache.values[layer], bias)
-            return mixed.view(len(query), -1)
-
-        return self._run(embeds_RD.clone(), attend)
+        attend = self.backend.attention(self.heads, cache, positions_R, num_live)
+        return self._run(embeds_RD.clone(), attend, self.backend)
 
     def logits(self, states: Tensor) -> Tensor:
-        """The image head in fp32; the last axis goes from D to V."""
+        """The image head in fp32; the last axis goes from D to V.
+
+        On a GPU with bf16 trunk its products take TF32: next to what the trunk rounds, nothing.
+        """
         *inner, (last_weight, last_bias) = self.head_layers
-        for weight, bias in inner:
-            states = gelu(linear(states, weight, bias))
-        return linear(states, last_weight, last_bias)
+        with _tf32(self.linear_dtype == torch.bfloat16):
+            for weight, bias in inner:
+                states = gelu(linear(states, weight, bias))
+            return linear(states, last_weight, last_bias)
 
-    def _run(self, states_MD: Tensor, attend: Callable[[int, Tensor], Tensor]) -> Tensor:
+    def _run(self, states_MD: Tensor, attend: Attend, backend: Backend) -> Tensor:
         """The layers over a residual stream in fp32, which is changed in place."""
+        eps, dtype, last = self.norm_eps, self.linear_dtype, len(self.layers) - 1
+        normed = backend.norm(states_MD, self.layers[0].attention_norm, eps, dtype)
         for index, layer in enumerate(self.layers):
-            qkv = self._linear(self._norm(states_MD, layer.attention_norm), layer.wqkv)
-            mixed = attend(index, qkv)
-            states_MD += self._linear(mixed, layer.wo)
-            gate_up = self._linear(self._norm(states_MD, layer.mlp_norm), layer.w_gate_up)
-            gate, up = gate_up.chunk(2, -1)
-            states_MD += self._linear(silu(gate) * up, layer.w_down)
-        return self._norm(states_MD, self.final_norm)
+            mixed = attend(index, linear(normed, layer.wqkv, layer.bqkv), self.norms[index])
+            delta = linear(mixed.to(dtype), layer.wo)
+            normed = backend.add_norm(states_MD, delta, layer.mlp_norm, eps=eps, dtype=dtype)
+            delta = linear(backend.gated(linear(normed, layer.w_gate_up)), layer.w_down)
+            # The next norm is the next layer's; behind the last layer the head reads fp32.
+            after = self.final_norm if index == last else self.layers[index + 1].attention_norm
+            kind = torch.float32 if index == last else dtype
+            normed = backend.add_norm(states_MD, delta, after, eps=eps, dtype=kind)
+        return normed
 
-    def _linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        return linear(x.to(self.linear_dtype), weight)
 
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return rms_norm(x, weight.shape, weight, self.norm_eps)
-
-    def _rotated(self, qkv_M: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, keys and values in fp32, MHE or MKE, the first two turned by their positions."""
-        num_turned = self.num_heads + self.num_kv_heads
-        heads_MHE = qkv_M.float().view(len(qkv_M), -1, self.head_dim)
-        plain_MHE = heads_MHE[:, :num_turned]
-        turned_MHE = plain_MHE * cos
-        turned_MHE.addcmul_(plain_MHE.roll(self.head_dim // 2, -1), sin)
-        query, keys = turned_MHE.split([self.num_heads, self.num_kv_heads], 1)
-        return query, keys, heads_MHE[:, num_turned:]
+def _sources(layer: LayerWeights) -> dict[str, list[Tensor]]:
+    """What each fused copy stacks; empty where the family has no such part."""
+    stacks = {
+        "attention_norm": (layer.attention_norm,),
+        "wqkv": (layer.wq, layer.wk, layer.wv),
+        "bqkv": (layer.bq, layer.bk, layer.bv),
+        "q_norm": (layer.q_norm,),
+        "k_norm": (layer.k_norm,),
+        "wo": (layer.wo,),
+        "mlp_norm": (layer.mlp_norm,),
+        "w_gate_up": (layer.w_gate, layer.w_up),
+        "w_down": (layer.w_down,),
+    }
+    present = {name: [p for p in parts if p is not None] for name, parts in stacks.items()}
+    assert len(present["bqkv"]) in (0, 3), "queries, keys and values have a bias each, or none"
+    return present
 
 
 def _empty_copy(weight: Tensor) -> Tensor:
     return torch.empty_like(weight, dtype=torch.float32)
 
 
-def _stack_into(target: Tensor, *weights: Tensor) -> None:
-    for part, weight in zip(target.split([len(w) for w in weights]), weights, strict=True):
-        part.copy_(weight)
+@contextmanager
+def _tf32(wanted: bool) -> Iterator[None]:
+    """Products of fp32 matrices on a GPU's tensor cores inside the block, where wanted."""
+    if not wanted:
+        yield
+        return
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import torch
@@ -16,94 +17,184 @@ from torch import Tensor
 from stage_rl.errors import InputError
 from stage_rl.policies.base import Policy, Prefix
 from stage_rl.rollout.attention import KeyValueCache
+from stage_rl.rollout.backends import pick_backend
+from stage_rl.rollout.cuda_graphs import Captured
 from stage_rl.rollout.decoder import LINEAR_DTYPES, Decoder
-from stage_rl.rollout.sampling import Sampling, conditional_statistics, draw, guide
+from stage_rl.rollout.decoding import Decoding, Generated
+from stage_rl.rollout.sampling import Sampling
 
 FAST_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 """Any of these capabilities multiplies bf16 matrices at least as fast as fp32 ones."""
+IMAGES_ON_CPU = 64
+"""Images of one pass on a CPU."""
+CACHE_SHARE = 0.9
+"""Share of the free memory of a GPU that the cache may take."""
+KINDS_OF_PASS = 4
+"""Kinds of passes whose buffers and graph are kept."""
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Generated:
-    """Image tokens, row i * G + k for image k of prompt i, and what the sampler knew of them."""
-
-    tokens_NT: Tensor
-    logprobs_NT: Tensor
-    """Conditional, temperature 1 (nats)."""
-    guided_logprobs_NT: Tensor
-    """Under the distribution that was sampled from (nats)."""
-    entropy_NT: Tensor
-    """Of the conditional distribution, temperature 1 (nats)."""
-
-    @classmethod
-    def empty(cls, uniforms_NT: Tensor) -> Generated:
-        """Buffers of the shape and place of the uniform numbers."""
-        logprobs, guided, entropy = (torch.empty_like(uniforms_NT) for _ in range(3))
-        return cls(torch.empty_like(uniforms_NT, dtype=torch.long), logprobs, guided, entropy)
 
 
 class Engine:
     """Samples groups of images from a policy.
 
-    `dtype` is `float32`, or `mixed` for bf16 linear layers. The weights are those of the last
-    `reload`; buffers keep their addresses.
+    `dtype` is `float32`, or `mixed` for bf16 linear layers. A GPU runs kernels of our own
+    (`backend` None or `triton`) and replays each step from a CUDA graph; a CPU torch's operations
+    (`eager`). The weights are those of the last `reload`; buffers keep their addresses.
     """
 
-    def __init__(self, policy: Policy, *, dtype: str = "float32", max_images: int = 64):
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        dtype: str = "float32",
+        max_images: int | None = None,
+        backend: str | None = None,
+        cuda_graph: bool | None = None,
+    ):
         if dtype not in LINEAR_DTYPES:
             raise InputError(f"dtype: unknown '{dtype}'; write one of: {', '.join(LINEAR_DTYPES)}")
         if dtype == "mixed" and policy.device.type == "cpu":
             _warn_of_slow_bf16()
-        self.policy = policy
+        self.policy, self.dtype = policy, dtype
         self.max_images = max_images
-        """Images of one pass; it bounds the memory of the cache."""
-        self.decoder = Decoder(policy.decoder_weights(), dtype=dtype)
+        """Images of one pass; None: what the memory of a GPU holds, 64 on a CPU."""
+        self._backend = pick_backend(backend, policy.device)
+        self._cuda_graph = policy.device.type == "cuda" if cuda_graph is None else cuda_graph
+        self._decoder: Decoder | None = None
         self._cache: KeyValueCache | None = None
+        self._passes: dict[Hashable, _Pass] = {}
+        self.reload()
 
     def reload(self) -> None:
-        """Copies the policy's weights as they are now, in place; call it once per step."""
-        self.decoder.load(self.policy.decoder_weights())
+        """Copies the policy's weights as they are now, in place; call it once per step.
+
+        Nothing else of the engine reads them.
+        """
+        weights = self.policy.decoder_weights()
+        if self._decoder is None:
+            self._decoder = Decoder(weights, dtype=self.dtype, backend=self._backend)
+        self._decoder.load(weights)
+
+    @property
+    def decoder(self) -> Decoder:
+        """The copies and what is computed with them."""
+        assert self._decoder is not None
+        return self._decoder
+
+    def images_per_pass(self, *, num_slots: int, guided: bool) -> int:
+        """The most images of one pass, of `num_slots` slots with and without the prompt.
+
+        InputError where the memory of the GPU does not hold one.
+        """
+        if self.max_images is not None:
+            return self.max_images
+        if self.policy.device.type != "cuda":
+            return IMAGES_ON_CPU
+        bytes_per_image = self.decoder.cache_shape.row_bytes(num_slots) * (2 if guided else 1)
+        return images_that_fit(self._free_bytes(), bytes_per_image)
 
     @torch.no_grad()
     def generate(
-        self, prefix: Prefix, *, group_size: int, sampling: Sampling, uniforms_NT: Tensor
+        self,
+        prefix: Prefix,
+        *,
+        group_size: int,
+        sampling: Sampling,
+        uniforms_NT: Tensor,
+        forced_T: Tensor | None = None,
     ) -> Generated:
         """Samples `group_size` images for each prompt, one uniform number per token.
 
         Each row has its own length and positions: a batch gives what each prompt gives alone.
+        `forced_T` holds an id where a token is forced, -1 where it is sampled.
         """
         embeds_BLD, lengths_B = _rows_of(prefix, sampling)
-        uniforms_NT = uniforms_NT.to(embeds_BLD.device)
-        num_tokens = uniforms_NT.shape[1]
-        num_slots = embeds_BLD.shape[1] + num_tokens - 1
-        cache = self._cache_for(len(embeds_BLD) * group_size, num_slots)
-        states_BD = self.decoder.prefill(embeds_BLD, lengths_B, cache, group_size=group_size)
-        logits_RV = self.decoder.logits(states_BD).repeat_interleave(group_size, 0)
-        positions_R = lengths_B.repeat_interleave(group_size)
-        longest = int(lengths_B.max())
-        generated = Generated.empty(uniforms_NT)
-        for t in range(num_tokens):
-            tokens_N = _sample_into(generated, t, logits_RV, uniforms_NT, sampling)
-            if t == num_tokens - 1:
-                break
-            embeds_ND = self.decoder.token_embeds_VD[tokens_N]
-            states_RD = self.decoder.step(
-                embeds_ND.repeat(len(positions_R) // len(tokens_N), 1),
-                positions_R,
-                cache,
-                num_live=longest + t + 1,
-            )
-            logits_RV = self.decoder.logits(states_RD)
-            positions_R += 1
-        return generated
+        longest, num_tokens = embeds_BLD.shape[1], uniforms_NT.shape[1]
+        num_rows = len(embeds_BLD) * group_size
+        cache = self._cache_for(num_rows, longest + num_tokens - 1)
+        current = self._pass_of(cache, sampling, uniforms_NT=uniforms_NT, forced_T=forced_T)
+        states_BD = self.decoder.prefill(
+            embeds_BLD, lengths_B, current.cache, group_size=group_size
+        )
+        logits_BV = self.decoder.logits(states_BD)
+        current.decoding.begin(
+            _to_device(uniforms_NT, embeds_BLD.device),
+            logits_BV.repeat_interleave(group_size, 0),
+            lengths_B.repeat_interleave(group_size),
+        )
+        for t in range(num_tokens - 1):
+            current.advance(longest + t + 1)
+        current.decoding.draw()
+        return current.decoding.generated.clone()
+
+    def release(self) -> None:
+        """Gives the memory of the cache back; the next pass allocates and captures anew."""
+        # What was captured reads the old cache.
+        self._passes.clear()
+        self._cache = None
 
     def _cache_for(self, num_rows: int, num_slots: int) -> KeyValueCache:
-        """The cache of the last call where it fits."""
+        """So many rows of the cache, which grows where it is too small."""
         if self._cache is None or not self._cache.fits(num_rows, num_slots):
-            self._cache = None
+            self.release()
             self._cache = self.decoder.new_cache(num_rows, num_slots)
-        return self._cache
+        return self._cache.rows(num_rows)
+
+    def _pass_of(
+        self,
+        cache: KeyValueCache,
+        sampling: Sampling,
+        *,
+        uniforms_NT: Tensor,
+        forced_T: Tensor | None,
+    ) -> _Pass:
+        """The buffers of the last pass of this kind, where there was one."""
+        forced = None if forced_T is None else tuple(forced_T.tolist())
+        key = (tuple(uniforms_NT.shape), cache.num_rows, sampling, forced)
+        if key not in self._passes:
+            if len(self._passes) == KINDS_OF_PASS:
+                del self._passes[next(iter(self._passes))]
+            like_NT = torch.empty_like(uniforms_NT, device=self.policy.device)
+            decoding = Decoding(
+                self.decoder, cache, sampling, uniforms_NT=like_NT, forced_T=forced_T
+            )
+            self._passes[key] = _Pass(cache, decoding, self._advance_of(decoding, cache))
+        return self._passes[key]
+
+    def _advance_of(self, decoding: Decoding, cache: KeyValueCache) -> Callable[[int], None]:
+        """The step as it is, or captured: then it reads whatever the cache could hold."""
+        if not self._cuda_graph:
+            return decoding.advance
+        captured = Captured(lambda: decoding.advance(cache.num_slots))
+        return lambda num_live: captured()
+
+    def _free_bytes(self) -> int:
+        """Memory that a cache can have: what is free, cached by torch, or the present cache's."""
+        device = self.policy.device
+        free, _ = torch.cuda.mem_get_info(device)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + unused + (self._cache.num_bytes if self._cache else 0)
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """Passes of one number of rows and one way to sample."""
+
+    cache: KeyValueCache
+    decoding: Decoding
+    advance: Callable[[int], None]
+
+
+def images_that_fit(free_bytes: int, bytes_per_image: int) -> int:
+    """Images whose cache fits into the free memory, less a share for logits and fragments."""
+    images = int(free_bytes * CACHE_SHARE) // bytes_per_image
+    if images < 1:
+        raise InputError(
+            f"rollout: the cache of one image needs {bytes_per_image / 2**30:.1f} GiB, and "
+            f"{free_bytes / 2**30:.1f} GiB of the GPU are free; write rollout.dtype=mixed, or "
+            "take a smaller model"
+        )
+    return images
 
 
 @functools.cache
@@ -128,18 +219,8 @@ def _rows_of(prefix: Prefix, sampling: Sampling) -> tuple[Tensor, Tensor]:
     return embeds, prefix.lengths_P.repeat(2)
 
 
-def _sample_into(
-    generated: Generated, t: int, logits_RV: Tensor, uniforms_NT: Tensor, sampling: Sampling
-) -> Tensor:
-    """Draws token t of every image and records what is known of it; tokens_N."""
-    num_images = len(uniforms_NT)
-    cond_NV = logits_RV[:num_images]
-    uncond_NV = logits_RV[num_images:] if sampling.guided else None
-    guided_NV = guide(cond_NV, uncond_NV, sampling.guidance_scale)
-    tokens_N, guided_logprobs_N = draw(guided_NV, uniforms_NT[:, t], sampling)
-    logprobs_N, entropy_N = conditional_statistics(cond_NV, tokens_N)
-    generated.tokens_NT[:, t] = tokens_N
-    generated.logprobs_NT[:, t] = logprobs_N
-    generated.guided_logprobs_NT[:, t] = guided_logprobs_N
-    generated.entropy_NT[:, t] = entropy_N
-    return tokens_N
+def _to_device(values: Tensor, device: torch.device) -> Tensor:
+    """A copy that the GPU takes when it gets there."""
+    if device.type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)

@@ -5,6 +5,7 @@ Shape suffixes: P prompts, G group, N = P x G completions, T image tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -15,7 +16,8 @@ from torch import Tensor
 from stage_rl.errors import InputError
 from stage_rl.policies.base import Policy, Prefix
 from stage_rl.policies.config import JanusConfig
-from stage_rl.rollout.engine import Engine, Generated
+from stage_rl.rollout.decoding import Generated
+from stage_rl.rollout.engine import Engine
 from stage_rl.rollout.sampling import Sampling, image_uniforms
 from stage_rl.types import Prompt, Rollout
 
@@ -63,11 +65,12 @@ def rollout(
 
     The random stream of an image is keyed by (seed, step, prompt.index, image number) alone. All
     prompts are checked (`InputError`) before the first is sampled; passes have at most
-    `engine.max_images` images.
+    `engine.images_per_pass` images.
     """
     policy = engine.policy
     prefix = policy.encode(prompts)
-    num_tokens = policy.layout(prompts).num_tokens
+    layout = policy.layout(prompts)
+    num_tokens = layout.num_tokens
     uniforms_NT = image_uniforms(
         seed=seed,
         step=step,
@@ -76,7 +79,9 @@ def rollout(
         num_tokens=num_tokens,
     )
     uniforms_PGT = uniforms_NT.view(len(prompts), group_size, num_tokens)
-    generated = _in_passes(engine, prefix, sampling=sampling, uniforms_PGT=uniforms_PGT)
+    generated = _in_passes(
+        engine, prefix, sampling=sampling, uniforms_PGT=uniforms_PGT, forced_T=layout.forced_T
+    )
     return Rollout(
         prompts=tuple(prompts),
         group_size=group_size,
@@ -89,11 +94,18 @@ def rollout(
 
 
 def _in_passes(
-    engine: Engine, prefix: Prefix, *, sampling: Sampling, uniforms_PGT: Tensor
+    engine: Engine,
+    prefix: Prefix,
+    *,
+    sampling: Sampling,
+    uniforms_PGT: Tensor,
+    forced_T: Tensor | None,
 ) -> Generated:
-    """Whole groups per pass where they fit, else pieces of one group."""
-    num_prompts, group_size, _ = uniforms_PGT.shape
-    prompts_per_pass = max(1, engine.max_images // group_size)
+    """Whole groups per pass where they fit, else pieces of one group, as even as they can be."""
+    num_prompts, group_size, num_tokens = uniforms_PGT.shape
+    num_slots = prefix.embeds_PLD.shape[1] + num_tokens - 1
+    most = engine.images_per_pass(num_slots=num_slots, guided=sampling.guided)
+    prompts_per_pass = _even(num_prompts, max(1, most // group_size))
     passes: list[list[Tensor]] = []
     for first in range(0, num_prompts, prompts_per_pass):
         last = min(first + prompts_per_pass, num_prompts)
@@ -104,11 +116,17 @@ def _in_passes(
                 group_size=uniforms.shape[1],
                 sampling=sampling,
                 uniforms_NT=uniforms.flatten(0, 1),
+                forced_T=forced_T,
             )
-            for uniforms in uniforms_PGT[first:last].split(engine.max_images, dim=1)
+            for uniforms in uniforms_PGT[first:last].split(_even(group_size, most), dim=1)
         ]
         passes.append(_join_groups(pieces, last - first))
     return Generated(*(torch.cat(column) for column in zip(*passes, strict=True)))
+
+
+def _even(count: int, most: int) -> int:
+    """The size of the largest part where `count` is cut into the fewest parts of at most `most`."""
+    return math.ceil(count / math.ceil(count / most))
 
 
 def _join_groups(pieces: list[Generated], num_prompts: int) -> list[Tensor]:

@@ -1,0 +1,164 @@
+"""The Triton kernels against torch: on a GPU as they are, on a CPU in Triton's interpreter.
+
+The interpreter must be chosen before Triton is imported, so on a CPU one test runs the others in a
+process of their own.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from stage_rl.rollout.attention import CacheShape, KeyValueCache, live_bias
+from stage_rl.rollout.attention import decode_attention as eager_attention
+from stage_rl.rollout.backends import EagerBackend, HeadNorms, Heads
+from stage_rl.rollout.engine import Engine
+from stage_rl.rollout.sample import rollout
+from stage_rl.rollout.sampling import Sampling
+from stage_rl.types import Prompt
+
+pytest.importorskip("triton")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+RUNS_KERNELS = DEVICE.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+kernels = pytest.mark.skipif(not RUNS_KERNELS, reason="runs in a process with the interpreter")
+NEAR = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+EPS = 1e-5
+
+
+@pytest.mark.skipif(RUNS_KERNELS, reason="the kernels run in this process")
+def test_the_kernels_agree_with_torch_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(
+        command,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "1 skipped" in done.stdout, done.stdout
+
+
+def filled_cache(shape: CacheShape, num_rows: int, num_slots: int) -> KeyValueCache:
+    cache = KeyValueCache.empty(shape, num_rows, num_slots, DEVICE)
+    for part in (*cache.keys, *cache.values):
+        part.normal_()
+    return cache
+
+
+@kernels
+@pytest.mark.parametrize(
+    ("dtype", "num_parts"), [(torch.float32, 1), (torch.float32, 3), (torch.bfloat16, 1)]
+)
+def test_attention_at_every_length_in_one_batch_of_all_lengths(dtype, num_parts):
+    from stage_rl.rollout.triton_attention import decode_attention
+
+    torch.manual_seed(0)
+    # Row r has r + 1 live slots: within a tile of 64, across tiles and blocks of 32, up to the end.
+    num_slots = 130
+    cache = filled_cache(CacheShape(1, 1, 16, dtype), num_slots, num_slots)
+    positions_R = torch.arange(num_slots, device=DEVICE)
+    query = torch.randn(num_slots, 1, 1, 16, device=DEVICE)
+    ours = decode_attention(query, cache.keys[0], cache.values[0], positions_R, num_parts=num_parts)
+    bias = live_bias(positions_R, num_slots)
+    theirs = eager_attention(query, cache.keys[0], cache.values[0], bias)
+    assert_close(ours, theirs, atol=NEAR[dtype], rtol=0)
+
+
+@kernels
+def test_attention_of_grouped_queries_with_an_odd_head_dimension():
+    from stage_rl.rollout.triton_attention import decode_attention
+
+    torch.manual_seed(0)
+    cache = filled_cache(CacheShape(1, 2, 12), 3, 100)
+    positions_R = torch.tensor([2, 70, 99], device=DEVICE)
+    query = torch.randn(3, 2, 4, 12, device=DEVICE)
+    ours = decode_attention(query, cache.keys[0], cache.values[0], positions_R)
+    bias = live_bias(positions_R, 100)
+    theirs = eager_attention(query, cache.keys[0], cache.values[0], bias)
+    assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+@kernels
+@pytest.mark.parametrize(
+    ("num_heads", "parts"), [(4096, 1), (1024, 1), (512, 2), (500, 2), (128, 8), (32, 16), (1, 16)]
+)
+def test_a_sequence_is_split_where_rows_and_heads_are_few(num_heads, parts):
+    from stage_rl.rollout.triton_attention import parts_of
+
+    # 1024 programs keep a GPU busy; a sequence has at most 16 parts.
+    assert parts_of(num_heads) == parts
+
+
+@kernels
+@pytest.mark.parametrize("normed", [(), ("q",), ("q", "k")])
+def test_turned_queries_and_the_cache_are_those_of_torch(normed):
+    from stage_rl.rollout.kernels import TritonBackend
+
+    torch.manual_seed(0)
+    # 4 query heads and 2 of keys and values, 12 wide; angles of no meaning.
+    cos, sin = torch.randn(2, 64, 1, 12, device=DEVICE)
+    heads = Heads(4, 2, 12, cos, sin)
+    weights = {name: torch.randn(12, device=DEVICE) for name in normed}
+    norms = HeadNorms(weights.get("q"), weights.get("k"), EPS)
+    caches = [filled_cache(CacheShape(1, 2, 12), 3, 64) for _ in range(2)]
+    for mine, other in zip(
+        (*caches[0].keys, *caches[0].values), (*caches[1].keys, *caches[1].values), strict=True
+    ):
+        mine.copy_(other)
+    positions_R = torch.tensor([0, 31, 40], device=DEVICE)
+    qkv_RC = torch.randn(3, 8 * 12, device=DEVICE)
+    ours, theirs = (
+        backend.attention(heads, cache, positions_R, 41)(0, qkv_RC, norms)
+        for backend, cache in zip((TritonBackend(), EagerBackend()), caches, strict=True)
+    )
+    assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert_close(caches[0].keys[0], caches[1].keys[0], atol=1e-5, rtol=1e-5)
+    assert torch.equal(caches[0].values[0], caches[1].values[0])
+
+
+@kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_and_the_gate_are_those_of_torch(dtype):
+    from stage_rl.rollout.kernels import TritonBackend
+
+    torch.manual_seed(0)
+    ours, theirs = TritonBackend(), EagerBackend()
+    states_MD, delta_MD = torch.randn(2, 3, 20, device=DEVICE)
+    delta_MD = delta_MD.to(dtype)
+    weight_D = torch.randn(20, device=DEVICE)
+    near = {"atol": NEAR[dtype], "rtol": NEAR[dtype]}
+    plain = [b.norm(states_MD, weight_D, EPS, dtype) for b in (ours, theirs)]
+    assert plain[0].dtype == dtype
+    assert_close(*plain, **near)
+    copies = [states_MD.clone(), states_MD.clone()]
+    added = [
+        b.add_norm(copy, delta_MD, weight_D, eps=EPS, dtype=dtype)
+        for b, copy in zip((ours, theirs), copies, strict=True)
+    ]
+    assert_close(*added, **near)
+    assert torch.equal(*copies)
+    gate_up = torch.randn(2, 2 * 1500, device=DEVICE).to(dtype)
+    assert_close(ours.gated(gate_up), theirs.gated(gate_up), **near)
+
+
+@kernels
+def test_an_engine_of_kernels_draws_the_tokens_of_torch(tiny_janus):
+    tiny_janus.module.to(DEVICE)
+
+    def tokens(**options):
+        return rollout(
+            Engine(tiny_janus, **options),
+            [Prompt("a photo of two blue circle")],
+            group_size=1,
+            sampling=Sampling(guidance_scale=1.0),
+            seed=0,
+            step=0,
+        )
+
+    ours, theirs = tokens(backend="triton"), tokens(backend="eager", cuda_graph=False)
+    assert torch.equal(ours.tokens_NT, theirs.tokens_NT)
+    assert_close(ours.logprobs_NT, theirs.logprobs_NT, atol=1e-4, rtol=0)
