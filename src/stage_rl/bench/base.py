@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from stage_rl.errors import InputError
 
-Setting = int | float | str | tuple[int, ...]
+Setting = int | float | str | tuple[int, ...] | tuple[float, ...]
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ BENCHMARKS = {
     "rollout": "The engine against transformers' own generate.",
     "logprobs": "Chunked log-probability and entropy against the naive form.",
     "reweight": "One batched product against the loop over pairs.",
+    "reward-overlap": "How much of a slow reward the step does not wait for.",
     "step": "A training step against one built on generate and naive forms.",
 }
 
@@ -33,7 +34,7 @@ def _register(name: str, purpose: str) -> None:
         ] = None,
     ) -> None:
         check_writable(json_file)
-        module = importlib.import_module(f"stage_rl.bench.{name}")
+        module = importlib.import_module(f"stage_rl.bench.{name.replace('-', '_')}")
         result = call(module.run, context.args)
         typer.echo("\n".join([*result.table, result.line()]))
         write_json(json_file, result.to_dict())
