@@ -131,6 +131,12 @@ class RolloutConfig(Settings):
     """Times that a group whose rewards are all equal is drawn again; 0: never."""
     dtype: Literal["float32", "mixed"] = "float32"
     """Precision of the sampler; mixed: bf16 linear layers, the rest in fp32."""
+    max_images: Count | None = None
+    """Images sampled at one time; null: what a GPU has memory for, 64 on a CPU. Any gives the same
+    images."""
+    release_cache: bool = False
+    """Give the memory of the key-value cache back before the other passes of a step, on a GPU that
+    cannot hold both."""
 
 
 class OptimizerConfig(Settings):

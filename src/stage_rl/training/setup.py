@@ -41,7 +41,7 @@ def build_trainer(recipe: Recipe, prompts: tuple[Prompt, ...], ranks: Ranks = AL
         prompts=prompts,
         policy=policy,
         reference=reference,
-        engine=Engine(policy, dtype=recipe.rollout.dtype),
+        engine=Engine(policy, dtype=recipe.rollout.dtype, max_images=recipe.rollout.max_images),
         judge=Judge(rewards),
         optimizer=build_optimizer(trained_parameters(policy.module).values(), recipe.optimizer),
         base=base,

@@ -89,7 +89,7 @@ class Trainer:
         group_size: int | None = None,
     ) -> Rollout:
         """Images of the prompts as the recipe samples them."""
-        return sample_rollout(
+        rollout = sample_rollout(
             engine,
             prompts,
             group_size=group_size or self.recipe.rollout.group_size,
@@ -97,6 +97,9 @@ class Trainer:
             step=step,
             sampling=self.sampling,
         )
+        if self.recipe.rollout.release_cache:
+            engine.release()
+        return rollout
 
     def untrained_mismatch(self, batch: MicroBatch) -> dict[str, float]:
         """The mismatch of some images under the distribution that is not trained."""
