@@ -4,12 +4,11 @@ Everything that is not background is split into connected parts. A part is an ob
 is one of the ten, pure, its outline is that of one whole shape, and its edges are about as sharp as
 that shape's: smeared, merged and half objects are not counted.
 
-Shape suffixes: N images, H x W pixels, C colour channels, M parts, K shifted outlines.
+Shape suffixes: N images, H x W pixels, C colour channels, M parts.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from stage_rl.rewards.base import Detection
-from stage_rl.shapes.scenes import COLORS, RADII, SHAPES, TEMPLATE_SIZE, TONES, template
+from stage_rl.shapes.outlines import Fit, fit_outlines
+from stage_rl.shapes.scenes import COLORS, SHAPES, TEMPLATE_SIZE, TONES
 
 FOREGROUND = 0.13
 """Colour distance from every background tone above which a pixel belongs to something drawn."""
@@ -29,6 +29,8 @@ MIN_AREA = 12
 """Parts with fewer pixels are specks, not parts."""
 MIN_OUTLINE = 0.9
 """Overlap (soft intersection over union) with the best whole shape that makes an object."""
+MAX_EDGE_ERROR = 0.25
+"""Pixels its outline may be off on average: of a thin shape a quarter pixel is a tenth already."""
 MIN_SHARPNESS = 0.46
 """Edge energy along either axis, relative to that shape's, that makes an object."""
 RIM = 3
@@ -51,6 +53,8 @@ class Part:
     shape: str
     outline: float
     """Soft intersection over union with the best-fitting whole shape."""
+    edge_error: float
+    """Mean distance of its outline from that shape's, pixels."""
     sharpness: float
     """Edge energy relative to that shape's, along the axis where it is less; near 1 when drawn."""
     color: str
@@ -63,7 +67,7 @@ class Part:
     def is_object(self) -> bool:
         """Whether it is one whole, sharp shape of one colour."""
         return (
-            self.outline >= MIN_OUTLINE
+            (self.outline >= MIN_OUTLINE or self.edge_error <= MAX_EDGE_ERROR)
             and self.sharpness >= MIN_SHARPNESS
             and self.purity >= MIN_PURITY
         )
@@ -115,25 +119,10 @@ class _Look:
     inside: float
     """Share of the coverage that lies within the window."""
 
-
-def _centred(shape_HW: NDArray[np.float32]) -> NDArray[np.float32]:
-    """A template with the middle of its box, not of its circle, in the middle."""
-    rows, columns = np.nonzero(shape_HW > 0.4)
-    shift = [_HALF - (int(line.min()) + int(line.max())) // 2 for line in (rows, columns)]
-    return np.roll(shape_HW, shift, (0, 1))
-
-
-@functools.cache
-def _outlines() -> tuple[NDArray[np.float32], NDArray[np.intp]]:
-    """Whole shapes, shifted by up to one pixel, as rows (K x pixels), and the shape of each row."""
-    rows, shapes = [], []
-    for index, shape in enumerate(SHAPES):
-        for radius in RADII:
-            padded = np.pad(_centred(template(shape, radius)), 1)
-            shifts = [np.roll(padded, (y, x), (0, 1)) for y in (-1, 0, 1) for x in (-1, 0, 1)]
-            rows += [shifted.ravel() for shifted in shifts]
-            shapes += [index] * len(shifts)
-    return np.stack(rows), np.asarray(shapes)
+    @property
+    def outside(self) -> float:
+        """Coverage that the window cuts off, pixels."""
+        return float(self.window_HW.sum()) * (1 / max(self.inside, 1e-6) - 1)
 
 
 def _foreground(images: NDArray[np.float32]) -> NDArray[np.bool_]:
@@ -220,40 +209,6 @@ def _box(piece: _Piece) -> tuple[slice, slice]:
     return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
 
 
-@dataclass(frozen=True)
-class _Fit:
-    """The whole shape that overlaps most with each coverage."""
-
-    shape_M: NDArray[np.intp]
-    outline_M: NDArray[np.float32]
-    sharpness_M: NDArray[np.float32]
-
-
-def _edge_energy(windows_MHW: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Sum of squared steps of coverage down the rows and along the columns (2, M).
-
-    A step that is spread over w pixels has 1 / w of its energy.
-    """
-    steps = (np.diff(windows_MHW, axis=axis) for axis in (1, 2))
-    return np.stack([(step * step).sum((1, 2)) for step in steps])
-
-
-def _fit(windows_MHW: NDArray[np.float32]) -> _Fit:
-    """Finds the shape of each coverage by its largest overlap."""
-    flat = windows_MHW.reshape(len(windows_MHW), -1)
-    bank, shape_of = _outlines()
-    inner_MK = flat @ bank.T
-    squares_M, norms_K = (flat * flat).sum(1), (bank * bank).sum(1)
-    overlap_MK = inner_MK / (squares_M[:, None] + norms_K - inner_MK)
-    best = overlap_MK.argmax(1)
-    drawn = _edge_energy(bank[best].reshape(windows_MHW.shape))
-    return _Fit(
-        shape_M=shape_of[best],
-        outline_M=overlap_MK[np.arange(len(best)), best],
-        sharpness_M=(_edge_energy(windows_MHW) / drawn).min(0),
-    )
-
-
 def inspect(images_NHWC: NDArray[np.uint8]) -> list[Inspection]:
     """Takes images apart; uint8, 48 x 48."""
     images = images_NHWC.astype(np.float32) / np.float32(255)
@@ -263,19 +218,20 @@ def inspect(images_NHWC: NDArray[np.uint8]) -> list[Inspection]:
     looks = [_look(piece, images[piece.image], backgrounds[piece.image]) for piece in pieces]
     found: list[list[tuple[_Piece, Part]]] = [[] for _ in images]
     if looks:
-        fit = _fit(np.stack([look.window_HW for look in looks]))
+        fit = fit_outlines(np.stack([look.window_HW for look in looks]))
         for m, (piece, look) in enumerate(zip(pieces, looks, strict=True)):
             found[piece.image].append((piece, _part(piece, look, fit, m)))
     return [_inspection(mask, parts) for mask, parts in zip(foreground, found, strict=True)]
 
 
-def _part(piece: _Piece, look: _Look, fit: _Fit, m: int) -> Part:
+def _part(piece: _Piece, look: _Look, fit: Fit, m: int) -> Part:
     rows, columns = _box(piece)
     y, x = (side.start for side in piece.region)
     return Part(
         shape=SHAPES[fit.shape_M[m]],
         # What the window cuts off still counts against the fit.
         outline=float(fit.outline_M[m]) * look.inside,
+        edge_error=float((fit.mismatch_M[m] + look.outside) / fit.perimeter_M[m]),
         sharpness=float(fit.sharpness_M[m]),
         color=list(COLORS)[look.color],
         purity=look.purity,
