@@ -11,7 +11,7 @@ import sys
 
 import typer
 
-from stage_rl.cli import bench, evaluate, recipes, rewards, sample, shapes, train
+from stage_rl.cli import bench, evaluate, export, recipes, rewards, sample, shapes, train
 from stage_rl.errors import StageError, Stopped
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app = typer.Typer(
 app.command("train")(train.train)
 app.command("sample")(sample.sample)
 app.command("eval")(evaluate.evaluate)
+app.command("export")(export.export)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(rewards.app, name="rewards")
 app.add_typer(bench.app, name="bench")

@@ -24,6 +24,18 @@ def load_policy(model: str, device: torch.device) -> Policy:
     """The policy behind a folder, a hub id, `shapes`, RUN (its newest checkpoint), RUN@STEP or
     RUN@best, its best one by the held-out panel.
     """
+    found = find_run(model)
+    if found is None:
+        return JanusConfig(path=model).build(device)
+    run, checkpoint = found
+    policy = load_recipe(run / "recipe.json").policy.build(device)
+    checkpoint.check_base(base_digest(policy.module))
+    checkpoint.load_policy(policy.module)
+    return policy
+
+
+def find_run(model: str) -> tuple[Path, Checkpoint] | None:
+    """The run folder that a MODEL names, and its checkpoint; None where it names plain weights."""
     run, step = Path(model), ""
     if "@" in model and not run.exists():  # a folder's name may hold an @ of its own
         name, _, step = model.rpartition("@")
@@ -31,12 +43,8 @@ def load_policy(model: str, device: torch.device) -> Policy:
     if not (run / "recipe.json").exists():
         if step and run.is_dir():
             raise InputError(f"{model}: {run} is no run folder; write the folder without @{step}")
-        return JanusConfig(path=model).build(device)
-    checkpoint = _checkpoint(model, run / "checkpoints", step)
-    policy = load_recipe(run / "recipe.json").policy.build(device)
-    checkpoint.check_base(base_digest(policy.module))
-    checkpoint.load_policy(policy.module)
-    return policy
+        return None
+    return run, _checkpoint(model, run / "checkpoints", step)
 
 
 def _checkpoint(model: str, root: Path, step: str) -> Checkpoint:

@@ -55,10 +55,10 @@ def _to_transformers(
     aligner, head = part["gen_aligner_config"], part["gen_head_config"]
     _agree(source, "gen_head_config.image_token_embed", head["image_token_embed"], aligner)
     vision = _vision(part["vision_config"], part["aligner_config"], source)
-    vq = VQ_SIZES | part["gen_vision_config"]
+    vq = {**VQ_SIZES, **part["gen_vision_config"]}
     language = raw["language_config"]
     return JanusConfig(
-        text_config=_text(language, token_ids),
+        text_config=_text(language, source, token_ids),
         vision_config=vision,
         vq_config=JanusVQVAEConfig(
             embed_dim=vq["n_embed"],
@@ -170,7 +170,7 @@ def _vision(
             f"{source}: vision_config.params.model_name is {params['model_name']!r}; this policy "
             f"knows '{TOWER}', and others whose params give {', '.join(TOWER_SIZES)}"
         )
-    sizes = TOWER_SIZES | params
+    sizes: dict[str, Any] = {**TOWER_SIZES, **params}
     last = params.get("select_layer", -1)
     layers = sizes["layers"] + last + 1 if last <= 0 else min(sizes["layers"], last)
     return JanusVisionConfig(
@@ -186,13 +186,18 @@ def _vision(
     )
 
 
-def _text(language: Mapping[str, Any], token_ids: Mapping[str, int]) -> LlamaConfig:
+def _text(language: Mapping[str, Any], source: str, token_ids: Mapping[str, int]) -> LlamaConfig:
     """What the file leaves out has LlamaConfig's default, which is what DeepSeek's code takes."""
-    known = {key: language[key] for key in TEXT_KEYS if key in language}
+    if language.get("rope_scaling") is not None:
+        raise WeightsError(
+            f"{source}: language_config.rope_scaling is {language['rope_scaling']!r}; "
+            "this policy needs null"
+        )
+    given: dict[str, Any] = {"bos_token_id": token_ids["bos"], "eos_token_id": token_ids["eos"]}
+    given |= {"pad_token_id": None}
+    given |= {key: language[key] for key in TEXT_KEYS if key in language}
     rope = {"rope_type": "default", "rope_theta": language.get("rope_theta", 10000.0)}
-    rope = language.get("rope_scaling") or language.get("rope_parameters") or rope
-    ids = {"bos_token_id": token_ids["bos"], "eos_token_id": token_ids["eos"]}
-    return LlamaConfig(**(ids | {"pad_token_id": None} | known), rope_parameters=rope)
+    return LlamaConfig(**given, rope_parameters=rope)
 
 
 def _rope_theta(text: Any) -> float:

@@ -38,7 +38,7 @@ def read_processor(folder: Path, source: str) -> tuple[JanusProcessor, dict[str,
     settings = read_json(folder, "processor_config.json", source)
     tags = {key: settings.get(key, tag) for key, tag in TAGS.items()}
     tokenizer, ids = _read_tokenizer(folder, source, tags)
-    template = _template(settings.get("sft_format", "deepseek"), source, tags, tokenizer.eos_token)
+    template = _template(settings.get("sft_format", "deepseek"), source, tags, tokenizer)
     images = read_json(folder, "preprocessor_config.json", source)
     side = images["image_size"]
     image_processor = JanusImageProcessorPil(
@@ -137,13 +137,15 @@ def _read_tokenizer(
     known |= {"pad": tags["pad_tag"], "boi": tags["image_start_tag"], "image": tags["image_tag"]}
     known |= {"eoi": tags["image_end_tag"]}
     backend = Tokenizer.from_str(vocabulary)
-    ids = {name: backend.token_to_id(token or "") for name, token in known.items()}
+    ids: dict[str, int] = {}
     for name, token in known.items():
-        if ids[name] is None:
+        found = backend.token_to_id(token or "")
+        if found is None:
             raise WeightsError(
                 f"{source}: tokenizer.json has no {name} token ({token!r}); "
                 "write the tokenizer the weights were trained with"
             )
+        ids[name] = found
     options: dict[str, Any] = {}
     if config.get("tokenizer_class", "LlamaTokenizer").startswith("LlamaTokenizer"):
         # That class prepends BOS by itself, whatever tokenizer.json says.
@@ -171,9 +173,9 @@ def _text(token: Any) -> str | None:
     return token["content"] if isinstance(token, dict) else token
 
 
-def _template(style: str, source: str, tags: Mapping[str, str], eos: str) -> str:
+def _template(style: str, source: str, tags: Mapping[str, str], tokenizer: Any) -> str:
     """The prompt format of that name as a chat template."""
-    image = tags["image_tag"]
+    image, eos = tags["image_tag"], tokenizer.eos_token
     if style == PLAIN:
         return (
             "{%- for message in messages -%}{%- for content in message['content'] -%}"
