@@ -147,7 +147,7 @@ def load_open_clip(
 
     Sizes and tokenizer are those of `base`, a folder or hub id in transformers' layout.
     """
-    config = load_part(CLIPConfig.from_pretrained, base, "the configuration")
+    config: Any = load_part(CLIPConfig.from_pretrained, base, "the configuration")
     tokenizer = _tokenizer(base)
     config.text_config.eos_token_id = tokenizer.eos_token_id
     tensors = read_tensors(find_file(path, file), entry="state_dict")

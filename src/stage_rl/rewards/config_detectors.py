@@ -41,7 +41,7 @@ class Mask2FormerConfig(DetectorConfig):
         from stage_rl.rewards.clip import load_clip
         from stage_rl.rewards.colors import ColorClassifier
         from stage_rl.rewards.detectors import MaskDetector, load_mask2former
-        from stage_rl.rewards.jpeg import on_jpeg
+        from stage_rl.rewards.jpeg import OnJpeg
 
         detector = MaskDetector(
             load_mask2former(self.path, device=device),
@@ -51,7 +51,7 @@ class Mask2FormerConfig(DetectorConfig):
             min_score=self.min_score,
             swap_rb=self.swap_rb,
         )
-        return detector if self.jpeg_quality is None else on_jpeg(detector, self.jpeg_quality)
+        return detector if self.jpeg_quality is None else OnJpeg(detector, self.jpeg_quality)
 
     def reference_cases(self) -> tuple[ReferenceCase, ...]:
         """Photographs of a cat and a cup, and the cat in two colours; none for random weights."""

@@ -35,10 +35,10 @@ class ScorerConfig(RewardConfig):
 
     def build(self, device: torch.device) -> Reward:
         """The reward; wrong weights are a `WeightsError`."""
-        from stage_rl.rewards.jpeg import on_jpeg
+        from stage_rl.rewards.jpeg import OnJpeg
 
         reward = self.build_scorer(device)
-        return reward if self.jpeg_quality is None else on_jpeg(reward, self.jpeg_quality)
+        return reward if self.jpeg_quality is None else OnJpeg(reward, self.jpeg_quality)
 
     @abstractmethod
     def build_scorer(self, device: torch.device) -> Reward:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from stage_rl.errors import WeightsError
 from stage_rl.rewards.weights import DTYPES, LOADING_ERRORS, load_part, quietly

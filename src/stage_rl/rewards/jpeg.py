@@ -7,23 +7,27 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from stage_rl.types import Prompt
-
 Result = TypeVar("Result")
 
 
-def on_jpeg(
-    look: Callable[[Tensor, list[Prompt]], Result], quality: int
-) -> Callable[[Tensor, list[Prompt]], Result]:
-    """A reward or detector that sees its images as JPEG of this quality."""
-    return lambda images_NHWC, prompts: look(as_jpeg(images_NHWC, quality), prompts)
+@dataclass(frozen=True)
+class OnJpeg(Generic[Result]):
+    """A reward or detector that sees its images as JPEG of a quality from 1 to 100."""
+
+    look: Callable[[Tensor, Any], Result]
+    quality: int
+
+    def __call__(self, images_NHWC: Tensor, prompts: Any) -> Result:
+        """What it says of the compressed images."""
+        return self.look(as_jpeg(images_NHWC, self.quality), prompts)
 
 
 def as_jpeg(images_NHWC: Tensor, quality: int) -> Tensor:

@@ -87,6 +87,7 @@ def tiny_clip_tokenizer() -> CLIPTokenizer:
 
 def tiny_mask2former(num_labels: int = 80) -> Mask2FormerForUniversalSegmentation:
     """A Mask2Former of 12 queries on a Swin of width 8."""
+    stages: dict[str, Any] = {"out_features": ["stage1", "stage2", "stage3", "stage4"]}
     swin = SwinConfig(
         image_size=64,
         patch_size=4,
@@ -94,22 +95,22 @@ def tiny_mask2former(num_labels: int = 80) -> Mask2FormerForUniversalSegmentatio
         depths=[1, 1, 1, 1],
         num_heads=[1, 1, 2, 2],
         window_size=7,
-        out_features=["stage1", "stage2", "stage3", "stage4"],
+        **stages,
     )
     settings: dict[str, Any] = dict.fromkeys(
         ("feature_size", "mask_feature_size", "hidden_dim"), 32
     )
     settings |= dict.fromkeys(("encoder_layers", "num_attention_heads", "decoder_layers"), 2)
     settings |= dict.fromkeys(("dim_feedforward", "encoder_feedforward_dim"), 32)
-    config = Mask2FormerConfig(
-        backbone_config=swin, num_queries=12, num_labels=num_labels, **settings
-    )
+    settings |= {"num_queries": 12, "num_labels": num_labels}
+    config = Mask2FormerConfig(backbone_config=swin, **settings)
     return random_model(lambda: Mask2FormerForUniversalSegmentation(config))
 
 
 def tiny_blip_configs() -> tuple[BlipVisionConfig, BlipTextConfig]:
     """The towers of a tiny ImageReward, which reads images of 32 x 32."""
-    size = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    size: dict[str, Any] = dict.fromkeys(("hidden_size", "intermediate_size"), 32)
+    size["num_hidden_layers"] = 2
     # The library initialises the image tower with a deviation of 1e-10: it would say nothing.
     vision = BlipVisionConfig(
         **size,
