@@ -11,6 +11,7 @@ from stage_rl.settings import Settings, complaint
 
 if TYPE_CHECKING:
     import torch
+    from transformers import JanusForConditionalGeneration, JanusProcessor
 
     from stage_rl.policies.janus import JanusPolicy
 
@@ -51,12 +52,17 @@ class JanusConfig(PolicyConfig):
             raise complaint("trainable", text)
         return self
 
+    def load(self, device: torch.device) -> tuple[JanusForConditionalGeneration, JanusProcessor]:
+        """The module and its processor; wrong weights are a `WeightsError`."""
+        from stage_rl.policies.weights import load_janus
+
+        return load_janus(self.path, dtype=self.dtype, device=device)
+
     def build(self, device: torch.device) -> JanusPolicy:
         """The policy; wrong weights are a `WeightsError`, wrong patterns a `RecipeError`."""
         from stage_rl.policies.janus import JanusPolicy
-        from stage_rl.policies.weights import load_janus
 
-        module, processor = load_janus(self.path, dtype=self.dtype, device=device)
+        module, processor = self.load(device)
         trainable = self.trainable
         if self.lora:
             from stage_rl.policies.lora import PATTERN, add_adapter

@@ -48,6 +48,10 @@ class JanusSize:
     base_channels: int = 32
     """A multiple of 32, the number of groups of the tokenizer's normalisation."""
     latent_channels: int = 64
+    channel_multiplier: tuple[int, ...] = ()
+    """Of the channels at every level of the tokenizer; empty: 1, at the last level 2."""
+    res_blocks: int = 1
+    """Residual blocks at every level of the tokenizer."""
     max_positions: int = 256
     """Prompt tokens and image tokens together."""
 
@@ -186,8 +190,8 @@ def _vq_config(size: JanusSize):
         num_embeddings=size.codebook_size,
         latent_channels=size.latent_channels,
         base_channels=size.base_channels,
-        channel_multiplier=[1] * halvings + [2],
-        num_res_blocks=1,
+        channel_multiplier=list(size.channel_multiplier) or [1] * halvings + [2],
+        num_res_blocks=size.res_blocks,
         num_patches=size.grid_side,
         projection_dim=size.width,
         image_token_embed_dim=size.width,
