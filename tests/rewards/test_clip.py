@@ -254,3 +254,19 @@ def test_published_weights_have_a_self_test_and_random_ones_none():
             "a green circle",
         ]
         assert load_reward(kind, ["path=tiny"]).reference_cases() == ()
+
+
+def test_the_table_names_every_tensor_of_the_published_size():
+    # ViT-H/14: 986 million parameters
+    tower = {"hidden_act": "gelu", "num_attention_heads": 16, "projection_dim": 1024}
+    text = {**tower, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
+    vision = {**tower, "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32}
+    vision |= {"patch_size": 14, "image_size": 224}
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=1024)
+    with torch.device("meta"):
+        model = CLIPModel(config)
+    ours = [
+        x for n in open_clip_names(config).values() for x in ((n,) if isinstance(n, str) else n)
+    ]
+    assert sorted(ours) == sorted(dict(model.named_parameters()))
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6) == 986

@@ -5,16 +5,18 @@ import json
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import BlipTextConfig
+from transformers import BlipTextConfig, BlipTextModel, BlipVisionModel
 
 from stage_rl.config import load_reward
 from stage_rl.errors import WeightsError
+from stage_rl.rewards.affine_head import AffineHead
 from stage_rl.rewards.image_reward import (
     MEAN,
     STD,
     TEXT_FILE,
     TEXT_SIZES,
     UNUSED,
+    VIT_L16,
     WEIGHTS_FILE,
     foreign_names,
     load_image_reward,
@@ -181,3 +183,17 @@ def test_a_text_configuration_without_sizes_is_refused(published):
 
 def test_the_sizes_that_are_read_are_those_of_a_text_tower():
     assert all(hasattr(BlipTextConfig(), name) for name in TEXT_SIZES)
+
+
+def test_the_table_names_every_tensor_of_the_published_size():
+    # ViT-L/16 and BERT-base with cross-attention: 446 million parameters with the head
+    text = BlipTextConfig(num_attention_heads=12, encoder_hidden_size=1024)
+    with torch.device("meta"):
+        parts = {
+            "vision": BlipVisionModel(VIT_L16),
+            "text": BlipTextModel(text, add_pooling_layer=False),
+            "mlp": AffineHead(768),
+        }
+    ours = {f"{k}.{name}": p for k, part in parts.items() for name, p in part.named_parameters()}
+    assert sorted(foreign_names(VIT_L16, text).values()) == sorted(ours)
+    assert round(sum(p.numel() for p in ours.values()) / 1e6) == 446
