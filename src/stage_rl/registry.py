@@ -32,6 +32,7 @@ BUILT_IN = {
         "git": "stage_rl.rewards.config_scenes:GitRewardConfig",
         "yes_no": "stage_rl.rewards.config_scenes:YesNoRewardConfig",
         "ocr": "stage_rl.rewards.config_text:OcrRewardConfig",
+        "external": "stage_rl.rewards.config_external:ExternalRewardConfig",
         "compbench_attributes": "stage_rl.rewards.config_compbench:AttributesConfig",
         "compbench_spatial": "stage_rl.rewards.config_compbench:PlaneConfig",
         "compbench_depth": "stage_rl.rewards.config_compbench:DepthConfig",

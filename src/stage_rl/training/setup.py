@@ -12,9 +12,11 @@ from stage_rl.rewards.judging import Judge, WeightedReward
 from stage_rl.rewards.selftest import require_order
 from stage_rl.rollout.engine import Engine
 from stage_rl.schema import Recipe
+from stage_rl.training.blocks import prepare_blocks
 from stage_rl.training.contents import base_digest, trained_parameters
 from stage_rl.training.distributed import ALONE, Ranks
 from stage_rl.training.optim import build_optimizer
+from stage_rl.training.reference import build_reference
 from stage_rl.training.sharding import shard_both
 from stage_rl.training.trainer import Trainer
 from stage_rl.types import Prompt
@@ -32,7 +34,12 @@ def build_trainer(recipe: Recipe, prompts: tuple[Prompt, ...], ranks: Ranks = AL
             require_order(config, built.reward)
     base = base_digest(policy.module)
     ranks.check_same(base, "the weights behind policy.path")
-    reference = policy.reference()
+    reference = build_reference(policy, recipe)
+    prepare_blocks(
+        policy.trunk_blocks,
+        checkpointing=recipe.training.activation_checkpointing,
+        compiled=recipe.training.compile,
+    )
     if ranks.size > 1:
         mixed = recipe.training.dtype == "mixed"
         policy, reference = shard_both(policy, reference, num_ranks=ranks.size, mixed=mixed)

@@ -111,7 +111,10 @@ def _measure(
 def trunk_states(policy: Policy, batch: MicroBatch, precision: Precision) -> Tensor:
     """The states that the scored head reads, states_NTW; fp32 where the trunk computes in a mix."""
     prefix = policy.encode(batch.prompts).repeat(batch.group_size)
-    with torch.autocast(policy.device.type, torch.bfloat16, enabled=precision.mixed):
+    # A pass uses each weight once: kept copies in bf16 would only take memory.
+    with torch.autocast(
+        policy.device.type, torch.bfloat16, enabled=precision.mixed, cache_enabled=False
+    ):
         states_NTW = precision.scoring.states(policy, prefix, batch.tokens_NT)
     return states_NTW.float() if precision.mixed else states_NTW
 

@@ -1,0 +1,114 @@
+"""The reference in bf16, in host memory, or as the policy without its adapter: the same numbers."""
+
+import copy
+import importlib.util
+
+import pytest
+import torch
+
+from stage_rl.errors import RecipeError
+from stage_rl.policies.config import JanusConfig
+from stage_rl.rollout.engine import Engine
+from stage_rl.training.batches import MicroBatch
+from stage_rl.training.reference import LayerStream, build_reference, held_copy
+from stage_rl.training.setup import build_trainer
+from stage_rl.training.update import Precision, measure
+from stage_rl.types import Prompt
+
+PROMPTS = (Prompt("a red circle", 0), Prompt("the photo of two blue square", 1))
+CPU = torch.device("cpu")
+
+
+@torch.no_grad()
+def measured(policy, *, mixed=False):
+    tokens = torch.arange(4 * 16).view(-1, 16)
+    batch = MicroBatch(slice(0, 2), PROMPTS, 2, tokens)
+    result = measure(policy, batch, Precision(mixed=mixed))
+    return torch.stack([result.logprobs_NT, result.entropy_NT])
+
+
+def scramble(policy):
+    with torch.no_grad():
+        for parameter in policy.module.parameters():
+            if parameter.requires_grad:
+                parameter.fill_(torch.nan)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "mixed"])
+@pytest.mark.parametrize("where", ["resident", "streamed"])
+def test_the_reference_says_what_the_policy_said(tiny_janus, recipe, where, dtype):
+    mixed = dtype == "mixed"
+    expected = measured(tiny_janus, mixed=mixed)
+    wanted = recipe(f"training.reference={where}", f"training.dtype={dtype}")
+    reference = build_reference(tiny_janus, wanted)
+    scramble(tiny_janus)
+    for _ in range(2):  # a second pass begins with the first layer again
+        assert torch.equal(measured(reference, mixed=mixed), expected)
+
+
+def test_matrices_are_held_in_bf16_where_the_trunk_computes_in_it(tiny_janus, recipe):
+    reference = build_reference(tiny_janus, recipe("training.dtype=mixed"))
+    for block in reference.trunk_blocks:
+        dtypes = {p.ndim: p.dtype for p in block.parameters()}
+        assert dtypes == {2: torch.bfloat16, 1: torch.float32}
+
+
+def test_layers_lie_in_two_buffers_while_they_run_and_in_host_memory_else(tiny_janus):
+    blocks = [copy.deepcopy(tiny_janus.trunk_blocks[0]) for _ in range(3)]
+    homes = [block.mlp.up_proj.weight.data_ptr() for block in blocks]
+    LayerStream(blocks, CPU)
+    seen = []
+
+    def look(block, *_):
+        seen.append(block.mlp.up_proj.weight.data_ptr())
+
+    for block in blocks:
+        block.register_forward_pre_hook(look)
+    states = torch.zeros(1, 2, 32)
+    rotary = (torch.ones(1, 2, 16), torch.zeros(1, 2, 16))
+    with torch.no_grad():
+        for block in blocks:
+            block(states, position_embeddings=rotary)
+    assert seen[0] == seen[2] != seen[1]
+    assert not set(seen) & set(homes)
+    assert [block.mlp.up_proj.weight.data_ptr() for block in blocks] == homes
+
+
+def test_what_does_not_train_is_shared_and_not_streamed(tiny_janus_folder, recipe):
+    pattern = ("*.layers.1.*",)
+    policy = JanusConfig(path=str(tiny_janus_folder), trainable=pattern).build(CPU)
+    expected = measured(policy)
+    reference = build_reference(policy, recipe("training.reference=streamed"))
+    theirs = dict(reference.module.named_parameters())
+    for name, parameter in policy.module.named_parameters():
+        assert (theirs[name] is parameter) != (".layers.1." in name)
+    assert torch.equal(measured(reference), expected)
+
+
+def test_the_engine_reads_a_streamed_reference(tiny_janus, recipe):
+    reference = build_reference(tiny_janus, recipe("training.reference=streamed"))
+    mine, theirs = (Engine(policy).decoder for policy in (tiny_janus, reference))
+    for one, other in zip(mine.layers, theirs.layers, strict=True):
+        assert torch.equal(one.wqkv, other.wqkv)
+
+
+def test_a_held_copy_is_a_copy():
+    weight = torch.ones(2, 3)
+    for options in ({}, {"to_bf16": True}, {"on_host": True}):
+        held = held_copy(weight, **{"to_bf16": False, "on_host": False} | options)
+        assert held.data_ptr() != weight.data_ptr()
+        assert held.eq(1).all()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs the extra lora")
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.reference=streamed", r"training\.reference: .* write resident"),
+        ("algorithm.reference_refresh_every=5", r"reference_refresh_every: .* write 0"),
+    ],
+)
+def test_an_adapters_reference_is_neither_streamed_nor_refreshed(recipe, override, message):
+    wanted = recipe("policy.lora.rank=2", override)
+    with pytest.raises(RecipeError, match=message):
+        build_trainer(wanted, wanted.prompts.build())
