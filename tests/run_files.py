@@ -4,7 +4,7 @@ import json
 
 from safetensors.torch import load_file
 
-CLOCKED = ("time/", "memory/", "images_per_s", "tokens_per_s", "rollout/", "training/")
+CLOCKED = ("time/", "memory/", "images_per_s", "tokens_per_s", "throughput/")
 """Metrics that differ from run to run."""
 
 

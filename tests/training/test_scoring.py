@@ -112,7 +112,6 @@ def test_the_gradient_of_the_trunk_equals_the_naive_one(tiny_janus, logprobs):
 
 
 def test_an_unconditional_pass_without_gradient_takes_none_from_the_mixed_trunk(tiny_janus):
-    """Autocast keeps the bf16 weights of a pass; those of a pass without gradient carry none."""
     exact = gradient_of(tiny_janus, "guided_detached")
     mixed = gradient_of(tiny_janus, "guided_detached", mixed=True)
     assert (mixed - exact).norm() <= 0.1 * exact.norm()

@@ -27,6 +27,7 @@ from stage_rl.training.runs import RunFolder, check_run, open_run
 from stage_rl.training.setup import build_trainer, check_ranks, pick_device
 from stage_rl.training.signals import stop_signals
 from stage_rl.training.steps import Step, log_samples
+from stage_rl.training.throughput import Drawn, overall_rates
 from stage_rl.training.trainer import Trainer
 from stage_rl.training.update import measure_all
 from stage_rl.training.watch import Watch
@@ -127,6 +128,7 @@ def train_step(trainer: Trainer, step: int) -> Step:
     trainer.engine.reload()
     rollout = trainer.sample(trainer.engine, trainer.prompts_of(step), step=step)
     clock.lap("sample_s")
+    drawn = Drawn.of(trainer.engine.drawn)
 
     # Judge, while the reference measures; where the recipe asks so, draw equal rewards again first.
     verdict, numbers = trainer.judge.submit(rollout), {}
@@ -148,6 +150,8 @@ def train_step(trainer: Trainer, step: int) -> Step:
         numbers |= learning_metrics(learned, reference)
         numbers |= trained_mismatch(learned.measured, rollout, recipe.algorithm)
     clock.lap("learn_s")
+    if learned:
+        numbers |= trainer.rates(drawn, clock.laps)
 
     # Watch the drift from the reference on its own samples.
     if trainer.is_probed(step):
@@ -168,6 +172,6 @@ def record(trainer: Trainer, run: RunFolder, taken: Step) -> dict[str, float]:
         log_samples(run, taken, num_groups=trainer.recipe.run.log_groups)
         taken.clock.lap("log_s")
     numbers = taken.numbers | taken.clock.times()
-    numbers["images_per_s"] = taken.judged.rewards_PG.numel() / numbers["time/step_s"]
+    numbers |= overall_rates(taken.judged.rewards_PG.numel(), taken.rollout, numbers)
     run.log_metrics(taken.number, numbers)
     return numbers

@@ -39,10 +39,13 @@ class Scoring:
         """Whether an unconditional pass belongs to it."""
         return self.logprobs != "conditional" and self.guidance_scale != 1
 
+    @property
+    def has_two_gradients(self) -> bool:
+        """Whether a gradient goes through the unconditional pass."""
+        return self.has_two_passes and self.logprobs == "guided"
+
     def states(self, policy: Policy, prefix: Prefix, tokens_NT: Tensor) -> Tensor:
         """The states that `head` reads, states_NTW, with gradient where the form has one."""
-        # Before the pass without gradient: autocast reuses the bf16 weights of the first pass, and
-        # with them whether a gradient goes through.
         cond_NTD = policy.hidden(prefix, tokens_NT)
         if not self.has_two_passes:
             return cond_NTD

@@ -6,7 +6,7 @@ Shape suffixes: N completions, T image tokens.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from stage_rl.training.contents import Contents, trained_parameters
 from stage_rl.training.distributed import ALONE, Ranks
 from stage_rl.training.mismatch import untrained_mismatch
 from stage_rl.training.scoring import scoring_of
+from stage_rl.training.throughput import DecoderSize, Drawn, rates
 from stage_rl.training.update import Learned, Precision, Update, learn
 from stage_rl.types import Judged, Measured, Prompt, Rollout
 
@@ -109,6 +110,17 @@ class Trainer:
             self.precision,
             sampling=self.sampling,
             num_images=self.recipe.probe.mismatch_images,
+        )
+
+    def rates(self, drawn: Drawn, times: Mapping[str, float]) -> dict[str, float]:
+        """What this device reached in each phase of a step; see `throughput.rates`."""
+        return rates(
+            DecoderSize.of(self.engine.decoder),
+            drawn,
+            times,
+            num_images=drawn.num_rows // (2 if self.sampling.guided else 1),
+            scoring=self.precision.scoring,
+            num_updates=self.recipe.optimizer.updates_per_rollout,
         )
 
     def learn(
