@@ -119,3 +119,12 @@ def test_the_reward_is_built_from_its_config():
     colour, spatial = GitRewardConfig(path="tiny").build(CPU)(images(2), prompts)
     assert 0 < colour.value < 1
     assert spatial.value is None
+
+
+def test_reference_images_come_with_what_the_reward_needs_and_random_weights_have_none():
+    config = GitRewardConfig()
+    cases = config.reference_cases()
+    assert [case.prompt.text for case in cases] == ["a photo of a cat", "a photo of a cup"]
+    assert [config.objection(case.prompt) for case in cases] == [None, None]
+    assert all(len(case.images_NHWC()) == 2 for case in cases)
+    assert GitRewardConfig(path="tiny").reference_cases() == ()

@@ -168,3 +168,17 @@ def test_a_prompt_that_cannot_be_judged_is_told_before_training(metadata, compat
 def test_a_detector_that_hides_what_counts_is_refused():
     with pytest.raises(ValueError, match=r"leaves out what the threshold of 0\.3 counts"):
         GroundingDinoRewardConfig(detector=GroundingDinoDetectorConfig(min_score=0.4))
+
+
+def test_reference_images_come_with_what_the_reward_needs_and_random_weights_have_none():
+    config = GroundingDinoRewardConfig()
+    cases = config.reference_cases()
+    assert [case.prompt.text for case in cases] == ["a photo of a cat", "a photo of a cup"]
+    assert [config.objection(case.prompt) for case in cases] == [None, None]
+    assert all(len(case.images_NHWC()) == 2 for case in cases)
+    assert (
+        GroundingDinoRewardConfig(
+            detector=GroundingDinoDetectorConfig(path="tiny")
+        ).reference_cases()
+        == ()
+    )

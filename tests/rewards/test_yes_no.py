@@ -80,3 +80,12 @@ def test_the_reward_is_built_from_its_config_in_half_precision():
 def test_a_question_without_the_prompt_is_refused():
     with pytest.raises(ValueError, match="does not name the prompt"):
         YesNoRewardConfig(path="tiny", question="Is it good?")
+
+
+def test_reference_images_come_with_what_the_reward_needs_and_random_weights_have_none():
+    config = YesNoRewardConfig(path="a/model")
+    cases = config.reference_cases()
+    assert [case.prompt.text for case in cases] == ["a photo of a cat", "a photo of a cup"]
+    assert [config.objection(case.prompt) for case in cases] == [None, None]
+    assert all(len(case.images_NHWC()) == 2 for case in cases)
+    assert YesNoRewardConfig(path="tiny").reference_cases() == ()

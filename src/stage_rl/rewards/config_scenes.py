@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from stage_rl.rewards.config_scorers import TINY
 from stage_rl.schema import DetectorConfig, RewardConfig
 from stage_rl.settings import Count, complaint
 from stage_rl.types import Prompt
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from stage_rl.rewards.grounding_dino import GroundingDino, SceneReward
     from stage_rl.rewards.selftest import ReferenceCase
     from stage_rl.rewards.yes_no import YesNoReward
+
+PAIR = ("cat", "cup")
+"""What the photographs for self-tests show."""
 
 
 class GroundingDinoDetectorConfig(DetectorConfig):
@@ -88,15 +92,15 @@ class GroundingDinoRewardConfig(RewardConfig):
         return SceneReward(self.detector.build(device), rules)
 
     def reference_cases(self) -> tuple[ReferenceCase, ...]:
-        """A circle against nothing, for who asks for a circle."""
-        from PIL import Image
+        """Photographs against noise, for who asks for a cat or a cup; none for random weights."""
+        from stage_rl.rewards.photographs import photograph_cases
 
-        from stage_rl.rewards.selftest import IMAGE_SIZE, ReferenceCase, shape_image
-
-        prompt = Prompt("a circle", 0, {"task_type": "object", "nouns": ["circle"]})
-        empty = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), "white")
-        what = "a green circle against an empty image"
-        return (ReferenceCase(prompt, shape_image("circle", "green"), empty, what),)
+        detector = self.detector
+        if isinstance(detector, GroundingDinoDetectorConfig) and detector.path == TINY:
+            return ()
+        return tuple(
+            _asking(case, noun) for case, noun in zip(photograph_cases(), PAIR, strict=True)
+        )
 
 
 class GitRewardConfig(RewardConfig):
@@ -119,10 +123,8 @@ class GitRewardConfig(RewardConfig):
         return GitReward(model, self.compat)
 
     def reference_cases(self) -> tuple[ReferenceCase, ...]:
-        """Coloured shapes, asked for by colour and shape."""
-        from stage_rl.rewards.selftest import shape_cases
-
-        return tuple(replace(case, prompt=_of_colour(case.prompt)) for case in shape_cases())
+        """Photographs of a cat and a cup, asked for by name; none for random weights."""
+        return () if self.path == TINY else _cat_or_cup()
 
 
 class YesNoRewardConfig(RewardConfig):
@@ -156,13 +158,30 @@ class YesNoRewardConfig(RewardConfig):
         )
 
     def reference_cases(self) -> tuple[ReferenceCase, ...]:
-        """Coloured shapes, asked for by colour and shape."""
-        from stage_rl.rewards.selftest import shape_cases
-
-        return shape_cases()
+        """Photographs of a cat and a cup, asked for by name; none for random weights."""
+        return () if self.path == TINY else _cat_or_cup()
 
 
-def _of_colour(prompt: Prompt) -> Prompt:
-    """The prompt with the metadata of a T2I-R1 colour prompt."""
-    nouns = [prompt.text.removeprefix("a ")]
-    return replace(prompt, metadata={"task_type": "color", "nouns": nouns})
+def _cat_or_cup() -> tuple[ReferenceCase, ...]:
+    """Either photograph against the other."""
+    from stage_rl.rewards.photographs import photograph
+    from stage_rl.rewards.selftest import ReferenceCase
+
+    return tuple(
+        _asking(
+            ReferenceCase(
+                Prompt(f"a photo of a {noun}", index),
+                photograph(noun),
+                photograph(other),
+                f"a {noun} against a {other}",
+            ),
+            noun,
+        )
+        for index, (noun, other) in enumerate((PAIR, PAIR[::-1]))
+    )
+
+
+def _asking(case: ReferenceCase, noun: str) -> ReferenceCase:
+    """The case with the metadata of a T2I-R1 prompt for one object."""
+    metadata = {"task_type": "object", "nouns": [noun]}
+    return replace(case, prompt=replace(case.prompt, metadata=metadata))
