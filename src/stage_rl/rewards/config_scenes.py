@@ -96,11 +96,10 @@ class GroundingDinoRewardConfig(RewardConfig):
         from stage_rl.rewards.photographs import photograph_cases
 
         detector = self.detector
-        if isinstance(detector, GroundingDinoDetectorConfig) and detector.path == TINY:
+        if not isinstance(detector, GroundingDinoDetectorConfig) or detector.path == TINY:
             return ()
-        return tuple(
-            _asking(case, noun) for case, noun in zip(photograph_cases(), PAIR, strict=True)
-        )
+        pairs = zip(photograph_cases(), PAIR, strict=True)
+        return tuple(_asking(case, noun) for case, noun in pairs)
 
 
 class GitRewardConfig(RewardConfig):
