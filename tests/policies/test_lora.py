@@ -145,6 +145,24 @@ def test_a_bfloat16_base_carries_an_fp32_adapter(tiny_janus_folder):
     assert merged_weight(layer).dtype == torch.float32
 
 
+@torch.no_grad()
+def test_a_base_held_in_bfloat16_says_what_the_same_base_in_fp32_says(tiny_janus_folder, tmp_path):
+    config = {"path": str(tiny_janus_folder), "lora": LORA, "dtype": "bfloat16"}
+    low = moved(JanusConfig.model_validate(config).build(CPU))
+    full = moved(load(tiny_janus_folder))
+    for parameter in full.module.parameters():
+        if not parameter.requires_grad:
+            parameter.copy_(parameter.bfloat16())  # as a checkpoint published in bf16
+    states = []
+    for policy in (low, full):
+        with torch.autocast("cpu", torch.bfloat16):
+            states.append(policy.hidden(policy.encode([SHORT, LONG]), TOKENS))
+    assert states[0].dtype == torch.float32
+    # The image tokens' embeddings are products, rounded to bf16 where the parameters are.
+    assert_close(states[0], states[1], atol=0.05, rtol=0.02)
+    assert low.head(states[0]).dtype == torch.float32
+
+
 def test_an_unknown_target_is_answered_with_the_layers_there_are(tiny_janus_folder):
     with pytest.raises(RecipeError, match=r"lora\.targets: no layer 'q'; .*down_proj.*q_proj"):
         load(tiny_janus_folder, targets=("q",))

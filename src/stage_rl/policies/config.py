@@ -70,5 +70,6 @@ class JanusConfig(PolicyConfig):
             lora = self.lora
             trunk = module.model.language_model
             add_adapter(trunk, rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
+            module.model.generation_head.float()  # log-probabilities are fp32
             trainable = (PATTERN,)
         return JanusPolicy(module, processor, trainable=trainable)

@@ -139,6 +139,8 @@ class JanusPolicy:
         """
         num_tokens = tokens_NT.shape[1]
         inputs_NSD = torch.cat([prefix.embeds_PLD, self.embed(tokens_NT[:, :-1])], 1)
+        if torch.is_autocast_enabled(inputs_NSD.device.type):
+            inputs_NSD = inputs_NSD.float()  # layers in bf16 add to an fp32 residual stream too
         length_N1 = prefix.lengths_P[:, None]
         num_slots = prefix.embeds_PLD.shape[1]
         slot_1S = torch.arange(inputs_NSD.shape[1], device=tokens_NT.device)[None]
@@ -152,7 +154,8 @@ class JanusPolicy:
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits over the codebook; the last axis goes from D to V."""
-        return self.module.model.generation_head(hidden)
+        head = self.module.model.generation_head
+        return head(hidden.to(head.proj_out.weight.dtype))
 
     @torch.no_grad()
     def decoder_weights(self) -> DecoderWeights:
@@ -215,9 +218,13 @@ class JanusPolicy:
 
     @torch.no_grad()
     def _layer_weights(self, index: int) -> LayerWeights:
-        weights = vars(_layer_weights(self._trunk.layers[index]))
+        weights = _layer_weights(self._trunk.layers[index])
         # A streamed reference keeps its layers in host memory.
-        moved = {k: None if w is None else w.to(self.device) for k, w in weights.items()}
+        moved: dict[str, Any] = {
+            name: weight.to(self.device)
+            for name, weight in vars(weights).items()
+            if weight is not None
+        }
         return LayerWeights(**moved)
 
     def _check_text(self, where: str, text: str) -> None:
