@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -29,15 +29,15 @@ class SlowReward:
     """Scores by brightness after a wait, like a scorer on another device or machine."""
 
     seconds: float = 0.0
-    took_s: list[float] = field(default_factory=list)
-    """How long each call was."""
+    took_s: float = 0.0
+    """How long the last call was."""
 
     def __call__(self, images_NHWC: Tensor, prompts: list[Prompt]) -> list[Score]:
         started = time.perf_counter()
         means = images_NHWC.float().mean(dim=(1, 2, 3)) / 255
         time.sleep(self.seconds)
         scores = [Score(value, f"luminance {value:.2f}") for value in means.tolist()]
-        self.took_s.append(time.perf_counter() - started)
+        self.took_s = time.perf_counter() - started
         return scores
 
 
@@ -97,32 +97,37 @@ def measure(
     trainer = build_trainer(recipe, recipe.prompts.build())
     reward = SlowReward()
     trainer.judge = Judge([WeightedReward("slow", 1.0, reward)])
-    number = iter(range(1 + rounds * (1 + len(lengths))))
+    number = iter(range(2 + rounds * (1 + len(lengths))))
 
-    def step() -> Mapping[str, float]:
-        return train_step(trainer, next(number)).clock.times()
+    def step(reward_s: float) -> dict[str, float]:
+        reward.seconds = reward_s
+        return train_step(trainer, next(number)).clock.times() | {"reward_s": reward.took_s}
 
-    step()
-    plain = _medians([step() for _ in range(rounds)])
-    measures = {"reference_ms": plain["time/reference_s"] * 1e3}
+    step(0.0)
+    reference_s = step(0.0)["time/reference_s"]
+    # Each round has every length once, so that a change of load falls on all of them.
+    steps = [
+        {length: step(length * reference_s) for length in (0.0, *lengths)} for _ in range(rounds)
+    ]
+    measures = {"reference_ms": reference_s * 1e3}
     for length in lengths:
-        reward.seconds = length * plain["time/reference_s"]
-        reward.took_s.clear()
-        slow = _medians([step() for _ in range(rounds)])
-        took_s = statistics.median(reward.took_s)
-        longer_s = slow["time/step_s"] - plain["time/step_s"]
+        took_s, wait_s, longer_s = (
+            statistics.median(values)
+            for values in zip(*(_waits(row[length], row[0.0]) for row in steps), strict=True)
+        )
         measures |= {
             f"reward_{length:g}x_ms": took_s * 1e3,
-            f"wait_{length:g}x_ms": slow["time/judge_wait_s"] * 1e3,
-            f"hidden_{length:g}x": 1 - slow["time/judge_wait_s"] / took_s,
+            f"wait_{length:g}x_ms": wait_s * 1e3,
+            f"hidden_{length:g}x": 1 - wait_s / took_s,
             f"hidden_by_step_{length:g}x": 1 - longer_s / took_s,
         }
     return _result(measures, lengths, settings)
 
 
-def _medians(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    names = ("time/reference_s", "time/judge_wait_s", "time/step_s")
-    return {name: statistics.median(times[name] for times in steps) for name in names}
+def _waits(slow: Mapping[str, float], plain: Mapping[str, float]) -> tuple[float, float, float]:
+    """Seconds of the reward, of the wait for it, and by which the step was longer than without."""
+    longer_s = slow["time/step_s"] - plain["time/step_s"]
+    return slow["reward_s"], slow["time/judge_wait_s"], longer_s
 
 
 def _result(

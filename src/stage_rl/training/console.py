@@ -12,17 +12,13 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-SHOWN = {
-    "reward": "reward/mean",
-    "entropy gap": "entropy/gap",
-    "KL": "kl/mean",
-    "s/step": "time/step_s",
-}
+SHOWN = ("reward/mean", "entropy/gap", "kl/mean", "images_per_s", "time/step_s")
+"""Metrics of the line, under the names that they have in metrics.jsonl."""
 
 
 def summary(numbers: Mapping[str, float]) -> str:
     """The few numbers that fit on a line."""
-    return "  ".join(f"{k} {numbers[v]:.3f}" for k, v in SHOWN.items() if v in numbers)
+    return "  ".join(f"{name} {numbers[name]:.3f}" for name in SHOWN if name in numbers)
 
 
 class LiveView:
