@@ -132,3 +132,20 @@ def tiny_shapes(tiny_shapes_folder: Path):
     from stage_rl.policies.config import JanusConfig
 
     return JanusConfig(path=str(tiny_shapes_folder), trainable=()).build(torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def original_janus_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Janus of tests/data/janus_original in DeepSeek's files: a pickle of tensors."""
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file
+
+    source = Path(__file__).parent / "data" / "janus_original"
+    folder = tmp_path_factory.mktemp("original")
+    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json")
+    for name in (*names, "processor_config.json", "preprocessor_config.json"):
+        shutil.copy(source / name, folder)
+    torch.save(load_file(source / "weights.safetensors"), folder / "pytorch_model.bin")
+    return folder

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from stage_rl.config import describe, load_recipe
+from stage_rl.config import load_recipe, resolved_json
 from stage_rl.policies.hub import HUB_ID
 from stage_rl.schema import Recipe
 
@@ -46,7 +46,7 @@ def model_card(run: Path, step: int, *, layout: str, adapter: bool) -> str:
         f"## Rewards\n\n{_rewards(recipe)}",
         f"## Figures\n\n{_figures(run / 'metrics.jsonl', step)}",
         *_evaluation(run / "evaluation.txt", step),
-        f"## Recipe\n\n```yaml\n{describe(recipe)}```",
+        f"## Recipe\n\n```yaml\n{_resolved(recipe)}```",
         f"## Made with\n\n{_environment(run / 'environment.json')}",
         f"If you use it, cite the paper: {TITLE}, arXiv 2509.25027.",
     ]
@@ -76,8 +76,9 @@ def _method(recipe: Recipe) -> str:
     if algorithm.entropy.mode != "none":
         equations = "11, 12" if algorithm.entropy.mode == "reward" else "13, 14"
         parts.append(f"an entropy {algorithm.entropy.mode} ({equations})")
+    told = parts[0] + (" with " + " and ".join(parts[1:]) if parts[1:] else "")
     return (
-        f"{', with '.join(parts[:2])}{''.join(f', and {part}' for part in parts[2:])}. "
+        f"{told}. "
         f"Preset `{algorithm.preset}`, beta {algorithm.beta:g}; {rollout.prompts_per_step} prompts "
         f"x {rollout.group_size} images a step, guidance {rollout.guidance_scale:g}; learning rate "
         f"{optimizer.lr:g} ({optimizer.schedule}), seed {recipe.seed}."
@@ -124,6 +125,11 @@ def _evaluation(table: Path, step: int) -> list[str]:
         return []
     kept = [line for line in text.splitlines() if not line.startswith("images: ")]
     return ["## Evaluation\n\n```\n" + "\n".join(kept) + "\n```"]
+
+
+def _resolved(recipe: Recipe) -> str:
+    """Every setting, as YAML that `stage train` takes."""
+    return yaml.safe_dump(json.loads(resolved_json(recipe)), sort_keys=False)
 
 
 def _environment(file: Path) -> str:

@@ -72,6 +72,7 @@ def _to_transformers(
             image_token_embed_dim=head["n_embed"],
         ),
         image_token_id=token_ids["image"],
+        architectures=["JanusForConditionalGeneration"],
         tie_word_embeddings=language.get("tie_word_embeddings", False),
     )
 

@@ -1,0 +1,392 @@
+"""Janus in DeepSeek's layout: what the original code and transformers' script make of it."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import policy_contract
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+from transformers import JanusForConditionalGeneration, JanusProcessor
+
+from stage_rl import sample
+from stage_rl.errors import WeightsError
+from stage_rl.policies.config import JanusConfig
+from stage_rl.policies.deepseek.config import to_transformers
+from stage_rl.policies.deepseek.names import deepseek_name
+from stage_rl.policies.tensor_files import read_tensors
+from stage_rl.types import Prompt
+
+DATA = Path(__file__).parents[1] / "data" / "janus_original"
+REFERENCE = dict(np.load(DATA / "reference.npz"))
+CONVERTED = json.loads((DATA / "converted.json").read_text())
+TEXTS = REFERENCE["prompts"].tolist()
+PROMPTS = [Prompt(text, index) for index, text in enumerate(TEXTS)]
+TOKENS_NT = torch.from_numpy(REFERENCE["tokens"])
+CPU = torch.device("cpu")
+
+
+def load(path, **settings):
+    return JanusConfig(path=str(path), **settings).build(CPU)
+
+
+def rewrite(file, change):
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+@pytest.fixture(scope="module")
+def policy(original_janus_folder):
+    """In fp32; nothing changes it."""
+    return load(original_janus_folder, trainable=())
+
+
+@pytest.fixture
+def folder(original_janus_folder, tmp_path):
+    """A copy to damage."""
+    return shutil.copytree(original_janus_folder, tmp_path / "original")
+
+
+@pytest.fixture
+def tensors():
+    """The tensors as published, to change."""
+    return load_file(DATA / "weights.safetensors")
+
+
+def test_it_keeps_the_contract(policy):
+    policy_contract.check(policy, *PROMPTS[:2])
+
+
+def test_every_tensor_is_the_one_of_transformers_conversion_script(original_janus_folder):
+    module = load(original_janus_folder, trainable=(), dtype="bfloat16").module
+    sums = {
+        name: hashlib.sha256(tensor.contiguous().view(torch.int16).numpy().tobytes()).hexdigest()
+        for name, tensor in module.state_dict().items()
+    }
+    assert {name: digest[:16] for name, digest in sums.items()} == CONVERTED["tensors"]
+
+
+def test_prompts_become_the_ids_of_the_original_code(policy):
+    for number, prompt in enumerate(PROMPTS):
+        ids = policy.prompt_ids(prompt)
+        assert ids == REFERENCE[f"prompt_ids_{number}"].tolist()
+        assert ids == CONVERTED["prompt_ids"][number]
+
+
+def test_pad_bos_and_begin_of_image_are_those_of_the_original_code(policy):
+    settings = policy.module.generation_config
+    ids = [settings.pad_token_id, settings.bos_token_id, settings.generation_kwargs["boi_token_id"]]
+    assert ids == REFERENCE["special_ids"].tolist() == [305, 300, 303]
+
+
+@torch.no_grad()
+def test_logits_are_those_of_the_original_code(policy):
+    prefix = policy.encode(PROMPTS)
+    for given, name in ((prefix, "cond_logits"), (prefix.unconditional(), "uncond_logits")):
+        logits_NTV = policy.head(policy.hidden(given, TOKENS_NT))
+        expected_NTV = torch.from_numpy(REFERENCE[name])
+        assert expected_NTV.std() > 1
+        assert_close(logits_NTV, expected_NTV, atol=3e-5, rtol=0)
+
+
+def test_the_likeliest_tokens_are_those_of_the_original_code(policy):
+    drawn = sample(policy, TEXTS, temperature=0.0, guidance_scale=5.0)
+    assert torch.equal(drawn.tokens_NT.cpu(), TOKENS_NT)
+
+
+@torch.no_grad()
+def test_images_are_those_of_the_original_code(policy):
+    pixels_NCHW = policy.module.model.vqmodel.decode(TOKENS_NT)
+    expected_NCHW = torch.from_numpy(REFERENCE["pixels"])
+    assert_close(pixels_NCHW, expected_NCHW, atol=1e-4, rtol=0)
+    # The original code cuts fractions off where this one rounds: never more than 1 apart.
+    original_NHWC = ((expected_NCHW + 1) / 2 * 255).clip(0, 255).byte().permute(0, 2, 3, 1)
+    difference = policy.codebook.decode(TOKENS_NT).int() - original_NHWC.int()
+    assert difference.abs().max() <= 1
+
+
+@torch.no_grad()
+def test_understanding_is_that_of_the_original_code(policy):
+    model = policy.module.model
+    features = model.aligner(model.vision_model(torch.from_numpy(REFERENCE["image_in"]))[0])
+    assert_close(features[0], torch.from_numpy(REFERENCE["image_features"]), atol=3e-5, rtol=0)
+    ids = torch.from_numpy(REFERENCE["prompt_ids_0"])[None]
+    logits = policy.module(input_ids=ids).logits[0]
+    assert_close(logits, torch.from_numpy(REFERENCE["text_logits"]), atol=3e-5, rtol=0)
+
+
+def in_one_pickle(folder, tensors):
+    torch.save(tensors, folder / "epoch3.pt")
+
+
+def in_pickled_shards(folder, tensors):
+    names = sorted(tensors)
+    shards = {f"pytorch_model-0000{i + 1}-of-00002.bin": names[i::2] for i in range(2)}
+    for shard, part in shards.items():
+        torch.save({name: tensors[name] for name in part}, folder / shard)
+    index = {"weight_map": {name: shard for shard, part in shards.items() for name in part}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+def in_safetensors(folder, tensors):
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("write", [in_one_pickle, in_pickled_shards, in_safetensors])
+def test_every_kind_of_file_gives_the_same_weights(folder, tensors, policy, write):
+    (folder / "pytorch_model.bin").unlink()
+    write(folder, tensors)
+    state = load(folder, trainable=()).module.state_dict()
+    assert all(torch.equal(t, state[n]) for n, t in policy.module.state_dict().items())
+
+
+def test_tensors_that_do_not_fit_are_named_as_the_file_names_them(folder, tensors):
+    norm, qkv = "language_model.model.norm.weight", "vision_model.vision_tower.blocks.1.attn.qkv."
+    del tensors[norm]
+    tensors[f"{qkv}weight"] = tensors[f"{qkv}weight"][:47].clone()
+    tensors["gen_embed.bias"] = torch.zeros(8)
+    torch.save(tensors, folder / "pytorch_model.bin")
+    faults = rf"missing: {norm}; unexpected: gen_embed\.bias; of another shape: {qkv}weight;"
+    with pytest.raises(WeightsError, match=faults):
+        load(folder)
+
+
+class Payload:
+    """Pickles to a call that makes a file."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return (Path.touch, (self.file,))
+
+
+def test_a_pickle_that_would_run_code_is_refused_and_not_run(folder, tmp_path, tensors):
+    torch.save(tensors | {"x": Payload(tmp_path / "ran")}, folder / "pytorch_model.bin")
+    with pytest.raises(WeightsError, match=r"pytorch_model\.bin: holds more than tensors"):
+        load(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("layout", ["deepseek", "transformers"])
+def test_code_beside_the_weights_is_not_run(
+    layout, tmp_path, original_janus_folder, tiny_janus_folder
+):
+    source = original_janus_folder if layout == "deepseek" else tiny_janus_folder
+    folder = shutil.copytree(source, tmp_path / "checkpoint")
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    classes = {"AutoConfig": "own.A", "AutoModelForCausalLM": "own.B", "AutoModel": "own.B"}
+    classes |= {"AutoProcessor": "own.C", "AutoTokenizer": ["own.D", "own.D"]}
+    for file in folder.glob("*config.json"):
+        rewrite(file, lambda content: content.update(auto_map=classes))
+    load(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["epoch1.pt", "epoch2.pt"], r"found several: epoch1\.pt, epoch2\.pt"),
+        ([], r"model\.safetensors or .* is looked for, .* \(found none\)"),
+    ],
+)
+def test_a_folder_whose_weights_are_not_clear_is_one_clear_line(folder, names, message):
+    for name in names:
+        shutil.copy(folder / "pytorch_model.bin", folder / name)
+    (folder / "pytorch_model.bin").unlink()
+    with pytest.raises(WeightsError, match=message):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("shard", "message"),
+    [("../secret.bin", "which lies elsewhere"), ("gone.bin", "names gone.bin, which is missing")],
+)
+def test_an_index_that_leads_nowhere_is_one_clear_line(folder, shard, message):
+    index = {"weight_map": {"gen_embed.weight": shard}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(WeightsError, match=message):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        (
+            "config.json",
+            lambda c: c.pop("gen_vision_config"),
+            "config.json lacks 'gen_vision_config'; write a Janus or Janus-Pro",
+        ),
+        (
+            "config.json",
+            lambda c: c["aligner_config"]["params"].update(projector_type="linear"),
+            "aligner_config.params.projector_type is 'linear'; this policy needs 'mlp_gelu'",
+        ),
+        (
+            "config.json",
+            lambda c: c["gen_vision_config"].update(cls="VQ-8"),
+            "gen_vision_config.cls is 'VQ-8'; this policy needs 'VQ-16'",
+        ),
+        (
+            "config.json",
+            lambda c: c["vision_config"]["params"].pop("heads"),
+            "model_name is 'siglip_tiny_patch2_8'; this policy knows 'siglip_large_patch16_384'",
+        ),
+        (
+            "config.json",
+            lambda c: c["language_config"].update(rope_scaling={"type": "linear", "factor": 2}),
+            "language_config.rope_scaling is .* needs null",
+        ),
+        (
+            "processor_config.json",
+            lambda c: c.update(sft_format="llama-2"),
+            "sft_format is 'llama-2'; this policy knows deepseek, deepseek_old, plain",
+        ),
+        (
+            "processor_config.json",
+            lambda c: c.update(pad_tag="<no such>"),
+            "tokenizer.json has no pad token .'<no such>'.",
+        ),
+    ],
+)
+def test_settings_the_policy_does_not_know_are_one_clear_line(folder, file, change, message):
+    rewrite(folder / file, change)
+    with pytest.raises(WeightsError, match=message) as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_of_the_tokenizer_is_named(folder):
+    (folder / "processor_config.json").unlink()
+    with pytest.raises(WeightsError, match=r"lacks processor_config\.json; put the files of"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("style", "expected"),
+    [
+        ("deepseek", "<|User|>: a star\n\n<|Assistant|>:"),
+        ("deepseek_old", "User: a star\n\nAssistant:"),
+        ("plain", "a star"),
+    ],
+)
+def test_the_prompt_format_is_the_one_the_processor_names(folder, style, expected):
+    rewrite(folder / "processor_config.json", lambda c: c.update(sft_format=style))
+    message = {"role": "user", "content": [{"type": "text", "text": " a star "}]}
+    template = load(folder, trainable=()).processor.apply_chat_template
+    assert template([message], add_generation_prompt=True) == expected
+
+
+def test_a_second_hidden_layer_of_an_aligner_is_its_fourth():
+    # Layers and activations alternate: fc1 is 0, hidden layers 0 and 1 are 2 and 4.
+    name = "model.generation_aligner.hidden_layers.1.weight"
+    assert deepseek_name(name) == "gen_aligner.layers.4.weight"
+
+
+def test_sizes_that_the_file_leaves_out_are_the_published_ones():
+    # The sections of Janus-Pro-7B, whose config.json names no more.
+    aligner = {"cls": "MlpProjector", "params": {"depth": 2, "n_embed": 4096}}
+    vision = {"image_size": 384, "model_name": "siglip_large_patch16_384", "select_layer": -1}
+    head = {"image_token_embed": 4096, "image_token_size": 16384, "n_embed": 4096}
+    raw = {
+        "language_config": {"max_position_embeddings": 16384, "num_hidden_layers": 30},
+        "aligner_config": aligner,
+        "gen_aligner_config": aligner,
+        "gen_head_config": {"cls": "vision_head", "params": head},
+        "gen_vision_config": {"cls": "VQ-16", "params": {"image_token_size": 16384, "n_embed": 8}},
+        "vision_config": {"cls": "CLIPVisionTower", "params": vision},
+    }
+    raw["language_config"]["vocab_size"] = 102400
+    config = to_transformers(raw, "x", {"bos": 100000, "eos": 100001, "image": 100594})
+    with torch.device("meta"):
+        module = JanusForConditionalGeneration(config)
+    shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+    assert len(module.model.language_model.layers) == 30
+    assert shapes["model.language_model.layers.0.mlp.up_proj.weight"] == (11008, 4096)
+    # 24 x 24 tokens of 16 x 16 pixels in both the encoder and the tokenizer.
+    assert config.vq_config.num_patches == 24
+    assert shapes["model.vision_model.embeddings.position_embedding.weight"] == (576, 1024)
+    assert shapes["model.vqmodel.decoder.conv_in.weight"] == (512, 256, 3, 3)
+
+
+def test_a_round_trip_through_its_own_layout_changes_no_bit_and_no_file(
+    original_janus_folder, tmp_path
+):
+    policy = load(original_janus_folder, trainable=(), dtype="bfloat16")
+    policy.save(tmp_path, layout="deepseek", like=original_janus_folder)
+    before, after = read_tensors(original_janus_folder), read_tensors(tmp_path)
+    # 222 tensors of transformers less 2 x 2 x 2 parts of qkv, 14 that no forward pass reads.
+    assert before.keys() == after.keys()
+    assert len(after) == 222 - 8 + 14
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    for file in original_janus_folder.glob("*.json"):
+        assert json.loads((tmp_path / file.name).read_text()) == json.loads(file.read_text())
+
+
+def test_what_transformers_has_no_place_for_is_left_out_without_the_original(policy, tmp_path):
+    policy.save(tmp_path, layout="deepseek")
+    before, after = load_file(DATA / "weights.safetensors"), read_tensors(tmp_path)
+    lost = before.keys() - after.keys()
+    assert {name.split(".")[2] for name in lost} == {"attn_pool", "codebook_used"}
+    assert all(torch.equal(before[name].float(), tensor) for name, tensor in after.items())
+
+
+def assert_same(one, other):
+    state = other.module.state_dict()
+    assert one.module.state_dict().keys() == state.keys()
+    assert all(torch.equal(t, state[n]) for n, t in one.module.state_dict().items())
+    configs = [p.module.config.to_dict() for p in (one, other)]
+    for config in configs:
+        del config["_name_or_path"]
+    assert configs[0] == configs[1]
+
+
+def test_a_round_trip_through_deepseeks_layout_is_exact(tiny_janus, tmp_path):
+    tiny_janus.save(tmp_path, layout="deepseek")
+    back = load(tmp_path)
+    assert_same(tiny_janus, back)
+    prompt = Prompt("a photo of two blue circle", 0)
+    assert back.prompt_ids(prompt) == tiny_janus.prompt_ids(prompt)
+    assert torch.equal(
+        back.encode([prompt]).uncond_embeds_PLD, tiny_janus.encode([prompt]).uncond_embeds_PLD
+    )
+    drawn = [sample(p, [prompt.text], temperature=0.0).tokens_NT for p in (tiny_janus, back)]
+    assert torch.equal(*drawn)
+
+
+def test_a_round_trip_through_transformers_layout_is_exact(policy, tmp_path):
+    policy.save(tmp_path / "transformers")
+    back = load(tmp_path / "transformers", trainable=())
+    assert_same(policy, back)
+    assert [back.prompt_ids(p) for p in PROMPTS] == [policy.prompt_ids(p) for p in PROMPTS]
+
+
+@torch.no_grad()
+def test_plain_transformers_reads_it_with_equal_logits(policy, tmp_path):
+    policy.save(tmp_path)
+    module = JanusForConditionalGeneration.from_pretrained(tmp_path)
+    processor = JanusProcessor.from_pretrained(tmp_path)
+    message = {"role": "user", "content": [{"type": "text", "text": TEXTS[0]}]}
+    prompt = processor.apply_chat_template([message], add_generation_prompt=True)
+    ids = processor(text=[prompt], generation_mode="image", return_tensors="pt")["input_ids"]
+    assert ids[0].tolist() == REFERENCE["prompt_ids_0"].tolist()
+    text = module.get_input_embeddings()(ids)
+    image = module.prepare_embeddings_for_image_generation(TOKENS_NT[:1])
+    states = module.model.language_model(inputs_embeds=torch.cat([text, image], 1))[0]
+    logits_TV = module.model.generation_head(states[0, ids.shape[1] - 1 : -1])
+    assert_close(logits_TV, torch.from_numpy(REFERENCE["cond_logits"][0]), atol=3e-5, rtol=0)
+
+
+def test_a_prompt_template_that_deepseek_has_no_name_for_is_refused(policy, tmp_path):
+    before = policy.processor.chat_template
+    policy.processor.chat_template = "Draw: {{ messages[0]['content'][0]['text'] }}"
+    try:
+        with pytest.raises(WeightsError, match="a format that DeepSeek's layout has no name for"):
+            policy.save(tmp_path, layout="deepseek")
+    finally:
+        policy.processor.chat_template = before

@@ -1,0 +1,98 @@
+"""Where weights are looked for, and what is fetched of a model of the hub."""
+
+import shutil
+
+import pytest
+from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from stage_rl.errors import WeightsError
+from stage_rl.policies import hub
+from stage_rl.policies.hub import find
+from stage_rl.policies.weights import load_janus
+
+
+@pytest.fixture
+def downloads(monkeypatch, tmp_path):
+    """A hub that holds the files of `tmp_path`/remote; the calls it gets, in order."""
+    calls = []
+    remote, cache = tmp_path / "remote", tmp_path / "cache"
+
+    def snapshot_download(repository, *, revision, allow_patterns, ignore_patterns):
+        calls.append((repository, revision, allow_patterns, ignore_patterns))
+        for pattern in allow_patterns:
+            for file in remote.glob(pattern):
+                copy = cache / file.relative_to(remote)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, copy)
+        return str(cache)
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    return calls
+
+
+def test_descriptions_come_first_and_pickles_only_where_there_is_nothing_else(
+    downloads, tmp_path, original_janus_folder
+):
+    shutil.copytree(original_janus_folder, tmp_path / "remote" / "geneval")
+    module, _ = load_janus("someone/stage/geneval@v1")
+    assert module.config.text_config.hidden_size == 32
+    assert [call[2] for call in downloads] == [
+        ["geneval/*.json", "geneval/*.jinja"],
+        ["geneval/*.safetensors"],
+        ["geneval/*.bin", "geneval/*.pt"],
+    ]
+    assert {call[:2] for call in downloads} == {("someone/stage", "v1")}
+    assert downloads[0][3] == ["geneval/*/*"]
+
+
+def test_pickles_stay_where_they_are_beside_safetensors(downloads, tmp_path, tiny_janus_folder):
+    shutil.copytree(tiny_janus_folder, tmp_path / "remote")
+    (tmp_path / "remote" / "training_args.bin").touch()
+    load_janus("someone/janus")
+    assert [call[2] for call in downloads] == [["*.json", "*.jinja"], ["*.safetensors"]]
+    # What lies in folders of the repository is none of this model's.
+    assert downloads[0][3] == ["*/*"]
+
+
+def test_another_model_is_refused_before_its_weights_are_fetched(downloads, tmp_path):
+    (tmp_path / "remote").mkdir()
+    (tmp_path / "remote" / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(WeightsError, match=r"someone/llama: model_type is 'llama'"):
+        load_janus("someone/llama")
+    assert len(downloads) == 1
+
+
+def test_without_a_network_and_a_cache_the_way_out_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(WeightsError, match=r"hf download deepseek-ai/Janus-Pro-7B$") as caught:
+        load_janus("deepseek-ai/Janus-Pro-7B@main")
+    assert "the hub cannot be reached" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_full_disk_is_one_clear_line(monkeypatch):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(hub, "snapshot_download", fail)
+    with pytest.raises(WeightsError, match=r"the download failed .*No space left"):
+        find("someone/janus")
+
+
+def test_a_folder_is_not_looked_for_on_the_hub(tiny_janus_folder, downloads):
+    assert find(tiny_janus_folder).hub is None
+    for name in ("./a/b", "/a/b", "~/a/b", "a/../b", "a", "a b/c"):
+        with pytest.raises(WeightsError, match="no such folder; write a folder"):
+            find(name)
+    assert downloads == []
+
+
+def test_a_missing_entry_of_the_cache_counts_as_unreachable(monkeypatch):
+    def fail(*_, **__):
+        raise LocalEntryNotFoundError("not cached")
+
+    monkeypatch.setattr(hub, "snapshot_download", fail)
+    with pytest.raises(WeightsError, match="not in the local cache either"):
+        find("someone/janus")
