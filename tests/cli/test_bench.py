@@ -2,7 +2,7 @@
 
 import pytest
 
-BENCHMARKS = ("rollout", "logprobs", "reweight", "reward-overlap", "step")
+BENCHMARKS = ("rollout", "logprobs", "reweight", "reward-overlap", "rewards", "step")
 
 
 def test_bench_lists_every_benchmark_without_loading_torch(stage_process):

@@ -20,6 +20,7 @@ BENCHMARKS = {
     "rollout": "The engine against transformers' own generate.",
     "logprobs": "Chunked log-probability and entropy against the naive form.",
     "reweight": "One batched product against the loop over pairs.",
+    "rewards": "Images per second of each reward, batched against one by one.",
     "reward-overlap": "How much of a slow reward the step does not wait for.",
     "step": "A training step against one built on generate and naive forms.",
 }

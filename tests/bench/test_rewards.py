@@ -1,0 +1,46 @@
+"""The rewards benchmark: what it times, and what it says."""
+
+import pytest
+
+from stage_rl.bench import rewards
+from stage_rl.errors import InputError
+
+
+def test_every_reward_runs_on_the_prompts_of_the_benchmark():
+    configs = rewards._tiny(tuple(rewards.REWARDS), ocr_processes=2)
+    assert [config.name for config in configs] == [*rewards.REWARDS, "ocr_2"]
+    for config in configs:
+        assert [config.objection(prompt) for prompt in rewards.PROMPTS] == [None] * 4
+
+
+def test_each_reward_is_timed_batched_and_one_by_one():
+    result = rewards.run(
+        rewards=("git", "hps"), num_prompts=2, group_size=1, image_size=48, rounds=1, device="cpu"
+    )
+    for name in ("git", "hps"):
+        ratio = result.measures[f"{name}_batched_per_s"] / result.measures[f"{name}_single_per_s"]
+        assert result.measures[f"{name}_speedup"] == pytest.approx(ratio)
+    assert len(result.table) == 3
+    assert result.to_dict()["settings"]["device"] == "cpu"
+
+
+def test_a_recipes_rewards_are_timed_as_they_are():
+    result = rewards.run(
+        recipe="shapes_grpo", num_prompts=1, group_size=2, image_size=48, rounds=1, device="cpu"
+    )
+    assert result.measures["geneval_batched_per_s"] > 0
+
+
+def test_the_bar_leaves_out_what_takes_one_image_at_a_time():
+    measures = {f"{name}_{what}": 1.0 for name in ("git", "ocr") for what in ("batched_per_s",)}
+    measures |= {"git_single_per_s": 0.5, "ocr_single_per_s": 2.0}
+    measures |= {"git_speedup": 2.0, "ocr_speedup": 0.5}
+    assert rewards._result(["git", "ocr"], measures, {}).reached is True
+    assert rewards._result(["ocr"], measures, {}).reached is None
+    measures["git_speedup"] = 0.9
+    assert rewards._result(["git", "ocr"], measures, {}).reached is False
+
+
+def test_an_unknown_reward_is_answered_with_the_near_one():
+    with pytest.raises(InputError, match=r"--rewards: unknown reward 'gitt'; did you mean 'git'\?"):
+        rewards.run(rewards=("gitt",))
