@@ -14,7 +14,7 @@ FLOORS = {
     "rollout rewards shapes": 2,
     "training evaluation": 3,
     "report bench shapes.pretrain shapes.show": 4,
-    "cli": 5,
+    "cli __main__": 5,
 }
 FLOOR_OF = {part: floor for parts, floor in FLOORS.items() for part in parts.split()}
 

@@ -36,7 +36,11 @@ def train(
         return
     from stage_rl.training.loop import train as run
 
+    from stage_rl.training.distributed import launched
+
     folder = run(settings)
+    if not launched().first:
+        return
     if settings.evaluation is not None:
         typer.echo(_evaluation(settings, folder))
     typer.echo(f"run: {folder}")
