@@ -250,7 +250,7 @@ def _write_checkpoint(plan: Plan, model: Any, processor: Any, out: Path) -> None
     temporary, final = out / ".checkpoint.tmp", out / "checkpoint"
     shutil.rmtree(temporary, ignore_errors=True)
     save_janus(model.half().to(memory_format=torch.contiguous_format), processor, temporary)
-    made_with = environment()
+    made_with = environment(num_ranks=1)
     record = {
         "command": " ".join(["stage", *sys.argv[1:]]),
         "seed": plan.seed,

@@ -5,7 +5,6 @@ Shape suffixes: N images, C channels, H x W pixels, Y x X cells.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,7 +16,8 @@ from torch.nn import functional as F
 
 from stage_rl.shapes.detector import CELL, DetectorNet, DetectorOutput
 from stage_rl.shapes.layouts import random_scene
-from stage_rl.shapes.pretrain_tokenizer import learning_rate, progress, to_pixels
+from stage_rl.shapes.pretrain_course import Progress, learning_rate, set_rate
+from stage_rl.shapes.pretrain_tokenizer import to_pixels
 from stage_rl.shapes.scenes import COLORS, IMAGE_SIZE, SHAPES, Scene, render
 
 BATCH = 64
@@ -73,20 +73,17 @@ def train_detector(
         torch.manual_seed(seed)
         net = DetectorNet()
     optimizer = torch.optim.AdamW(net.parameters(), lr=PEAK_LR)
-    started = time.monotonic()
+    progress = Progress("detector", steps, first=0, every=100, report=report)
     for step in range(steps):
         rng = np.random.Generator(np.random.Philox(key=[seed, 1_000_000 + step]))
         scenes = [random_scene(rng) for _ in range(BATCH)]
         center, rows = targets(scenes)
         loss = detector_loss(net(_soften(to_pixels(render(scenes)), rng)), center, rows)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps=steps, warmup_steps=50, peak=PEAK_LR)
+        set_rate(optimizer, learning_rate(step, steps=steps, warmup_steps=50, peak=PEAK_LR))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if (step + 1) % 100 == 0:
-            pace = (time.monotonic() - started) / (step + 1)
-            report(f"detector: {progress(step + 1, steps, pace)} loss {loss.item():.4f}")
+        progress.show(step + 1, f"loss {loss.item():.4f}")
     temporary = path.with_suffix(".tmp")
     save_file({name: t.half().contiguous() for name, t in net.state_dict().items()}, temporary)
     temporary.replace(path)

@@ -8,7 +8,7 @@ Shape suffixes: N sequences, L prompt slots, S = L + T slots, T image tokens, D 
 
 from __future__ import annotations
 
-import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +22,8 @@ from torch.nn import functional as F
 from stage_rl.policies.attention import use_fp32_causal
 from stage_rl.shapes.captions import pretraining_caption, pretraining_record
 from stage_rl.shapes.layouts import scene_for
-from stage_rl.shapes.pretrain_tokenizer import (
-    learning_rate,
-    progress,
-    save_state,
-    to_pixels,
-    unit_codes,
-)
+from stage_rl.shapes.pretrain_course import Progress, learning_rate, save_state, set_rate
+from stage_rl.shapes.pretrain_tokenizer import to_pixels, unit_codes
 from stage_rl.shapes.scenes import render
 
 CHUNK = 2000
@@ -174,16 +169,10 @@ def train_policy(
     num_tokens = tokens.shape[1]
     loss_of = BaseLoss(model, num_tokens + 16, compiled=training.compile)
     opts = optimizers(model, training.lr)
-    state_file, first = folder / "policy.pt", 0
-    if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(opts, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        first = state["step"]
-        report(f"policy: continues at step {first}")
+    first = _resume(folder / "policy.pt", model, opts)
+    progress = Progress("policy", training.steps, first=first, every=50, report=report)
+    losses: deque[float] = deque(maxlen=progress.every)
     model.train()
-    started, shown, total = time.monotonic(), first, 0.0
     for step in range(first, training.steps):
         rows, dropped = batch_rows(len(texts), training, seed=seed, step=step)
         ids, lengths = prompt_rows(processor, texts[rows].tolist(), dropped)
@@ -194,21 +183,28 @@ def train_policy(
             step, steps=training.steps, warmup_steps=training.warmup_steps, peak=training.lr
         )
         for optimizer in opts:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            set_rate(optimizer, rate)
             optimizer.step()
             optimizer.zero_grad()
-        total += loss.item()
+        losses.append(loss.item())
         done = step + 1
-        if done % 50 == 0:
-            pace = (time.monotonic() - started) / (done - shown)
-            mean = total / (done - shown)
-            report(f"policy: {progress(done, training.steps, pace)} loss {mean:.4f}")
-            started, shown, total = time.monotonic(), done, 0.0
+        progress.show(done, f"loss {np.mean(losses):.4f}")
         if done % save_every == 0 or done == training.steps:
             saved = [optimizer.state_dict() for optimizer in opts]
-            save_state(state_file, {"model": model.state_dict(), "optimizers": saved, "step": done})
+            state = {"model": model.state_dict(), "optimizers": saved, "step": done}
+            save_state(folder / "policy.pt", state)
     model.eval()
+
+
+def _resume(file: Path, model: Any, opts: list[torch.optim.Optimizer]) -> int:
+    """The step at which a training goes on, with its state loaded; 0 without a file."""
+    if not file.exists():
+        return 0
+    state = torch.load(file, weights_only=True)
+    model.load_state_dict(state["model"])
+    for optimizer, saved in zip(opts, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    return state["step"]
 
 
 def batch_rows(

@@ -8,8 +8,6 @@ Shape suffixes: N images, C channels, H x W pixels or grid cells, V codebook, M 
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stage_rl.shapes.layouts import random_scene
+from stage_rl.shapes.pretrain_course import Progress, learning_rate, save_state, set_rate
 from stage_rl.shapes.scenes import coverage, render
 
 
@@ -99,20 +98,6 @@ def training_batch(seed: int, step: int, batch: int) -> tuple[Tensor, Tensor]:
     return to_pixels(render(scenes)), torch.from_numpy(np.stack(masks)).float()[:, None]
 
 
-def learning_rate(step: int, *, steps: int, warmup_steps: int, peak: float) -> float:
-    """Linear warm-up, then a cosine down to a fiftieth of the peak."""
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
-    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-def progress(done: int, steps: int, pace_s: float) -> str:
-    """How far a training is, at a pace in seconds per step."""
-    left_min = pace_s * (steps - done) / 60
-    return f"step {done}/{steps}, {pace_s:.2f} s/step, {left_min:.1f} min left,"
-
-
 def reconstruction_loss(pixels: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """Weighted L1 + L2."""
     difference = pixels - target
@@ -140,16 +125,11 @@ def train_tokenizer(
         optimizer.load_state_dict(state["optimizer"])
         codebook.load(state["codebook"])
         first = state["step"]
-        report(f"tokenizer: continues at step {first}")
-    started, shown = time.monotonic(), first
+    progress = Progress("tokenizer", training.steps, first=first, every=100, report=report)
     for step in range(first, training.steps):
         loss = _step(vq, codebook, optimizer, training, seed=seed, step=step)
         done = step + 1
-        if done % 100 == 0:
-            pace = (time.monotonic() - started) / (done - shown)
-            used = int((codebook.counts_V > 0.05).sum())
-            report(f"tokenizer: {progress(done, training.steps, pace)} {loss} codes {used}")
-            started, shown = time.monotonic(), done
+        progress.show(done, f"{loss} codes {int((codebook.counts_V > 0.05).sum())}")
         if done % save_every == 0 or done == training.steps:
             vq.quantize.embedding.weight.data.copy_(codebook.vectors_VC)
             save_state(
@@ -163,13 +143,6 @@ def train_tokenizer(
             )
     # Gradients left behind would count when the next stage clips those of the whole model.
     vq.eval().zero_grad()
-
-
-def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Writes beside the target and renames, so that a stop leaves the old or the new file."""
-    temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
-    temporary.replace(path)
 
 
 def _step(
@@ -206,10 +179,10 @@ def _step(
     weight = 1 + training.object_weight * mask
     reconstruction = reconstruction_loss(pixels, images, weight)
     loss = reconstruction + training.commitment * commitment
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(
-            step, steps=training.steps, warmup_steps=training.warmup_steps, peak=training.lr
-        )
+    rate = learning_rate(
+        step, steps=training.steps, warmup_steps=training.warmup_steps, peak=training.lr
+    )
+    set_rate(optimizer, rate)
     optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(vq.parameters(), 1.0)
