@@ -13,7 +13,7 @@ from stage_rl.errors import InputError, StageError
 
 def sample(
     model: Annotated[
-        str, typer.Argument(help="Folder, hub id, run folder, RUN@STEP; or `shapes`.")
+        str, typer.Argument(help="Folder, hub id, run, RUN@STEP, RUN@best; or `shapes`.")
     ],
     prompts: Annotated[list[str], typer.Argument(help="One row of the grid each.")],
     images: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 4,
