@@ -31,14 +31,17 @@ def test_a_recipes_rewards_are_timed_as_they_are():
     assert result.measures["geneval_batched_per_s"] > 0
 
 
-def test_the_bar_leaves_out_what_takes_one_image_at_a_time():
-    measures = {f"{name}_{what}": 1.0 for name in ("git", "ocr") for what in ("batched_per_s",)}
+def test_the_bar_is_for_models_of_a_recipe():
+    measures = {f"{name}_batched_per_s": 1.0 for name in ("git", "ocr")}
     measures |= {"git_single_per_s": 0.5, "ocr_single_per_s": 2.0}
     measures |= {"git_speedup": 2.0, "ocr_speedup": 0.5}
-    assert rewards._result(["git", "ocr"], measures, {}).reached is True
-    assert rewards._result(["ocr"], measures, {}).reached is None
+    real, tiny = {"recipe": "mine"}, {"recipe": ""}
+    assert rewards._result(["git", "ocr"], measures, real).reached is True
+    assert rewards._result(["git", "ocr"], measures, tiny).reached is None
+    # An OCR engine takes one image at a time.
+    assert rewards._result(["ocr"], measures, real).reached is None
     measures["git_speedup"] = 0.9
-    assert rewards._result(["git", "ocr"], measures, {}).reached is False
+    assert rewards._result(["git", "ocr"], measures, real).reached is False
 
 
 def test_an_unknown_reward_is_answered_with_the_near_one():
