@@ -180,13 +180,13 @@ def _claim(plan: Plan, out: Path) -> bool:
 
 
 def _settings(plan: Plan) -> dict[str, Any]:
-    """A plan by dotted key, without what does not decide the outcome."""
+    """A plan by dotted key as its file holds it, without what does not decide the outcome."""
     flat: dict[str, Any] = {}
     for key, value in asdict(plan).items():
         nested = value if isinstance(value, dict) else {"": value}
         flat |= {f"{key}.{name}" if name else key: item for name, item in nested.items()}
     del flat["policy.compile"]
-    return flat
+    return json.loads(json.dumps(flat))  # tuples become lists
 
 
 def _start(plan: Plan) -> tuple[Any, Any]:
