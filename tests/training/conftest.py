@@ -71,6 +71,41 @@ class SendsSignal(RewardConfig):
             return [Score(float(i), "") for i in range(len(prompts))]
 
         return score
+
+
+class FailsOn(Brightness):
+    text: str
+
+    def build(self, device):
+        judge = super().build(device)
+
+        def score(images_NHWC, prompts):
+            if any(prompt.text == self.text for prompt in prompts):
+                raise OSError("scorer is gone")
+            return judge(images_NHWC, prompts)
+
+        return score
+
+
+class OnRank(Brightness):
+    rank: int
+    does: str
+    call: int = 1
+
+    def build(self, device):
+        judge, calls = super().build(device), []
+        here = os.environ.get("RANK") == str(self.rank)
+
+        def score(images_NHWC, prompts):
+            calls.append(1)
+            if here and len(calls) == self.call:
+                if self.does == "lie":
+                    return "a lie"
+                number = signal.SIGKILL if self.does == "kill" else signal.SIGTERM
+                os.kill(os.getpid(), number)
+            return judge(images_NHWC, prompts)
+
+        return score
 """
 
 

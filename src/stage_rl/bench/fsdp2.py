@@ -1,0 +1,187 @@
+"""`stage bench fsdp2`: several processes over gloo against one, on a CPU in fp32."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.spawn import spawn
+
+from stage_rl.bench.base import BenchResult, at_least, one_thread
+from stage_rl.config import load_recipe, resolved_json
+from stage_rl.schema import Recipe
+from stage_rl.training.checkpoint import TrainerState, latest_checkpoint
+from stage_rl.training.contents import trained_parameters
+from stage_rl.training.distributed import ALONE, Ranks, joined_ranks
+from stage_rl.training.loop import train_step
+from stage_rl.training.setup import build_trainer
+from stage_rl.training.sharding import whole
+
+BAR = "tokens identical, gradients <= 1e-6 relative, parameters <= 1e-6 after 3 steps and resumed"
+LARGEST_DIFFERENCE = 1e-6
+STEPS = 3
+SAVED_AT = 2
+"""Steps after which a checkpoint is written, for the other number of processes to go on from."""
+CPU = torch.device("cpu")
+
+
+class Trace(NamedTuple):
+    """What some steps did, whole on every rank."""
+
+    tokens: list[Tensor]
+    """The images of each step, NT."""
+    gradients: list[Tensor]
+    """Of each update, all parameters in one row."""
+    parameters: Tensor
+    """After the last step, in one row."""
+
+
+def run(
+    *,
+    model: str = "shapes",
+    num_ranks: int = 2,
+    num_prompts: int = 2,
+    group_size: int = 4,
+    lr: float = 1e-5,
+    seed: int = 0,
+) -> BenchResult:
+    """Three steps of the recipe shapes_geneval by one process and by several, and the last step by
+    each from the checkpoint of the other. `num_prompts` is a multiple of `num_ranks`.
+    """
+    at_least(2, num_ranks=num_ranks, group_size=group_size)
+    at_least(0, seed=seed)
+    recipe = load_recipe(
+        "shapes_geneval",
+        [
+            f"steps={STEPS}",
+            f"policy.path={model}",
+            f"rollout.prompts_per_step={num_prompts}",
+            f"rollout.group_size={group_size}",
+            f"optimizer.lr={lr}",
+            f"seed={seed}",
+            "rollout.dtype=float32",
+            "training.dtype=float32",
+            "training.device=cpu",
+            "optimizer.schedule=constant",
+            "probe.every=0",
+            # Passes of one group have the same shapes, and so the same rounding, on any rank.
+            "training.groups_per_microbatch=1",
+            "run.log_images_every=0",
+        ],
+    )
+    with tempfile.TemporaryDirectory() as folder, one_thread():
+        measures = compare(recipe, num_ranks, Path(folder))
+    differences = {k: v for k, v in measures.items() if k != "tokens_identical"}
+    return BenchResult(
+        name="fsdp2",
+        headline=f"{measures['tokens_identical']:.0%} of the tokens identical, gradients within "
+        f"{measures['gradients_relative']:.0e}, parameters within {measures['parameters']:.0e}; "
+        f"saved by {num_ranks} and resumed by 1 within {measures['parameters_many_to_one']:.0e}, "
+        f"back within {measures['parameters_one_to_many']:.0e}",
+        bar=BAR,
+        reached=measures["tokens_identical"] == 1
+        and all(value <= LARGEST_DIFFERENCE for value in differences.values()),
+        settings={
+            "model": model,
+            "num_ranks": num_ranks,
+            "num_prompts": num_prompts,
+            "group_size": group_size,
+            "lr": lr,
+            "seed": seed,
+        },
+        measures=measures,
+    )
+
+
+def compare(recipe: Recipe, num_ranks: int, folder: Path) -> dict[str, float]:
+    """Differences of several processes from one, of unbroken and of resumed steps; `folder` takes
+    the checkpoints.
+    """
+    file = folder / "recipe.json"
+    file.write_text(resolved_json(recipe))
+    alone = trace(recipe, ALONE, range(STEPS), save_to=folder / "one")
+    spawn(_several, (num_ranks, _free_port(), folder), nprocs=num_ranks)
+    several, resumed = (Trace(*parts) for parts in torch.load(folder / "several.pt"))
+    back = trace(recipe, ALONE, range(SAVED_AT, STEPS), resume=folder / "several")
+    # Later updates start from parameters that differ in their last bits.
+    pairs = [
+        (alone.gradients[0], several.gradients[0]),
+        (alone.gradients[SAVED_AT], resumed.gradients[0]),
+    ]
+    return {
+        "tokens_identical": torch.stack(
+            [(a == b).float().mean() for a, b in zip(alone.tokens, several.tokens, strict=True)]
+        )
+        .mean()
+        .item(),
+        "gradients_relative": max(((a - b).norm() / a.norm()).item() for a, b in pairs),
+        "parameters": _largest(alone, several),
+        "parameters_many_to_one": _largest(alone, back),
+        "parameters_one_to_many": _largest(alone, resumed),
+    }
+
+
+def trace(
+    recipe: Recipe,
+    ranks: Ranks,
+    steps: Iterable[int],
+    *,
+    save_to: Path | None = None,
+    resume: Path | None = None,
+) -> Trace:
+    """Runs steps by a trainer of its own and keeps what they did; all ranks call it."""
+    trainer = build_trainer(recipe, recipe.prompts.build(), ranks)
+    if resume is not None:
+        saved = latest_checkpoint(resume)
+        assert saved is not None
+        trainer.restore(saved)
+    kept = Trace([], [], torch.empty(0))
+
+    def keep_gradient(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        kept.gradients.append(_in_a_row(p.grad for p in parameters if p.grad is not None))
+
+    trainer.optimizer.register_step_pre_hook(keep_gradient)
+    for step in steps:
+        kept.tokens.append(ranks.join(train_step(trainer, step).rollout.tokens_NT))
+        if save_to is not None and step + 1 == SAVED_AT:
+            trainer.save(save_to, TrainerState(step + 1, {}, trainer.base))
+    trained = trained_parameters(trainer.policy.module)
+    return kept._replace(parameters=_in_a_row(p.detach() for p in trained.values()))
+
+
+def _several(rank: int, num_ranks: int, port: int, folder: Path) -> None:
+    """One of several processes: unbroken steps, then the last one from the other's checkpoint."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= address | {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+    }
+    torch.set_num_threads(1)
+    recipe = load_recipe(folder / "recipe.json")
+    with joined_ranks(CPU) as ranks:
+        unbroken = trace(recipe, ranks, range(STEPS), save_to=folder / "several")
+        resumed = trace(recipe, ranks, range(SAVED_AT, STEPS), resume=folder / "one")
+        if ranks.first:
+            torch.save((tuple(unbroken), tuple(resumed)), folder / "several.pt")
+
+
+def _in_a_row(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.cat([whole(tensor).flatten().clone() for tensor in tensors])
+
+
+def _largest(one: Trace, other: Trace) -> float:
+    return (one.parameters - other.parameters).abs().max().item()
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
