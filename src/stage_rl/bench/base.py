@@ -123,11 +123,14 @@ def interleaved(
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
-            times[name].append(_seconds(function, calls, clock) / calls)
+            times[name].append(seconds_of(function, calls, clock) / calls)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def _seconds(function: Callable[[], Any], calls: int, clock: Callable[[], float]) -> float:
+def seconds_of(
+    function: Callable[[], Any], calls: int = 1, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Seconds of some calls, with what they leave a GPU to do."""
     _synchronize()
     start = clock()
     for _ in range(calls):

@@ -1,0 +1,108 @@
+"""Models of the published sizes with random weights, for measuring time and memory alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import JanusForConditionalGeneration, JanusProcessor
+
+from stage_rl.errors import RecipeError
+from stage_rl.policies.config import JanusConfig
+from stage_rl.policies.janus import JanusPolicy
+from stage_rl.policies.weights import DTYPES
+from stage_rl.rewards.base import Score
+from stage_rl.schema import RewardConfig
+from stage_rl.shapes.captions import WORDS
+from stage_rl.shapes.model import JanusSize, build_janus
+from stage_rl.types import Prompt
+
+MAX_POSITIONS = 16384
+PUBLISHED: dict[str, Any] = {
+    "codebook_size": 16384,
+    "image_size": 384,
+    "patch_size": 16,
+    "base_channels": 128,
+    "latent_channels": 256,
+    "channel_multiplier": (1, 1, 2, 2, 4),
+    "res_blocks": 2,
+    "max_positions": MAX_POSITIONS,
+}
+SIZES = {
+    "janus-1b": JanusSize(width=2048, layers=24, heads=16, mlp=5632, **PUBLISHED),
+    "janus-7b": JanusSize(width=4096, layers=30, heads=32, mlp=11008, **PUBLISHED),
+}
+"""Janus-Pro but for what drawing does not use: its text vocabulary and the image encoder."""
+RANDOM_JANUS = "stage_rl.bench.models:RandomJanusConfig"
+RANDOM_REWARD = "stage_rl.bench.models:RandomRewardConfig"
+TEXT = "a photo of a red square"
+LONG_TEXT = " and ".join([TEXT] * 4)
+"""29 tokens with begin of sequence and of image, as long as a prompt of GenEval."""
+
+
+class RandomJanusConfig(JanusConfig):
+    """A Janus of a known size whose weights are drawn on the device itself."""
+
+    path: str = "janus-1b"
+    """janus-1b, janus-7b or shapes."""
+    image_size: int | None = None
+    """Pixels of a side, and with them the tokens of an image; null: those of the size."""
+
+    def load(self, device: torch.device) -> tuple[JanusForConditionalGeneration, JanusProcessor]:
+        """The module and its processor, which knows the words of the shapes world."""
+        sizes = SIZES | {"shapes": JanusSize()}
+        if self.path not in sizes:
+            raise RecipeError(
+                f"policy.path: '{self.path}' is no size; write one of: {', '.join(sizes)}"
+            )
+        size = sizes[self.path]
+        if self.image_size:
+            size = replace(size, image_size=self.image_size, max_positions=MAX_POSITIONS)
+        return random_janus(size, dtype=DTYPES[self.dtype], device=device)
+
+
+class RandomRewardConfig(RewardConfig):
+    """A reward that takes no time: the fraction of a large multiple of the mean brightness."""
+
+    def build(self, device: torch.device) -> Any:
+        """The reward; images that differ have scores that differ."""
+
+        def score(images_NHWC: Tensor, prompts: list[Prompt]) -> list[Score]:
+            means = images_NHWC.float().mean(dim=(1, 2, 3)).tolist()
+            return [Score(math.modf(mean * 1e3)[0], "random") for mean in means]
+
+        return score
+
+
+def random_janus(
+    size: JanusSize, *, dtype: torch.dtype, device: torch.device
+) -> tuple[JanusForConditionalGeneration, JanusProcessor]:
+    """A Janus that never exists outside the device."""
+    with torch.device("meta"):
+        module, processor = build_janus(size, words=WORDS, seed=0)
+    nn.Module.to(module, dtype)
+    module.to_empty(device=device)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            # Matrices as they are initialized; a norm's weight is a 1, and so may a bias be.
+            parameter.normal_(0, 0.02) if parameter.ndim > 1 else parameter.fill_(1)
+        for buffer in module.buffers():
+            buffer.zero_()
+    trunk: Any = module.model.language_model
+    trunk.rotary_emb = type(trunk.rotary_emb)(config=trunk.config).to(device)
+    return module.eval(), processor
+
+
+def policy_of(model: str, device: torch.device) -> JanusPolicy:
+    """A policy to sample from: a size in bf16, or the weights of a folder, a hub id or `shapes`."""
+    if model in SIZES:
+        return RandomJanusConfig(path=model, trainable=(), dtype="bfloat16").build(device)
+    return JanusConfig(path=model, trainable=()).build(device)
+
+
+def bench_device() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
