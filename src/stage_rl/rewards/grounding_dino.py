@@ -150,7 +150,8 @@ def _detections(
 ) -> list[Detection]:
     """One detection per noun and query above a confidence; a query may serve several nouns."""
     found = []
-    for noun, query in (scores_KQ > min_score).nonzero().tolist():
+    rows, queries = (scores_KQ > min_score).nonzero(as_tuple=True)
+    for row, query in zip(rows.tolist(), queries.tolist(), strict=True):
         box = cast("tuple[float, float, float, float]", tuple(boxes_Q4[query].tolist()))
-        found.append(Detection(nouns[noun], scores_KQ[noun, query].item(), box))
+        found.append(Detection(nouns[int(row)], scores_KQ[row, query].item(), box))
     return sorted(found, key=lambda detection: -detection.score)

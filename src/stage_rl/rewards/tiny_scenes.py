@@ -26,14 +26,14 @@ from stage_rl.rewards.tiny import random_model
 
 NUM_TOKENS = 1040
 """Enough for the ids of the marks that GroundingDINO has in its code."""
-TEXT = {
+TEXT: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 32,
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "max_position_embeddings": 256,
 }
-VISION = {
+VISION: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 32,
     "num_hidden_layers": 1,
@@ -71,15 +71,10 @@ def tiny_scene_tokenizer() -> BertTokenizer:
 
 def tiny_grounding_dino() -> GroundingDinoForObjectDetection:
     """A GroundingDINO of 20 queries on a Swin of width 8."""
-    swin = SwinConfig(
-        image_size=64,
-        patch_size=4,
-        embed_dim=8,
-        depths=[1, 1, 1, 1],
-        num_heads=[1, 1, 2, 2],
-        window_size=7,
-        out_features=["stage2", "stage3", "stage4"],
-    )
+    backbone: dict[str, Any] = {"depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2]}
+    backbone |= {"image_size": 64, "patch_size": 4, "embed_dim": 8, "window_size": 7}
+    backbone |= {"out_features": ["stage2", "stage3", "stage4"]}
+    swin = SwinConfig(**backbone)
     sizes: dict[str, Any] = dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2)
     sizes |= dict.fromkeys(("d_model", "encoder_ffn_dim", "decoder_ffn_dim"), 32)
     config = GroundingDinoConfig(
@@ -127,10 +122,11 @@ def tiny_vlm() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
         chat_template=CHAT,
         num_additional_image_tokens=1,
     )
+    image: dict[str, Any] = {"image_token_id": tokenizer.convert_tokens_to_ids("<image>")}
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**VISION),
         text_config=LlamaConfig(**TEXT, vocab_size=len(tokenizer)),
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         vision_feature_layer=-1,
+        **image,
     )
     return random_model(lambda: LlavaForConditionalGeneration(config), scale=4.0), processor
