@@ -33,10 +33,11 @@ class LoraConfig(Settings):
 
 
 class JanusConfig(PolicyConfig):
-    """Janus and Janus-Pro of any size, in transformers' layout."""
+    """Janus and Janus-Pro of any size, in transformers' layout or DeepSeek's own."""
 
     path: str = "shapes"
-    """Folder or hub id of the weights; shapes: the small model that comes with the package."""
+    """Folder of the weights, or hub id: OWNER/NAME, OWNER/NAME/FOLDER, with @REVISION or without;
+    shapes: the small model that comes with the package."""
     trainable: tuple[str, ...] = ("model.language_model.*",)
     """Name patterns of the parameters that train, in the spelling of `fnmatch`."""
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from stage_rl.config import load_recipe
 from stage_rl.errors import InputError, StageError
@@ -42,7 +43,7 @@ def export(
     adapter = has_adapter(policy.module) and not merge
     _check_wish(model, policy, layout=layout, adapter=adapter, dtype=dtype)
     if dtype is not None:
-        policy.module.to(DTYPES[dtype])
+        _hold_in(policy.module, DTYPES[dtype])
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -64,6 +65,13 @@ def base_of(model: str) -> str:
     if found is None:
         return model
     return getattr(load_recipe(found[0] / "recipe.json").policy, "path", "")
+
+
+def _hold_in(module: nn.Module, dtype: torch.dtype) -> None:
+    """Casts the weights in place; an adapter stays in fp32 until it is merged into them."""
+    for name, parameter in module.named_parameters():
+        if ".lora_" not in name:
+            parameter.data = parameter.data.to(dtype)
 
 
 def _check_free(out: Path) -> None:
