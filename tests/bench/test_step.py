@@ -64,12 +64,21 @@ def test_the_table_has_a_row_for_each_phase():
     measures = {
         f"{name}_{phase}{unit}": value
         for phase in step.PHASES
-        for name, unit, value in (("trainer", "_ms", 50.0), ("eager", "_ms", 120.0))
+        for name, unit, value in (
+            ("trainer", "_ms", 50.0),
+            ("eager", "_ms", 120.0),
+            ("ideal", "_ms", 25.0),
+        )
     } | {f"speedup_{phase}": 2.4 for phase in step.PHASES}
-    head, *rows, note = step._table(measures)
-    assert head.split() == ["phase", "trainer", "ms", "eager", "ms", "ratio"]
-    assert [row.split() for row in rows] == [[p, "50.0", "120.0", "2.4x"] for p in step.PHASES]
-    assert note == step.NOTE
+    head, *rows, _, _ = step._table(measures)
+    assert head.split() == ["phase", "trainer", "ms", "eager", "ms", "ratio", "ideal", "ms"]
+    assert [row.split() for row in rows] == [
+        [p, "50.0", "120.0", "2.4x", "25.0"] for p in step.PHASES
+    ]
+    alone = {name: value for name, value in measures.items() if not name.startswith("eager")}
+    head, *rows, _, _ = step._table(alone)
+    assert head.split() == ["phase", "trainer", "ms", "ideal", "ms"]
+    assert [row.split() for row in rows] == [[p, "50.0", "25.0"] for p in step.PHASES]
 
 
 def test_phases_are_medians_after_a_round_to_warm_up():
@@ -123,7 +132,20 @@ def test_the_bar_holds_for_the_shapes_sizes(monkeypatch, recipe, speedup, reache
     seconds = {"trainer": dict.fromkeys(step.PHASES, 1.0)}
     seconds["eager"] = dict.fromkeys(step.PHASES, speedup)
     monkeypatch.setattr(step, "_medians", lambda *_: seconds)
-    monkeypatch.setattr(step, "SIZES", (2 * 3, 16))
+    monkeypatch.setattr(step, "IMAGES", 2 * 3)
+    monkeypatch.setattr(step, "TOKENS", 16)
     result = step.compare(recipe, rounds=1, settings={})
     assert result.reached is reached
     assert result.headline == f"{speedup:.1f}x the eager step, 1000 against {speedup * 1e3:.0f} ms"
+
+
+def test_a_published_size_is_trained_alone_beside_its_ideal(tiny_published, monkeypatch):
+    result = step.run(
+        model="janus-7b", num_prompts=1, group_size=2, rounds=1, overrides="training.dtype=float32"
+    )
+    assert result.reached is None
+    assert not any("eager" in name for name in result.measures)
+    for phase in ("sample", "reference", "learn", "step"):
+        assert result.measures[f"trainer_{phase}_ms"] > 0
+        assert result.measures[f"ideal_{phase}_ms"] > 0
+    assert result.headline.endswith("s ideal")

@@ -2,7 +2,16 @@
 
 import pytest
 
-BENCHMARKS = ("rollout", "logprobs", "reweight", "reward-overlap", "rewards", "step")
+BENCHMARKS = (
+    "rollout",
+    "decode-attention",
+    "scale",
+    "logprobs",
+    "reweight",
+    "reward-overlap",
+    "rewards",
+    "step",
+)
 
 
 def test_bench_lists_every_benchmark_without_loading_torch(stage_process):
@@ -27,6 +36,10 @@ def test_every_benchmark_answers_help_with_its_options(name, stage):
         (["rollout", "--num-prompts", 0], "--num-prompts: 0 is out of range; write at least 1"),
         (["rollout", "--group-size=-1"], "--group-size: -1 is out of range; write at least 1"),
         (["rollout", "--guidance-scale", 1], "--guidance-scale: transformers' generate needs"),
+        (["scale", "--group-sizes=8,1"], "--group-sizes: 1 is out of range; write at least 2"),
+        (["scale", "--guidance-scale", 1], "--guidance-scale: transformers' generate needs"),
+        (["mismatch", "--num-prompts", 0], "--num-prompts: 0 is out of range; write at least 1"),
+        (["decode-attention", "--rows=0"], "--rows: 0 is out of range; write at least 1"),
         (["step", "--rounds", 0], "--rounds: 0 is out of range; write at least 1"),
         (["step", "--num-prompts", 0], "--num-prompts: 0 is out of range; write at least 1"),
         (["step", "--group-size", 1], "--group-size: 1 is out of range; write at least 2"),
@@ -48,5 +61,5 @@ def test_an_option_out_of_range_is_one_line_and_exit_code_2(arguments, message, 
 def test_a_model_that_is_not_there_is_one_line_and_exit_code_2(run_main):
     code, printed = run_main("bench", "step", "--model", "no/such/folder")
     assert code == 2
-    assert printed.startswith("error: no/such/folder: no such folder; write a folder")
+    assert printed.startswith("error: no/such/folder: no such folder")
     assert printed.count("\n") == 1
