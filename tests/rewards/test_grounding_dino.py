@@ -64,6 +64,11 @@ def test_a_caption_beyond_the_model_is_refused(detector):
         detector.detect(images(1), ["x"] * 130)  # a token each, and one for every stop
 
 
+def test_a_prompt_without_nouns_is_refused(detector):
+    with pytest.raises(RewardError, match="looks for 'nouns', which prompt 3 lacks"):
+        detector(images(1), [Prompt("a", 3, {"tag": "counting"})])
+
+
 def test_corners_are_half_a_size_from_the_centre():
     boxes = torch.tensor([[0.5, 0.25, 0.2, 0.1]])
     assert corners(boxes)[0].tolist() == pytest.approx([0.4, 0.2, 0.6, 0.3])

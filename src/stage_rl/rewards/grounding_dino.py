@@ -42,7 +42,7 @@ class GroundingDino:
         assert len(images_NHWC) == len(prompts)
         places: dict[tuple[str, ...], list[int]] = {}
         for place, prompt in enumerate(prompts):
-            places.setdefault(tuple(prompt.metadata["nouns"]), []).append(place)
+            places.setdefault(_nouns_of(prompt), []).append(place)
         found: list[list[Detection]] = [[] for _ in prompts]
         # One caption at a time: texts padded to different lengths are masked differently.
         for nouns, rows in places.items():
@@ -137,6 +137,15 @@ def load_grounding_dino(
         return GroundingDino(module, tokenizer, **settings)
     module = load_model(GroundingDinoForObjectDetection, path, device=device)
     return GroundingDino(module, load_tokenizer(path), **settings)
+
+
+def _nouns_of(prompt: Prompt) -> tuple[str, ...]:
+    if "nouns" not in prompt.metadata:
+        raise RewardError(
+            f"GroundingDINO looks for 'nouns', which prompt {prompt.index} lacks; take a prompt "
+            "set that has them, such as t2i_r1, or another detector"
+        )
+    return tuple(prompt.metadata["nouns"])
 
 
 def _first_token(text: Any, characters: Sequence[int]) -> int | None:
