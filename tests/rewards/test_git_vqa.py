@@ -104,6 +104,15 @@ def test_an_answer_is_the_last_text_token_of_the_plain_forward():
     assert answer.yes == pytest.approx((shares[yes] / (shares[yes] + shares[no])).item(), abs=1e-5)
 
 
+@pytest.mark.gpu
+def test_a_gpu_answers_what_the_cpu_answers():
+    asked = [("cat?", "dog?")] * 2
+    on_gpu = load_git("tiny", device="cuda").ask(images(2), asked)
+    on_cpu = load_git("tiny").ask(images(2), asked)
+    for there, here in zip(on_gpu, on_cpu, strict=True):
+        assert [a.yes for a in there] == pytest.approx([a.yes for a in here], abs=1e-2)
+
+
 def test_saved_weights_give_the_same_answers(tmp_path):
     tiny_git().save_pretrained(tmp_path)
     tiny_scene_tokenizer().save_pretrained(tmp_path)

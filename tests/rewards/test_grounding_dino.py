@@ -111,6 +111,15 @@ def test_a_batch_gives_what_each_image_gives_alone(detector):
             assert (a.score, *a.box) == pytest.approx((b.score, *b.box), abs=1e-3)
 
 
+@pytest.mark.gpu
+def test_a_gpu_finds_what_the_cpu_finds(detector):
+    on_gpu = load_grounding_dino("tiny", device="cuda", **SMALL).detect(images(2), ["cat"])
+    for there, here in zip(on_gpu, detector.detect(images(2), ["cat"]), strict=True):
+        assert there[0].label == here[0].label
+        assert there[0].score == pytest.approx(here[0].score, abs=1e-2)
+        assert there[0].box == pytest.approx(here[0].box, abs=0.5)
+
+
 def test_saved_weights_give_the_same_detections(detector, tmp_path):
     tiny_grounding_dino().save_pretrained(tmp_path)
     tiny_scene_tokenizer().save_pretrained(tmp_path)

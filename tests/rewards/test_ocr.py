@@ -3,9 +3,12 @@
 import functools
 import importlib
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -210,6 +213,41 @@ def test_a_dead_process_is_an_error_and_new_ones_follow(readers):
         assert len(reader.read(PICTURES)) == 6
     finally:
         reader.close()
+
+
+KILLED = """
+import os, signal
+import numpy as np
+from echo_readers import Echo
+from stage_rl.rewards.worker_processes import ParallelReader
+
+if __name__ == "__main__":
+    pages = ParallelReader(Echo, processes=2).read([np.zeros((4, 4, 3), np.uint8)] * 4)
+    print(*{page[0].text.split()[0] for page in pages}, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def runs(pid):
+    """Whether a process is there; one that only waits to be reaped has no command line."""
+    file = Path(f"/proc/{pid}/cmdline")
+    return file.exists() and file.read_bytes() != b""
+
+
+def test_processes_end_with_a_trainer_that_is_killed(readers, tmp_path):
+    (tmp_path / "killed.py").write_text(KILLED)
+    # stderr to a file: a pipe would stay open as long as the workers live.
+    with (tmp_path / "stderr").open("w") as stderr:
+        done = subprocess.run(
+            [sys.executable, str(tmp_path / "killed.py")], stdout=subprocess.PIPE, stderr=stderr
+        )
+    assert done.returncode == -signal.SIGKILL
+    workers = [int(pid) for pid in done.stdout.split()]
+    assert workers
+    deadline = time.monotonic() + 20
+    while any(runs(pid) for pid in workers):
+        assert time.monotonic() < deadline, workers
+        time.sleep(0.05)
 
 
 @pytest.mark.slow

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -58,7 +60,16 @@ def _begin(make: Callable[[], OcrReader]) -> None:
     """In a worker: builds its engine. Ctrl-C is the trainer's to answer."""
     global _reader
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _reader = make()
+
+
+def _end_with_parent() -> None:
+    """Workers hold each other's pipes open, so none would see that the trainer was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "not in a worker process"
+    parent.join()
+    os._exit(1)
 
 
 def _read_one(picture: Any) -> list[Line]:
