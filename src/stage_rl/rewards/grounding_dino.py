@@ -63,11 +63,11 @@ class GroundingDino:
         weights_KL = token_weights(text, spans, nouns).to(self.module.device)
         found = []
         for images in images_NHWC.split(self.batch_size):
-            found += self._detect_batch(images, text, weights_KL, nouns)
+            found += self._detect_batch(images, text, weights_KL, nouns=nouns)
         return found
 
     def _detect_batch(
-        self, images_NHWC: Tensor, text: Any, weights_KL: Tensor, nouns: Sequence[str]
+        self, images_NHWC: Tensor, text: Any, weights_KL: Tensor, *, nouns: Sequence[str]
     ) -> list[list[Detection]]:
         count, height, width = images_NHWC.shape[:3]
         device = self.module.device
