@@ -12,7 +12,7 @@ FLOORS = {
     "algorithm config errors health objective pictures recipe_errors registry schema settings types": 0,
     "policies prompts": 1,
     "rollout rewards shapes": 2,
-    "training evaluation": 3,
+    "training evaluation serving": 3,
     "report bench shapes.pretrain shapes.show": 4,
     "cli __main__": 5,
 }

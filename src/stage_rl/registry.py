@@ -33,6 +33,7 @@ BUILT_IN = {
         "yes_no": "stage_rl.rewards.config_scenes:YesNoRewardConfig",
         "ocr": "stage_rl.rewards.config_text:OcrRewardConfig",
         "external": "stage_rl.rewards.config_external:ExternalRewardConfig",
+        "remote": "stage_rl.rewards.config_remote:RemoteRewardConfig",
         "compbench_attributes": "stage_rl.rewards.config_compbench:AttributesConfig",
         "compbench_spatial": "stage_rl.rewards.config_compbench:PlaneConfig",
         "compbench_depth": "stage_rl.rewards.config_compbench:DepthConfig",

@@ -82,6 +82,8 @@ class RewardConfig(Component):
     family: ClassVar[str] = "reward"
     required_fields: ClassVar[tuple[str, ...]] = ()
     """Metadata a prompt must carry to be judged."""
+    whole_groups: ClassVar[bool] = False
+    """A call must hold all images of a prompt, and none of another group of that prompt."""
 
     name: str = Field(default="", pattern=r"^[A-Za-z0-9_.-]+$")
     """Column of this reward in metrics and reports; the kind where none is given."""

@@ -1,19 +1,22 @@
-"""`stage rewards`: finds out whether rewards work before they steer a training."""
+"""`stage rewards`: finds out whether rewards work, and serves them to other machines."""
 
 from __future__ import annotations
 
+import importlib.util
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from stage_rl import registry
-from stage_rl.errors import RewardError
+from stage_rl.cli.options import finite
+from stage_rl.errors import InputError, RewardError
+from stage_rl.rewards.bearer import TOKEN_ENV, read_token
 
 if TYPE_CHECKING:
     from stage_rl.schema import RewardConfig
 
 app = typer.Typer(
-    help="Check rewards before they steer a training.",
+    help="Check rewards before they steer a training; serve them over HTTP.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -46,6 +49,63 @@ def check(
     if wrong:
         pairs = "1 reference pair is" if wrong == 1 else f"{wrong} reference pairs are"
         raise RewardError(f"{name}: {pairs} in the wrong order; put the weights right")
+
+
+@app.command()
+def serve(
+    name: Annotated[
+        str, typer.Argument(help="Kind of a reward, module:Class, a built-in recipe or YAML file.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Settings as dotted.key=value.", metavar="[KEY=VALUE]..."),
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    host: Annotated[
+        str, typer.Option(help="Address to bind to; beyond loopback a token is required.")
+    ] = "127.0.0.1",
+    token_file: Annotated[
+        str | None, typer.Option(help="File with the token that clients must send.")
+    ] = None,
+    token_env: Annotated[
+        str, typer.Option(help="Environment variable with the token, without a file.")
+    ] = TOKEN_ENV,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images of a call.")] = 32,
+    delay_ms: Annotated[
+        float, typer.Option(min=0, callback=finite, help="How long an image waits for others.")
+    ] = 10.0,
+    drain_s: Annotated[
+        float, typer.Option(min=0, callback=finite, help="Longest time to finish when stopped.")
+    ] = 120.0,
+    max_body_mb: Annotated[int, typer.Option(min=1, max=256, help="Size of a request.")] = 64,
+    max_side: Annotated[int, typer.Option(min=1, max=8192, help="Side of a square image.")] = 2048,
+) -> None:
+    """Serve rewards over HTTP for `kind: remote`, until a signal; see docs/server.md."""
+    configs = _rewards(name, overrides or [])
+    token = read_token(token_file, token_env)
+    _require_server()
+    from stage_rl.serving.limits import limits
+    from stage_rl.serving.server import Serving, serve
+    from stage_rl.training.setup import pick_device
+
+    serving = Serving(
+        host=host,
+        port=port,
+        token=token,
+        batch_size=batch_size,
+        delay_s=delay_ms / 1000,
+        drain_s=drain_s,
+        limits=limits(body_mb=max_body_mb, side=max_side),
+    )
+    serve(configs, serving, pick_device(device))
+
+
+def _require_server() -> None:
+    """An InputError that says what to install where a module of the server is missing."""
+    for module in ("starlette", "uvicorn", "prometheus_client"):
+        if importlib.util.find_spec(module) is None:
+            raise InputError(f"{module} is not installed; run pip install 'stage-rl[server]'")
 
 
 def _rewards(name: str, overrides: list[str]) -> tuple[RewardConfig, ...]:

@@ -98,6 +98,8 @@ class NumeracyConfig(ArrangementConfig):
 class VarietyConfig(RewardConfig):
     """How much the images of a prompt differ, by CLIP's image vectors."""
 
+    whole_groups: ClassVar[bool] = True
+
     path: str = CLIP_L14
     """Folder or hub id of the CLIP; tiny: random weights, for smoke runs."""
     batch_size: Count = 32

@@ -1,0 +1,98 @@
+"""What a reward server takes on, and how it says no."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+MEGABYTE = 2**20
+COPIES = 3
+"""How often a body is in memory while it is read: as it came, as text, as PNG files."""
+PIXEL_BYTES = 6
+"""Of a decoded pixel: three of its own, and three in the call that it becomes part of."""
+SOON_S = 1
+"""When to ask a busy or stopping server again."""
+
+
+class Refusal(Exception):
+    """A request that is not answered, in words for its client."""
+
+    def __init__(self, status: int, code: str, message: str, *, retry_after_s: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        """One word for programs; docs/server.md lists them."""
+        self.message = message
+        self.retry_after_s = retry_after_s
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Sizes and times that a request must keep."""
+
+    body_bytes: int = 64 * MEGABYTE
+    images: int = 256
+    image_pixels: int = 2048 * 2048
+    request_pixels: int = 64 * MEGABYTE
+    """Pixels of all images of a request, decoded."""
+    held_bytes: int = 1024 * MEGABYTE
+    """Memory of all requests that are being read or wait; above it the server is busy."""
+    kept_bytes: int = 16 * MEGABYTE
+    """Answers that are kept for requests that come again."""
+    body_s: float = 60.0
+    """Longest time a body may take to arrive."""
+    answer_s: float = 60.0
+    """How long a request is held open; it comes again and finds the work going on."""
+    call_s: float = 600.0
+    """A call of a reward that takes longer counts as stuck, in the health of the server."""
+
+    def __post_init__(self) -> None:
+        """A request that can never be held would come again for ever."""
+        assert COPIES * self.body_bytes + PIXEL_BYTES * self.request_pixels <= self.held_bytes
+
+
+def limits(*, body_mb: int, side: int) -> Limits:
+    """The limits for bodies of so many megabytes and images of so many pixels a side."""
+    body, pixels = body_mb * MEGABYTE, side * side
+    most = max(Limits.request_pixels, pixels)
+    held = max(Limits.held_bytes, COPIES * body + PIXEL_BYTES * most)
+    return Limits(body_bytes=body, image_pixels=pixels, request_pixels=most, held_bytes=held)
+
+
+class Held:
+    """Bytes that requests take up, of a fixed store."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self.now = 0
+
+    @contextlib.contextmanager
+    def hold(self, count: int) -> Iterator[None]:
+        """Takes bytes until the end of the block; a Refusal where there are not as many left."""
+        if self.now + count > self._most:
+            raise Refusal(503, "busy", "too much is waiting; ask again", retry_after_s=SOON_S)
+        self.now += count
+        try:
+            yield
+        finally:
+            self.now -= count
+
+
+class Gate:
+    """Lets requests in until the server is asked to stop."""
+
+    def __init__(self) -> None:
+        self.is_draining = False
+        self.inside = 0
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """Counts a request in; a Refusal once the server is to stop."""
+        if self.is_draining:
+            raise Refusal(503, "stopping", "the server stops; ask again", retry_after_s=SOON_S)
+        self.inside += 1
+        try:
+            yield
+        finally:
+            self.inside -= 1

@@ -1,0 +1,160 @@
+"""Runs a reward server until it is asked to stop, and then until it has answered all it took."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import logging
+import signal
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+
+import torch
+import uvicorn
+
+from stage_rl.errors import InputError, Stopped
+from stage_rl.rewards.selftest import require_order
+from stage_rl.schema import RewardConfig
+from stage_rl.serving.app import Front, build_app
+from stage_rl.serving.limits import Held, Limits
+from stage_rl.serving.meters import Meters
+from stage_rl.serving.service import RewardService
+
+log = logging.getLogger(__name__)
+LAST_WORDS_S = 5
+"""How long answers that are being sent may take after everything is scored."""
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How a server is reached and how it collects images."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    token: str | None = None
+    batch_size: int = 32
+    """Images of a call; a larger request is a call of its own."""
+    delay_s: float = 0.01
+    """How long an image waits for others."""
+    drain_s: float = 120.0
+    """Longest time between being asked to stop and stopping."""
+    limits: Limits = field(default_factory=Limits)
+
+
+def serve(configs: Sequence[RewardConfig], settings: Serving, device: torch.device) -> None:
+    """Serves rewards until a signal. Raises `Stopped` once all requests that it took are answered.
+
+    An InputError for an address that cannot be had, or that others reach without a token; a
+    RewardError where a reward orders its reference images wrongly.
+    """
+    check_reach(settings)
+    with listening(settings) as door:
+        front = build_front(configs, settings, device)
+        server = Server(front, settings)
+        host, port = door.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        names = ", ".join(front.services)
+        guarded = "with a token" if settings.token else "without a token"
+        print(f"serving {names} on http://{shown}:{port} {guarded}", flush=True)
+        server.run(sockets=[door])
+    left = front.answers.num_open
+    said = f"{left} requests are left unanswered" if left else "all requests are answered"
+    raise Stopped(f"stopped; {said}", signal_number=server.stopped_by or signal.SIGTERM)
+
+
+def check_reach(settings: Serving) -> None:
+    """An InputError where others than this machine could ask without a token."""
+    if settings.token is None and not _is_loopback(settings.host):
+        raise InputError(
+            f"--host {settings.host}: others reach it, which needs a token; write --token-file FILE"
+        )
+
+
+def build_front(configs: Sequence[RewardConfig], settings: Serving, device: torch.device) -> Front:
+    """Loads and tests the rewards, and puts them behind the paths of a server."""
+    held, meters, services = Held(settings.limits.held_bytes), Meters(), []
+    for config in configs:
+        reward = config.build(device)
+        if config.self_test:
+            require_order(config, reward)
+        name = config.name
+        service = RewardService(
+            config,
+            reward,
+            limits=settings.limits,
+            held=held,
+            batch_size=settings.batch_size,
+            delay_s=settings.delay_s,
+            on_call=lambda images, seconds, name=name: meters.call(name, images, seconds),
+        )
+        services.append(service)
+    return Front(services, settings.limits, held, meters)
+
+
+@contextlib.contextmanager
+def listening(settings: Serving) -> Iterator[socket.socket]:
+    """The socket of an address, taken before minutes are spent on loading models."""
+    try:
+        family, *_, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        door = socket.socket(family)
+    except OSError as error:
+        raise InputError(f"--host {settings.host}: {error.strerror}; name another") from error
+    with door:
+        door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            door.bind(address)
+        except OSError as error:
+            where = f"--host {settings.host} --port {settings.port}"
+            raise InputError(f"{where}: {error.strerror}; write another") from error
+        yield door
+
+
+class Server(uvicorn.Server):
+    """Refuses new requests once it is asked to stop, and stops when the others are answered."""
+
+    def __init__(self, front: Front, settings: Serving) -> None:
+        config = uvicorn.Config(
+            build_app(front, settings.token),
+            http="h11",
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=LAST_WORDS_S,
+        )
+        super().__init__(config)
+        self._front = front
+        self._drain_s = settings.drain_s
+        self._drain_until = 0.0
+        self.stopped_by: int | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal lets the server run dry, the second stops it at once."""
+        if self.stopped_by is not None:
+            self.should_exit = self.force_exit = True
+        self.stopped_by = sig
+        self._drain_until = time.monotonic() + self._drain_s
+        self._front.gate.is_draining = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to stop now."""
+        is_over = await super().on_tick(counter)
+        if not self._front.gate.is_draining:
+            return is_over
+        return is_over or self._front.is_idle or time.monotonic() > self._drain_until
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
