@@ -134,3 +134,24 @@ def test_training_is_repeatable_and_leaves_the_random_state(tmp_path):
         assert torch.equal(one, other)
     ShapesDetector.load(CPU, tmp_path / "0.safetensors")
     assert isinstance(nets[0], DetectorNet)
+
+
+def test_it_does_not_take_half_an_object_for_one(shipped):
+    rng = np.random.default_rng(10)
+    scenes = [random_scene(rng, cut_off=1.0) for _ in range(200)]
+    found = shipped(torch.from_numpy(render(scenes)))
+    cut = [
+        (thing, n) for n, scene in enumerate(scenes) for thing in scene.objects if not thing.whole
+    ]
+    near = [
+        any(
+            d.score > 0.3
+            and d.label == thing.shape
+            and abs((d.box[0] + d.box[2]) / 2 - thing.x) < 6
+            and abs((d.box[1] + d.box[3]) / 2 - thing.y) < 6
+            for d in found[n]
+        )
+        for thing, n in cut
+    ]
+    assert len(cut) == 200
+    assert np.mean(near) < 0.15

@@ -123,3 +123,27 @@ def test_a_relation_holds_clearly(relation, sign_x, sign_y):
         along, across = (dx * sign_x, dy) if sign_x else (dy * sign_y, dx)
         assert along > 0
         assert abs(across) <= along / 2
+
+
+def test_the_border_cuts_one_object_of_the_scenes_that_ask_for_it():
+    rng = np.random.default_rng(2)
+    for cut_off, expected in ((0.0, {0}), (1.0, {1})):
+        scenes = [random_scene(rng, cut_off=cut_off) for _ in range(100)]
+        cut = {sum(not thing.whole for thing in scene.objects) for scene in scenes}
+        assert cut == expected
+    for scene in scenes:
+        for thing in scene.objects:
+            shown = coverage(thing).sum() / template(thing.shape, thing.radius).sum()
+            assert thing.whole == (shown > 0.999)
+
+
+def test_a_cut_object_still_stands_where_its_relation_wants_it():
+    include = [
+        {"class": "ring", "count": 1},
+        {"class": "moon", "count": 1, "position": ["left of", 0]},
+    ]
+    rng = np.random.default_rng(3)
+    for _ in range(20):
+        ring, moon = scene_for({"include": include}, rng, cut_off=1.0).objects
+        assert ring.x - moon.x > 0
+        assert abs(ring.y - moon.y) <= (ring.x - moon.x) / 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -36,17 +37,23 @@ UNSEEN_PAIRS = frozenset(
 SAME_COLOR_SHARE = 0.7
 """Share of scenes in which the objects of one clause that names no colour have the same one."""
 
+CUT_OFF = 0.2
+"""Share of pretraining pictures whose border cuts an object, as in badly framed photographs."""
+
 
 def seen_colors(shape: str) -> list[str]:
     """The colours a shape has in training images."""
     return [color for color in COLORS if (shape, color) not in UNSEEN_PAIRS]
 
 
-def scene_for(record: Mapping[str, Any], rng: np.random.Generator) -> Scene:
+def scene_for(
+    record: Mapping[str, Any], rng: np.random.Generator, *, cut_off: float = 0.0
+) -> Scene:
     """A scene that satisfies a record; everything the record leaves open is drawn.
 
-    Beyond GenEval's keys the record may carry `size` ("small", "large") of its objects, and `tone`
-    and `texture` of the background.
+    In a share `cut_off` of the scenes the border of the image cuts a quarter to a half off one
+    object. Beyond GenEval's keys the record may carry `size` ("small", "large") of its objects,
+    and `tone` and `texture` of the background.
     """
     clauses = record["include"]
     wanted = [
@@ -54,17 +61,19 @@ def scene_for(record: Mapping[str, Any], rng: np.random.Generator) -> Scene:
         for index, clause in enumerate(clauses)
         for color in _colors(clause, rng)
     ]
+    cut = int(rng.integers(len(wanted))) if cut_off and rng.uniform() < cut_off else None
     objects = None
     while objects is None:
-        objects = _place(wanted, record.get("size"), rng)
+        objects = _place(wanted, record.get("size"), rng, cut=cut)
     background = random_background(rng, record.get("tone"), record.get("texture"))
     return Scene(tuple(objects), background)
 
 
-def random_scene(rng: np.random.Generator) -> Scene:
+def random_scene(rng: np.random.Generator, *, cut_off: float = 0.0) -> Scene:
     """A scene of one to four objects of any seen class and colour, with no caption in mind."""
     shapes = rng.choice(SHAPES, rng.integers(1, 5))
-    return scene_for({"include": [{"class": str(s), "count": 1} for s in shapes]}, rng)
+    record = {"include": [{"class": str(s), "count": 1} for s in shapes]}
+    return scene_for(record, rng, cut_off=cut_off)
 
 
 def _colors(clause: Mapping[str, Any], rng: np.random.Generator) -> list[str]:
@@ -81,14 +90,17 @@ def _place(
     wanted: Sequence[tuple[Mapping[str, Any], int, str]],
     size: str | None,
     rng: np.random.Generator,
+    *,
+    cut: int | None,
 ) -> list[Object] | None:
-    """One attempt to place all objects; None when it runs into a corner."""
+    """One attempt to place all objects, number `cut` across the border; None when it fails."""
     placed: list[tuple[int, Object]] = []
     largest = max(RADII) if len(wanted) <= 2 else 8
     radii = SIZES[size] if size else tuple(r for r in RADII if r <= largest)
-    for clause, index, color in wanted:
+    for number, (clause, index, color) in enumerate(wanted):
         for _ in range(30):
             thing = _draw(clause["class"], color, radii, rng)
+            thing = _across_border(thing, rng) if number == cut else thing
             if all(apart(thing, other) for _, other in placed) and _fits(clause, thing, placed):
                 placed.append((index, thing))
                 break
@@ -101,6 +113,16 @@ def _draw(shape: str, color: str, radii: Sequence[int], rng: np.random.Generator
     radius = int(rng.choice(radii))
     x, y = (int(rng.integers(radius + 1, IMAGE_SIZE - radius - 1)) for _ in range(2))
     return Object(shape, color, x, y, radius)
+
+
+def _across_border(thing: Object, rng: np.random.Generator) -> Object:
+    """The object with its centre at most half its radius from one side of the image."""
+    near = int(rng.integers(thing.radius // 2 + 1))
+    far = IMAGE_SIZE - 1 - near
+    side = rng.integers(4)
+    if side < 2:
+        return replace(thing, x=(near, far)[side])
+    return replace(thing, y=(near, far)[side - 2])
 
 
 def _fits(clause: Mapping[str, Any], thing: Object, placed: Sequence[tuple[int, Object]]) -> bool:

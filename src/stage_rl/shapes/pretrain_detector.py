@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stage_rl.shapes.detector import CELL, DetectorNet, DetectorOutput
-from stage_rl.shapes.layouts import random_scene
+from stage_rl.shapes.layouts import CUT_OFF, random_scene
 from stage_rl.shapes.pretrain_course import Progress, learning_rate, set_rate
 from stage_rl.shapes.pretrain_tokenizer import to_pixels
 from stage_rl.shapes.scenes import COLORS, IMAGE_SIZE, SHAPES, Scene, render
@@ -27,14 +27,14 @@ _COLORS = list(COLORS)
 
 
 def targets(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
-    """What the network should say: a centre map (NYX) and, for each object, a row of
+    """What the network should say: a centre map (NYX) and, for each whole object, a row of
 
     image, cell y, cell x, class, colour, and the four sides in tenths of ten pixels.
     """
     center = torch.zeros(len(scenes), _CELLS, _CELLS)
     rows: list[list[float]] = []
     for n, scene in enumerate(scenes):
-        for thing in scene.objects:
+        for thing in (thing for thing in scene.objects if thing.whole):
             y, x = thing.y // CELL, thing.x // CELL
             center[n, y, x] = 1
             x0, y0, x1, y1 = thing.box
@@ -76,7 +76,7 @@ def train_detector(
     progress = Progress("detector", steps, first=0, every=100, report=report)
     for step in range(steps):
         rng = np.random.Generator(np.random.Philox(key=[seed, 1_000_000 + step]))
-        scenes = [random_scene(rng) for _ in range(BATCH)]
+        scenes = [random_scene(rng, cut_off=CUT_OFF) for _ in range(BATCH)]
         center, rows = targets(scenes)
         loss = detector_loss(net(_soften(to_pixels(render(scenes)), rng)), center, rows)
         set_rate(optimizer, learning_rate(step, steps=steps, warmup_steps=50, peak=PEAK_LR))

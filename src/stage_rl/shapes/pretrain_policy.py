@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from stage_rl.policies.attention import use_fp32_causal
 from stage_rl.shapes.captions import pretraining_caption, pretraining_record
-from stage_rl.shapes.layouts import scene_for
+from stage_rl.shapes.layouts import CUT_OFF, scene_for
 from stage_rl.shapes.pretrain_course import Progress, learning_rate, save_state, set_rate
 from stage_rl.shapes.pretrain_tokenizer import to_pixels, unit_codes
 from stage_rl.shapes.scenes import render
@@ -69,7 +69,7 @@ def write_chunk(vq: Any, folder: Path, chunk: int, *, size: int, seed: int) -> N
         return
     rng = np.random.Generator(np.random.Philox(key=[seed, _POOL_KEY + chunk]))
     records = [pretraining_record(rng) for _ in range(size)]
-    images = render([scene_for(record, rng) for record in records])
+    images = render([scene_for(record, rng, cut_off=CUT_OFF) for record in records])
     tokens = torch.cat([tokenize(vq, part) for part in np.array_split(images, -(-size // 100))])
     temporary = path.with_suffix(".tmp.npz")
     texts = np.array([pretraining_caption(record, rng) for record in records])

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stage_rl.shapes.layouts import random_scene
+from stage_rl.shapes.layouts import CUT_OFF, random_scene
 from stage_rl.shapes.pretrain_course import Progress, learning_rate, save_state, set_rate
 from stage_rl.shapes.scenes import coverage, render
 
@@ -93,7 +93,7 @@ def to_pixels(images_NHWC: np.ndarray) -> Tensor:
 def training_batch(seed: int, step: int, batch: int) -> tuple[Tensor, Tensor]:
     """Images NCHW in [-1, 1] and the part of each pixel that objects cover, N1HW."""
     rng = np.random.Generator(np.random.Philox(key=[seed, step]))
-    scenes = [random_scene(rng) for _ in range(batch)]
+    scenes = [random_scene(rng, cut_off=CUT_OFF) for _ in range(batch)]
     masks = [np.max([coverage(thing) > 0 for thing in scene.objects], axis=0) for scene in scenes]
     return to_pixels(render(scenes)), torch.from_numpy(np.stack(masks)).float()[:, None]
 

@@ -62,6 +62,11 @@ class Object:
         r = self.radius
         return self.x - r, self.y - r, self.x + r + 1, self.y + r + 1
 
+    @property
+    def whole(self) -> bool:
+        """Whether the image shows all of it."""
+        return min(self.box[:2]) >= 0 and max(self.box[2:]) <= IMAGE_SIZE
+
 
 @dataclass(frozen=True)
 class Background:
