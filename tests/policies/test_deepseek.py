@@ -288,6 +288,20 @@ def test_a_second_hidden_layer_of_an_aligner_is_its_fourth():
     assert deepseek_name(name) == "gen_aligner.layers.4.weight"
 
 
+def test_a_recipe_may_name_the_prompt_format_and_an_export_keeps_it(
+    original_janus_folder, tmp_path
+):
+    policy = load(original_janus_folder, trainable=(), prompt_format="deepseek_old")
+    tokenizer = policy.processor.tokenizer
+    ids = policy.prompt_ids(Prompt(" a star ", 0))
+    assert tokenizer.decode(ids[1:-1]) == "User: a star\n\nAssistant:"
+    for number, like in enumerate((original_janus_folder, None)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        policy.save(folder, layout="deepseek", like=like)
+        assert load(folder, trainable=()).prompt_ids(Prompt("a star", 0)) == ids
+
+
 def test_sizes_that_the_file_leaves_out_are_the_published_ones():
     # The sections of Janus-Pro-7B, whose config.json names no more.
     aligner = {"cls": "MlpProjector", "params": {"depth": 2, "n_embed": 4096}}

@@ -38,6 +38,9 @@ class JanusConfig(PolicyConfig):
     path: str = "shapes"
     """Folder of the weights, or hub id: OWNER/NAME, OWNER/NAME/FOLDER, with @REVISION or without;
     shapes: the small model that comes with the package."""
+    prompt_format: Literal["checkpoint", "deepseek", "deepseek_old"] = "checkpoint"
+    """What stands around a prompt: the checkpoint's own; <|User|>: and <|Assistant|>: (deepseek);
+    User: and Assistant: (deepseek_old), with which the paper's released code trains Janus-Pro."""
     trainable: tuple[str, ...] = ("model.language_model.*",)
     """Name patterns of the parameters that train, in the spelling of `fnmatch`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -57,7 +60,12 @@ class JanusConfig(PolicyConfig):
         """The module and its processor; wrong weights are a `WeightsError`."""
         from stage_rl.policies.weights import load_janus
 
-        return load_janus(self.path, dtype=self.dtype, device=device)
+        module, processor = load_janus(self.path, dtype=self.dtype, device=device)
+        if self.prompt_format != "checkpoint":
+            from stage_rl.policies.deepseek.processor import set_prompt_format
+
+            set_prompt_format(processor, self.prompt_format)
+        return module, processor
 
     def build(self, device: torch.device) -> JanusPolicy:
         """The policy; wrong weights are a `WeightsError`, wrong patterns a `RecipeError`."""

@@ -22,6 +22,7 @@ from stage_rl.policies.deepseek.names import (
     to_transformers,
 )
 from stage_rl.policies.deepseek.processor import (
+    prompt_format,
     read_json,
     read_processor,
     write_json,
@@ -100,6 +101,10 @@ def write_folder(
         for name in COPIED:
             if (like / name).is_file():
                 shutil.copyfile(like / name, folder / name)
+        spoken, file = prompt_format(processor), folder / "processor_config.json"
+        described = read_json(folder, file.name, str(like))
+        if described.get("sft_format", "deepseek") != spoken:
+            write_json(file, described | {"sft_format": spoken})
     held = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     # Where the text head is tied to the embedding the layout still has both.
     held[TEXT_HEAD] = held[TEXT_HEAD].clone()

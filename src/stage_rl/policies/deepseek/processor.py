@@ -38,7 +38,12 @@ def read_processor(folder: Path, source: str) -> tuple[JanusProcessor, dict[str,
     settings = read_json(folder, "processor_config.json", source)
     tags = {key: settings.get(key, tag) for key, tag in TAGS.items()}
     tokenizer, ids = _read_tokenizer(folder, source, tags)
-    template = _template(settings.get("sft_format", "deepseek"), source, tags, tokenizer)
+    style = settings.get("sft_format", "deepseek")
+    if style not in FORMATS:
+        raise WeightsError(
+            f"{source}: processor_config.json: sft_format is {style!r}; "
+            f"this policy knows {', '.join(FORMATS)}"
+        )
     images = read_json(folder, "preprocessor_config.json", source)
     side = images["image_size"]
     image_processor = JanusImageProcessorPil(
@@ -48,7 +53,7 @@ def read_processor(folder: Path, source: str) -> tuple[JanusProcessor, dict[str,
     return JanusProcessor(
         image_processor,
         tokenizer,
-        chat_template=template,
+        chat_template=_template(style, tags["image_tag"], str(tokenizer.eos_token)),
         num_image_tokens=settings.get("num_image_tokens", 576),
     ), ids
 
@@ -91,7 +96,7 @@ def write_processor(processor: Any, pad_id: int, folder: Path) -> None:
             **tags,
             "num_image_tokens": processor.num_image_tokens,
             "processor_class": "VLChatProcessor",
-            "sft_format": _format(processor),
+            "sft_format": prompt_format(processor),
         },
         "preprocessor_config.json": {
             "image_processor_type": "VLMImageProcessor",
@@ -102,6 +107,29 @@ def write_processor(processor: Any, pad_id: int, folder: Path) -> None:
     }
     for name, content in files.items():
         write_json(folder / name, content)
+
+
+def set_prompt_format(processor: Any, style: str) -> None:
+    """Gives a processor the prompt format of that name, in place."""
+    tokenizer = processor.tokenizer
+    processor.chat_template = _template(style, tokenizer.image_token, tokenizer.eos_token)
+
+
+def prompt_format(processor: Any) -> str:
+    """DeepSeek's name of the processor's template: the one that makes the same prompt.
+
+    A template that makes another one is a `WeightsError`.
+    """
+    message = {"role": "user", "content": [{"type": "text", "text": "a red circle"}]}
+    made = processor.apply_chat_template([message], add_generation_prompt=True)
+    prompts = {f"{u}: a red circle\n\n{a}:": style for style, (u, a) in ROLES.items()}
+    style = (prompts | {"a red circle": PLAIN}).get(made)
+    if style is None:
+        raise WeightsError(
+            f"the prompt template makes {made!r} of 'a red circle', a format that DeepSeek's "
+            "layout has no name for; write --layout transformers"
+        )
+    return style
 
 
 def read_json(folder: Path, name: str, source: str) -> dict[str, Any]:
@@ -173,20 +201,14 @@ def _text(token: Any) -> str | None:
     return token["content"] if isinstance(token, dict) else token
 
 
-def _template(style: str, source: str, tags: Mapping[str, str], tokenizer: Any) -> str:
+def _template(style: str, image: str, eos: str) -> str:
     """The prompt format of that name as a chat template."""
-    image, eos = tags["image_tag"], tokenizer.eos_token
     if style == PLAIN:
         return (
             "{%- for message in messages -%}{%- for content in message['content'] -%}"
             "{%- if content['type'] == 'text' -%}{{ content['text'] | trim }}"
             f"{{%- else -%}}{{{{ {image!r} }}}}{{%- endif -%}}"
             "{%- endfor -%}{%- endfor -%}"
-        )
-    if style not in ROLES:
-        raise WeightsError(
-            f"{source}: processor_config.json: sft_format is {style!r}; "
-            f"this policy knows {', '.join(FORMATS)}"
         )
     user, assistant = ROLES[style]
     return (
@@ -201,17 +223,3 @@ def _template(style: str, source: str, tags: Mapping[str, str], tokenizer: Any) 
         "{%- endfor -%}"
         "{%- if add_generation_prompt -%}{{ roles['assistant'] + ':' }}{%- endif -%}"
     )
-
-
-def _format(processor: Any) -> str:
-    """DeepSeek's name of the processor's template: the one that makes the same prompt."""
-    message = {"role": "user", "content": [{"type": "text", "text": "a red circle"}]}
-    made = processor.apply_chat_template([message], add_generation_prompt=True)
-    prompts = {f"{u}: a red circle\n\n{a}:": style for style, (u, a) in ROLES.items()}
-    style = (prompts | {"a red circle": PLAIN}).get(made)
-    if style is None:
-        raise WeightsError(
-            f"the prompt template makes {made!r} of 'a red circle', a format that DeepSeek's "
-            "layout has no name for; write --layout transformers"
-        )
-    return style
