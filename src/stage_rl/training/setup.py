@@ -15,6 +15,7 @@ from stage_rl.schema import Recipe
 from stage_rl.training.blocks import prepare_blocks
 from stage_rl.training.contents import base_digest, trained_parameters
 from stage_rl.training.distributed import ALONE, Ranks
+from stage_rl.training.fitting import check_memory, gpu_memory_gb
 from stage_rl.training.optim import build_optimizer
 from stage_rl.training.reference import build_reference
 from stage_rl.training.sharding import shard_both
@@ -25,6 +26,7 @@ from stage_rl.types import Prompt
 def build_trainer(recipe: Recipe, prompts: tuple[Prompt, ...], ranks: Ranks = ALONE) -> Trainer:
     """Loads the model, spreads it over the ranks, and builds everything around it."""
     device = pick_device(recipe.training.device)
+    check_memory(recipe, gpu_memory_gb(recipe), num_processes=ranks.size)
     policy = recipe.policy.build(device)
     _check_prompts(policy, prompts)
     _check_trained(policy)

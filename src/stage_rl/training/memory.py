@@ -1,0 +1,278 @@
+"""The memory a run needs, phase by phase, from its recipe and the dimensions of its model alone.
+
+What is counted: everything that lies on the device all the time, and the most that a phase adds to
+it. What is not: reward models, and what an operation or the allocator holds beyond its tensors.
+`stage bench memory` sets the prediction against what is seen. Sizes are bytes; free of torch.
+
+A token of the formulas is one slot of one row: N completions of S = prompt + image - 1 slots.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from stage_rl.policies.config import JanusConfig
+from stage_rl.policies.sizes import ModelSize
+from stage_rl.schema import Recipe
+
+PROMPT_SLOTS = 32
+"""Slots of a prompt that a plan assumes."""
+CACHE_BLOCK = 32
+"""Slots of the key-value cache come in blocks."""
+IMAGES_DECODED = 32
+"""Images that the image decoder takes at one time."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes of one GPU by phase and by what takes them; the phases are those of the metrics."""
+
+    phases: Mapping[str, Mapping[str, float]]
+
+    @property
+    def totals(self) -> dict[str, float]:
+        """Bytes of each phase."""
+        return {phase: sum(parts.values()) for phase, parts in self.phases.items()}
+
+    @property
+    def peak(self) -> float:
+        """Bytes of the largest phase."""
+        return max(self.totals.values())
+
+
+@dataclass(frozen=True)
+class Work:
+    """A recipe on a model, cut into equal parts for the processes."""
+
+    recipe: Recipe
+    policy: JanusConfig
+    size: ModelSize
+    num_processes: int
+    on_gpu: bool
+    prompt_slots: int
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the trunk computes in bf16."""
+        return self.recipe.training.dtype == "mixed"
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Of one parameter of the module."""
+        return 4 if self.policy.dtype == "float32" else 2
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of one process."""
+        return max(1, self.recipe.rollout.prompts_per_step // self.num_processes)
+
+    @property
+    def groups_at_once(self) -> int:
+        """Groups of one micro-batch."""
+        return min(self.num_groups, self.recipe.training.groups_per_microbatch or self.num_groups)
+
+    @property
+    def batch_images(self) -> int:
+        """Images of one micro-batch."""
+        return self.groups_at_once * self.recipe.rollout.group_size
+
+    @property
+    def batch_tokens(self) -> int:
+        """Slots of a micro-batch that the trunk computes with gradient."""
+        rows = self.batch_images * (2 if self.recipe.algorithm.logprobs == "guided" else 1)
+        return rows * (self.prompt_slots + self.size.image_tokens - 1)
+
+    @property
+    def adapter(self) -> int:
+        """Parameters of the adapter; 0 without one."""
+        lora = self.policy.lora
+        if lora is None:
+            return 0
+        shapes = (s for n, s in self.size.linears.items() if n.rpartition(".")[2] in lora.targets)
+        return self.size.layers * lora.rank * sum(map(sum, shapes))
+
+    @property
+    def trained(self) -> dict[str, int]:
+        """Parameters of the model that train, by name; none of them under an adapter."""
+        if self.policy.lora:
+            return {}
+        return {
+            name: count
+            for name, count in self.size.parameters.items()
+            if any(fnmatch.fnmatchcase(name, p) for p in self.policy.trainable)
+        }
+
+    @property
+    def num_trained(self) -> int:
+        """Parameters that take a gradient, in all processes together."""
+        return self.adapter + sum(self.trained.values())
+
+
+def predict(
+    recipe: Recipe,
+    size: ModelSize,
+    *,
+    num_processes: int = 1,
+    on_gpu: bool = True,
+    prompt_slots: int = PROMPT_SLOTS,
+) -> Plan:
+    """The plan of a recipe whose policy is a Janus of this size, on each of the processes."""
+    assert isinstance(recipe.policy, JanusConfig)
+    work = Work(recipe, recipe.policy, size, num_processes, on_gpu, prompt_slots)
+    held = {
+        "weights": _weights(work),
+        "moments": _moments(work),
+        "sampler's copy": _sampler(work),
+        "reference": _reference(work),
+    }
+    rollout = recipe.rollout
+    images = work.num_groups * rollout.group_size
+    cache = _cache(work, min(images, rollout.max_images or images))
+    kept = held | {"key-value cache": 0 if rollout.release_cache else cache}
+    gathered = _gathered(work)
+    phases = {
+        "sample": held | {"key-value cache": cache, "images": _images(work, images)},
+        "reference": kept | {"activations": _reference_pass(work) + gathered},
+        "learn": kept | _learning(work, gathered),
+    }
+    probe = recipe.probe
+    if probe.every:
+        drawn = max(1, probe.num_prompts // num_processes) * probe.images_per_prompt
+        phases["probe"] = kept | {
+            "probe's sampler": _sampler(work) + _cache(work, drawn),
+            "images": _images(work, drawn),
+        }
+    return Plan(phases)
+
+
+def _weights(work: Work) -> float:
+    """Layers, and what else trains, are spread over the processes; the rest is whole on each."""
+    size, width = work.size, work.parameter_bytes
+    shared = sum(n for name, n in size.parameters.items() if _is_spread(work, name))
+    whole = size.total - shared
+    # The image head of an adapter's policy is fp32 whatever the base is.
+    head = size.image_head * (4 - width) if work.policy.lora else 0
+    return (shared * width + 4 * work.adapter) / work.num_processes + whole * width + head
+
+
+def _is_spread(work: Work, name: str) -> bool:
+    return ".layers." in name or name in work.trained
+
+
+def _moments(work: Work) -> float:
+    # In 8 bits each 256 numbers of a moment share a scale of 4 bytes.
+    each = 8 if work.recipe.optimizer.kind == "adamw" else 2 * (1 + 4 / 256)
+    return each * work.num_trained / work.num_processes
+
+
+def _sampler(work: Work) -> float:
+    """Matrices of the layers in the sampler's precision, all else in fp32."""
+    size = work.size
+    matrices = size.layers * size.layer_matrices * (2 if _samples_in_bf16(work) else 4)
+    norms = (2 * size.layers + 1) * size.width
+    rotary = 2 * size.positions * (size.width // size.heads)
+    return matrices + 4 * (norms + rotary + size.codebook * size.width + size.image_head)
+
+
+def _samples_in_bf16(work: Work) -> bool:
+    return work.recipe.rollout.dtype == "mixed"
+
+
+def _reference(work: Work) -> float:
+    """Copies of what trains; the matrices of layers in bf16 where the trunk computes in it."""
+    layers = {name: n for name, n in work.trained.items() if ".layers." in name}
+    others = sum(work.trained.values()) - sum(layers.values())
+    each = 2 if work.mixed else work.parameter_bytes
+    held = sum(n * (each if "_proj." in name else 4) for name, n in layers.items())
+    if work.recipe.training.reference == "streamed":
+        held = min(held, 2 * work.size.layer_matrices * each)
+    return (held + others * work.parameter_bytes) / work.num_processes
+
+
+def _cache(work: Work, images: int) -> float:
+    """Keys and values of all rows, in bf16 on a GPU that samples in it."""
+    size, rollout = work.size, work.recipe.rollout
+    rows = images * (1 if rollout.guidance_scale == 1 else 2)
+    slots = math.ceil((work.prompt_slots + size.image_tokens - 1) / CACHE_BLOCK) * CACHE_BLOCK
+    each = 2 if work.on_gpu and _samples_in_bf16(work) else 4
+    return rows * slots * 2 * size.layers * size.kv_width * each
+
+
+def _images(work: Work, images: int) -> float:
+    """The image decoder: three maps of its first width at full resolution are alive at one time."""
+    size = work.size
+    maps = 3 * min(images, IMAGES_DECODED) * size.decoder_channels * size.image_side**2
+    return maps * work.parameter_bytes
+
+
+def _gathered(work: Work) -> float:
+    """Weights that a pass has whole while it needs them: two layers, and what trains outside."""
+    if work.num_processes == 1:
+        return 0
+    outside = sum(n for name, n in work.trained.items() if ".layers." not in name)
+    return 2 * work.size.layer_matrices * (2 if work.mixed else 4) + 4 * outside
+
+
+def _reference_pass(work: Work) -> float:
+    """One layer without gradient, then the image head."""
+    size, wide = work.size, 2 if work.mixed else 4
+    layer = (8 + 2 * wide) * size.width + 4 * wide * size.mlp
+    held = 8 * size.width
+    return work.batch_tokens * held + max(work.batch_tokens * layer, _head(work, arrays=3))
+
+
+def _learning(work: Work, gathered: float) -> dict[str, float]:
+    """Gradients, and activations as they are when the backward pass begins."""
+    gradients = 4 * work.num_trained / work.num_processes
+    mode = work.recipe.training.activation_checkpointing
+    kept = {name: layer_bytes(work, name) for name in ("none", mode)}
+    layers = work.size.layers * kept[mode]
+    again = kept["none"] - kept[mode]  # one layer, computed again behind the image head
+    base = 24 * work.size.width  # inputs, last states, and the gradients of both
+    activations = work.batch_tokens * (layers + base) + gathered
+    activations += max(work.batch_tokens * again, _head(work, arrays=4))
+    casts = _casts(work) if mode == "none" else _casts(work) / work.size.layers
+    if work.groups_at_once == work.num_groups:
+        # The only backward pass: gradients grow while activations go.
+        tail = work.batch_tokens * (kept["none"] + base)
+        activations = max(activations + casts, gradients + tail + gathered) - gradients
+        return {"gradients": gradients, "activations": max(0, activations)}
+    return {"gradients": gradients, "activations": activations + casts}
+
+
+def _casts(work: Work) -> float:
+    """Copies of the matrices in bf16, which a backward pass reads."""
+    if not work.mixed or work.parameter_bytes == 2 or work.num_processes > 1:
+        return 0
+    return 2 * work.size.layers * work.size.layer_matrices
+
+
+def _head(work: Work, *, arrays: int) -> float:
+    """So many fp32 arrays of the logits of one chunk of the image head."""
+    rows = work.batch_images * work.size.image_tokens
+    chunk = min(rows, work.recipe.training.logprob_rows)
+    return 4 * chunk * (arrays * work.size.codebook + 2 * work.size.width)
+
+
+def layer_bytes(work: Work, checkpointing: str) -> float:
+    """What a decoder layer keeps of one token for the backward pass."""
+    width, kv, mlp = work.size.width, work.size.kv_width, work.size.mlp
+    if checkpointing == "full":
+        return 4 * width
+    adapted = work.policy.lora is not None
+    # Attention keeps what it reads and its result; on a CPU in fp32, with a copy in bf16.
+    in_bf16 = work.mixed and work.on_gpu
+    attended = (2 if in_bf16 else 4) * (width + 2 * kv)
+    mixed_out = 2 * width if in_bf16 else 4 * width + (2 * width if work.mixed else 0)
+    if checkpointing == "none":
+        # Residual stream before each norm, what the norms' weights read, inputs of the matrices.
+        norms = (8 if adapted else 16) * width
+        inputs = 10 * width if work.mixed else 8 * width
+        output = 2 * width if adapted and in_bf16 else 0
+        return norms + inputs + attended + mixed_out + output + (8 if work.mixed else 16) * mlp
+    each = 2 if work.mixed else 4
+    products = each * (3 * width + 2 * kv + 2 * mlp) * (2 if adapted else 1)
+    return 4 * width + products + (2 if in_bf16 else 4) * width

@@ -1,0 +1,51 @@
+"""The memory benchmark: what a plan predicts is what a step takes."""
+
+import json
+
+import pytest
+import torch
+
+from stage_rl.bench import memory
+from stage_rl.shapes.captions import WORDS
+from stage_rl.shapes.model import JanusSize, build_janus, save_janus
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Wide enough that activations, and not the image decoder alone, decide."""
+    size = JanusSize(width=64, layers=4, heads=2, mlp=176, codebook_size=512)
+    path = tmp_path_factory.mktemp("shapes")
+    save_janus(*build_janus(size, words=WORDS, seed=0), path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "checkpointing", "groups"),
+    [
+        ("mixed", "selective", 1),
+        pytest.param("mixed", "none", 1, marks=pytest.mark.slow),
+        pytest.param("float32", "full", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_every_phase_is_predicted_within_15_percent(folder, dtype, checkpointing, groups):
+    result = memory.run(
+        model=folder,
+        num_prompts=2,
+        group_size=4,
+        groups_per_microbatch=groups,
+        dtype=dtype,
+        checkpointing=checkpointing,
+    )
+    assert result.reached, result.table
+    assert json.loads(json.dumps(result.to_dict()))["settings"]["checkpointing"] == checkpointing
+    # Parameters, their copies and moments lie there in every phase.
+    assert result.measures["sample_seen_mib"] > 1
+
+
+def test_live_tensors_are_counted_once_each():
+    before = memory._tensor_bytes()
+    tensor = torch.zeros(1000)
+    views = [tensor[:10], tensor.view(10, 100)]
+    assert memory._tensor_bytes() - before == 4000
+    del tensor, views
+    assert memory._tensor_bytes() == before

@@ -1,0 +1,146 @@
+"""The memory plan at full size, what a run that does not fit is told, and the dry run."""
+
+import re
+
+import pytest
+
+from stage_rl.config import load_recipe
+from stage_rl.errors import RecipeError
+from stage_rl.policies.config import JanusConfig
+from stage_rl.policies.sizes import KNOWN
+from stage_rl.training.fitting import (
+    GB,
+    check_memory,
+    plan_of,
+    report,
+    savings,
+    with_overrides,
+)
+from stage_rl.training.memory import Work, layer_bytes, predict
+from stage_rl.training.setup import build_trainer
+
+SIZE_7B = KNOWN["deepseek-community/Janus-Pro-7B"]
+
+
+def recipe_7b(*overrides):
+    path = "policy.path=deepseek-community/Janus-Pro-7B"
+    both = ("rollout.dtype=mixed", "training.dtype=mixed", "rollout.guidance_scale=5.0")
+    return load_recipe("shapes_geneval", [path, *both, *overrides])
+
+
+def gb(plan, phase, part):
+    return plan.phases[phase][part] / GB
+
+
+def test_the_parts_at_7b_are_those_worked_out_by_hand():
+    plan = predict(recipe_7b(), SIZE_7B)
+    # 6.071 B matrices in bf16, and in fp32 16,384 x 4,096 embeddings, 84 M of the head, the norms.
+    assert gb(plan, "sample", "sampler's copy") == pytest.approx(12.143 + 0.268 + 0.336, abs=0.03)
+    # 128 rows x 608 slots (32 + 575 in blocks of 32) x 480 KiB
+    assert gb(plan, "sample", "key-value cache") == pytest.approx(128 * 608 * 491_520 / 1e9)
+    # 8 and 4 bytes for each of 6.071 B and 102,400 x 4,096 of the text embedding.
+    assert gb(plan, "learn", "moments") == pytest.approx(8 * 6.491, abs=0.01)
+    assert gb(plan, "learn", "gradients") == pytest.approx(4 * 6.491, abs=0.01)
+    assert gb(plan, "learn", "weights") == pytest.approx(4 * 7.408, abs=0.01)
+    # Layers in bf16, the text embedding in fp32.
+    assert gb(plan, "learn", "reference") == pytest.approx(12.143 + 1.678, abs=0.01)
+
+
+def test_an_adapter_at_7b():
+    recipe = recipe_7b("policy.lora.rank=64", "policy.dtype=bfloat16")
+    plan = predict(recipe, SIZE_7B)
+    # 30 layers x 64 x (4 x (4096 + 4096) + 3 x (4096 + 11008)) = 149.9 M in fp32
+    assert gb(plan, "learn", "gradients") == pytest.approx(0.600, abs=0.001)
+    assert gb(plan, "learn", "moments") == pytest.approx(1.199, abs=0.001)
+    assert plan.phases["learn"]["reference"] == 0
+    # 7.408 B in bf16, the image head in fp32, the adapter
+    assert gb(plan, "learn", "weights") == pytest.approx(14.82 + 0.168 + 0.600, abs=0.01)
+
+
+def test_moments_in_8_bits_take_a_quarter():
+    one, other = (
+        predict(recipe_7b(f"optimizer.kind={kind}"), SIZE_7B) for kind in ("adamw", "adamw_8bit")
+    )
+    ratio = gb(other, "learn", "moments") / gb(one, "learn", "moments")
+    assert ratio == pytest.approx((1 + 4 / 256) / 4)
+
+
+def test_a_layer_of_7b_keeps_what_bf16_on_a_gpu_leaves():
+    recipe = recipe_7b()
+    work = Work(recipe, recipe.policy, SIZE_7B, 1, True, 32)
+    # 34 bytes a unit of width (4,096) and 8 of the MLP's (11,008); with products kept 16 and 4.
+    assert layer_bytes(work, "none") == 34 * 4096 + 8 * 11008
+    assert layer_bytes(work, "selective") == 16 * 4096 + 4 * 11008
+    assert layer_bytes(work, "full") == 4 * 4096
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "rollout.release_cache=true",
+        "training.activation_checkpointing=selective",
+        "optimizer.kind=adamw_8bit",
+        "training.reference=streamed",
+        "training.groups_per_microbatch=1",
+    ],
+)
+def test_a_setting_that_saves_memory_lowers_the_learning_phase(override):
+    plain, saving = (predict(recipe_7b(*o), SIZE_7B).totals for o in ((), (override,)))
+    assert saving["learn"] < plain["learn"]
+
+
+def test_more_processes_need_less_each():
+    peaks = [plan_of(recipe_7b(), num_processes=n).peak for n in (1, 2, 4, 8)]
+    assert peaks == sorted(peaks, reverse=True)
+
+
+@pytest.mark.parametrize("memory_gb", [96, 141, 192])
+def test_the_settings_that_are_named_make_it_fit_and_none_is_superfluous(memory_gb):
+    recipe = recipe_7b("probe.every=0")
+    found = savings(recipe, SIZE_7B, memory_gb)
+    assert found
+    check_memory(with_overrides(recipe, found), memory_gb)
+    for override in found:
+        fewer = [other for other in found if other != override]
+        with pytest.raises(RecipeError):
+            check_memory(with_overrides(recipe, fewer), memory_gb)
+
+
+def test_a_run_that_does_not_fit_is_refused_with_what_would():
+    with pytest.raises(RecipeError) as refused:
+        check_memory(recipe_7b(), 141)
+    text = str(refused.value)
+    assert re.match(r"memory: the phase learn needs \d+ GB, and the GPU has 141 GB; write ", text)
+    assert "optimizer.kind=adamw_8bit" in text
+
+
+def test_where_no_setting_helps_an_adapter_and_more_gpus_are_named():
+    with pytest.raises(RecipeError, match=r"policy\.lora\.rank=64.*, or torchrun .* GPUs"):
+        check_memory(recipe_7b("training.activation_checkpointing=selective"), 60)
+
+
+def test_a_policy_without_known_dimensions_is_not_planned(tiny_recipe):
+    recipe = load_recipe(tiny_recipe)
+    assert plan_of(recipe) is None
+    check_memory(recipe, 1.0)
+    assert "not predicted" in report(recipe, None)[-1]
+
+
+def test_stated_memory_is_checked_before_anything_is_loaded(recipe, monkeypatch):
+    monkeypatch.setattr(JanusConfig, "build", None)
+    wanted = recipe("training.memory_gb=0.0001")
+    with pytest.raises(RecipeError, match="memory: the phase"):
+        build_trainer(wanted, wanted.prompts.build())
+
+
+def test_the_report_names_what_would_be_downloaded(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    lines = report(load_recipe("janus_pro_7b_geneval"), None)
+    weights = "Would be downloaded: deepseek-community/Janus-Pro-7B: 7.41 billion parameters, 14.8 "
+    assert lines[0].startswith(weights)
+    assert "Would be downloaded: openai/clip-vit-large-patch14" in lines
+    assert "nothing was checked" in lines[-1]
+    (tmp_path / "models--openai--clip-vit-large-patch14" / "snapshots").mkdir(parents=True)
+    again = report(load_recipe("janus_pro_7b_geneval"), 80.0)
+    assert "Would be downloaded: openai/clip-vit-large-patch14" not in again
+    assert again[-1] == "Memory of the GPU: 80.0 GB"
