@@ -6,13 +6,31 @@ import pytest
 import torch
 
 from stage_rl.config import describe, diff_recipes, list_recipes, load_recipe, resolved_json
+from stage_rl.policies.sizes import size_of
+from stage_rl.rewards.judging import check_fields
+from stage_rl.training.fitting import check_memory
 
 RECIPES = sorted(list_recipes())
+SHAPES = [name for name in RECIPES if name.startswith("shapes_")]
+JANUS_PRO = [name for name in RECIPES if name.startswith("janus_pro_")]
 CPU = torch.device("cpu")
+PAPERS = (
+    *("janus_pro_7b_geneval", "janus_pro_7b_hps_gdino_git", "janus_pro_7b_ocr"),
+    "janus_pro_1b_geneval",
+)
+ONE_GPU = {
+    "janus_pro_7b_geneval_lora": 80,
+    "janus_pro_7b_geneval_1gpu": 141,
+    "janus_pro_1b_geneval_24gb": 24,
+}
+"""Recipes for one GPU, and its memory in GB."""
 
 
 def test_the_shipped_recipes_are_these():
-    assert RECIPES == ["shapes_entropy", "shapes_geneval", "shapes_grpo"]
+    assert SHAPES == ["shapes_entropy", "shapes_geneval", "shapes_grpo"]
+    forms = [f"{name}{form}" for name in PAPERS for form in ("", "_grpo", "_release")]
+    assert sorted([*forms, *ONE_GPU]) == JANUS_PRO
+    assert sorted([*SHAPES, *JANUS_PRO]) == RECIPES
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -32,7 +50,7 @@ def test_a_recipe_is_named_after_its_file_and_describes_itself_as_a_recipe(name,
     assert resolved_json(load_recipe(described)) == resolved_json(recipe)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", SHAPES)
 def test_the_parts_of_a_recipe_build(name):
     recipe = load_recipe(name)
     prompts = recipe.prompts.build()
@@ -52,3 +70,52 @@ def test_the_recipes_differ_from_each_other_in_the_method_only():
     )
     assert diff_recipes(full, entropy) == ("algorithm.reweight",)
     assert diff_recipes(entropy, grpo) == ("algorithm.entropy.mode",)
+
+
+@pytest.mark.parametrize("name", JANUS_PRO)
+def test_the_policy_of_a_janus_pro_recipe_builds_on_weights_that_are_here(name, tiny_janus_folder):
+    recipe = load_recipe(name, [f"policy.path={tiny_janus_folder}"])
+    if recipe.policy.lora:
+        pytest.importorskip("peft")
+    assert recipe.policy.build(CPU).trunk_blocks
+    assert size_of(load_recipe(name).policy.path) is not None
+
+
+@pytest.mark.parametrize("name", [n for n in JANUS_PRO if "_geneval" in n])
+def test_the_prompts_of_a_geneval_recipe_can_be_judged(name):
+    recipe = load_recipe(name, ["prompts.num_prompts=50"])
+    check_fields(recipe.rewards, recipe.prompts.build())
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_janus_pro_recipes_have_the_settings_of_the_paper(name):
+    recipe = load_recipe(name)
+    rollout, optimizer = recipe.rollout, recipe.optimizer
+    assert (recipe.steps, rollout.group_size, rollout.guidance_scale) == (1600, 8, 5.0)
+    assert (optimizer.kind, optimizer.betas, rollout.temperature) == ("adamw", (0.9, 0.999), 1.0)
+    expected = (5e-6, 0.03, "reward") if "geneval" in name else (1e-6, 0.01, "none")
+    assert (optimizer.lr, recipe.algorithm.beta, recipe.algorithm.entropy.mode) == expected
+    # Two rollouts of 8 prompts for each update, or one.
+    assert rollout.prompts_per_step == (16 if "hps" in name else 8)
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_the_baseline_and_the_release_form_differ_in_the_method_only(name):
+    full, grpo, release = (
+        load_recipe(f"{name}{form}", ["name=same"]) for form in ("", "_grpo", "_release")
+    )
+    method = {"algorithm.reweight", "algorithm.entropy.mode"}
+    assert set(diff_recipes(full, grpo)) <= method
+    rewards = [key for key in diff_recipes(full, release) if not key.startswith("algorithm.")]
+    assert all(key.startswith("rewards.") for key in rewards)
+    assert release.algorithm.preset == "release"
+
+
+@pytest.mark.parametrize(("name", "memory_gb"), ONE_GPU.items())
+def test_a_recipe_for_one_gpu_fits_it_by_prediction(name, memory_gb):
+    check_memory(load_recipe(name), memory_gb)
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_a_recipe_of_the_paper_fits_eight_gpus_of_80_gb_by_prediction(name):
+    check_memory(load_recipe(name), 80, num_processes=8)
