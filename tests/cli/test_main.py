@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from stage_rl.config import load_recipe, resolved_json, run_folder
+from stage_rl.config import list_recipes, load_recipe, resolved_json, run_folder
 from stage_rl.errors import DivergedError, InputError, Stopped
 
 
@@ -19,11 +19,9 @@ def test_help_names_every_verb_without_loading_torch(stage_process):
 def test_recipes_are_listed_without_loading_torch(stage_process):
     done = stage_process("recipes")
     assert done.returncode == 0, done.stderr
-    assert [line.split()[0] for line in done.stdout.splitlines()] == [
-        "shapes_entropy",
-        "shapes_geneval",
-        "shapes_grpo",
-    ]
+    names = [line.split()[0] for line in done.stdout.splitlines()]
+    assert names == sorted(list_recipes())
+    assert {"shapes_geneval", "janus_pro_7b_geneval"} < set(names)
 
 
 def test_a_wrong_recipe_is_one_line_and_exit_code_2_without_loading_torch(stage_process):
@@ -51,6 +49,24 @@ def test_a_dry_run_prints_the_resolved_recipe(tiny_recipe, tmp_path, stage):
     assert done.stdout.startswith(f"# Run folder: {run_folder(recipe)}\n")
     (tmp_path / "printed.yaml").write_text(done.stdout)
     assert resolved_json(load_recipe(tmp_path / "printed.yaml")) == resolved_json(recipe)
+
+
+def test_a_dry_run_of_janus_pro_says_what_it_needs_and_is_a_recipe_still(stage, tmp_path):
+    done = stage("train", "janus_pro_7b_geneval", "training.device=cpu", "--dry-run")
+    assert done.exit_code == 0, done.output
+    for words in ("Memory of one GPU in GB", "key-value cache", "nothing was checked"):
+        assert words in done.stdout
+    (tmp_path / "printed.yaml").write_text(done.stdout)
+    assert load_recipe(tmp_path / "printed.yaml").steps == 1600
+
+
+def test_a_dry_run_refuses_what_cannot_fit(run_main):
+    code, printed = run_main(
+        "train", "janus_pro_7b_geneval_1gpu", "training.memory_gb=80", "--dry-run"
+    )
+    assert code == 2
+    assert printed.startswith("error: memory: the phase sample needs")
+    assert printed.count("\n") == 1
 
 
 def test_show_explains_a_recipe(tiny_recipe, stage):
