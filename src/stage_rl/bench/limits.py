@@ -5,6 +5,8 @@ Symbols of the formulas: R rows, P prompt slots, T image tokens, L layers, D wid
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -52,12 +54,12 @@ class Work:
         return self.num_images * row
 
 
-def copy_bytes_per_s(device: torch.device) -> float:
+def copy_bytes_per_s(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
     """Bytes a second that a copy reads and writes, far larger than what a processor caches."""
     size = 2**30 if device.type == "cuda" else 2**27
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
-    return 2 * size / interleaved({"copy": lambda: target.copy_(source)}, 5)["copy"]
+    return 2 * size / interleaved({"copy": lambda: target.copy_(source)}, 5, clock=clock)["copy"]
 
 
 def matmul_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:

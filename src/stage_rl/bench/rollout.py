@@ -5,6 +5,7 @@ Shape suffixes: P prompts, N images, L prompt slots, T image tokens.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -45,19 +46,22 @@ def run(
     group_size: int = 8,
     guidance_scale: float = 5.0,
     rounds: int = 3,
+    processor_time: bool = False,
 ) -> BenchResult:
     """Samples the same number of images in several ways, in turn.
 
     `model` is a folder, a hub id, `shapes`, or `janus-1b` and `janus-7b` with random weights in
     bf16. The ways: the engine in both precisions (a size: mixed alone), generate, and a loop over a
-    cache that grows with every token (a size: from windows of tokens).
+    cache that grows with every token (a size: from windows of tokens). `processor_time` counts what
+    the processors of this process worked, for a CPU that others use too.
     """
     at_least(1, num_prompts=num_prompts, group_size=group_size, rounds=rounds)
     check_guided(guidance_scale)
     policy = policy_of(model, bench_device())
     text = LONG_TEXT if model in SIZES else TEXT
     case = Case(policy, [Prompt(text, i) for i in range(num_prompts)], group_size, guidance_scale)
-    measures = measure(case, rounds, sized=model in SIZES)
+    clock = time.process_time if processor_time else time.perf_counter
+    measures = measure(case, rounds, sized=model in SIZES, clock=clock)
     return BenchResult(
         name="rollout",
         headline=_headline(measures),
@@ -69,6 +73,7 @@ def run(
             "group_size": group_size,
             "guidance_scale": guidance_scale,
             "rounds": rounds,
+            "processor_time": processor_time,
         },
         measures=measures,
         table=_table(measures),
@@ -101,11 +106,12 @@ class Case:
         return ids_PL.repeat_interleave(self.group_size, 0)
 
 
-def measure(case: Case, rounds: int, *, sized: bool) -> dict[str, float]:
+def measure(
+    case: Case, rounds: int, *, sized: bool, clock: Callable[[], float]
+) -> dict[str, float]:
     """All figures of the benchmark; `sized`: the model is too large for what compares in full."""
     policy, scale = case.policy, case.guidance_scale
-    baseline = policy.reference()
-    baseline.module.set_attn_implementation("sdpa")
+    baseline = _with_sdpa(policy)
     sampling = Sampling(guidance_scale=scale)
     engines = {d: Engine(policy, dtype=d) for d in (("mixed",) if sized else LEAST_SPEEDUP)}
     forms: dict[str, Callable[[], Tensor]] = {
@@ -116,18 +122,28 @@ def measure(case: Case, rounds: int, *, sized: bool) -> dict[str, float]:
     grown = [prompt for prompt in case.prompts for _ in range(case.group_size)]
     if not sized:
         forms["growing"] = lambda: grow(baseline, grown, guidance_scale=scale)
-    seconds = interleaved(forms, rounds)
+    seconds = interleaved(forms, rounds, clock=clock)
     if sized:
         for engine in engines.values():
             engine.release()
         seconds["growing"] = grow_seconds(baseline, grown, guidance_scale=scale, rounds=rounds)
     measures = _measures(seconds, case)
-    measures |= _against_the_limit(seconds, engines, case)
+    rate = copy_bytes_per_s(policy.device, clock)
+    measures |= _against_the_limit(seconds, engines, case, rate=rate)
     if not sized:
         measures["greedy_equal"] = _greedy_agreement(
             engines["float32"], baseline, case.prompts, scale
         )
     return measures
+
+
+def _with_sdpa(policy: JanusPolicy) -> JanusPolicy:
+    """The policy with transformers' own attention in place of ours."""
+    baseline = policy.reference()
+    assert isinstance(baseline, JanusPolicy)
+    module: Any = baseline.module
+    module.set_attn_implementation("sdpa")
+    return baseline
 
 
 def generate(
@@ -201,10 +217,9 @@ def _measures(seconds: dict[str, float], case: Case) -> dict[str, float]:
 
 
 def _against_the_limit(
-    seconds: dict[str, float], engines: dict[str, Engine], case: Case
+    seconds: dict[str, float], engines: dict[str, Engine], case: Case, *, rate: float
 ) -> dict[str, float]:
-    """Bytes a second of each engine, and what a copy reaches here."""
-    rate = copy_bytes_per_s(case.policy.device)
+    """Bytes a second of each engine, beside the `rate` of a copy."""
     work = Work(case.num_images, case.ids_NL.shape[1], case.num_tokens, case.guidance_scale != 1)
     measures = {"copy_gb_per_s": rate / 1e9}
     for name, engine in engines.items():
