@@ -23,7 +23,8 @@ def train(
         typer.Argument(help="Settings as dotted.key=value.", metavar="[KEY=VALUE]..."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")
+        bool,
+        typer.Option("--dry-run", help="Print the resolved recipe and the memory it needs; stop."),
     ] = False,
 ) -> None:
     """Train a recipe; the same command again goes on where the run stopped."""
@@ -33,6 +34,7 @@ def train(
     if dry_run:
         typer.echo(f"# Run folder: {config.run_folder(settings)}")
         typer.echo(config.describe(settings), nl=False)
+        _say_needs(settings)
         return
     from stage_rl.training.loop import train as run
 
@@ -44,6 +46,19 @@ def train(
     if settings.evaluation is not None:
         typer.echo(_evaluation(settings, folder))
     typer.echo(f"run: {folder}")
+
+
+def _say_needs(settings: Recipe) -> None:
+    """Says what would be downloaded and what memory is needed; a RecipeError where it is not there.
+
+    Nothing is loaded.
+    """
+    from stage_rl.training.fitting import check_memory, gpu_memory_gb, plan_of, report
+
+    memory_gb = gpu_memory_gb(settings) if plan_of(settings) else None
+    for line in report(settings, memory_gb):
+        typer.echo(f"# {line}")
+    check_memory(settings, memory_gb)
 
 
 def _evaluation(settings: Recipe, folder: Path) -> str:
