@@ -151,7 +151,8 @@ def torchrun(recipe, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_of_two_processes_goes_on_in_one(recipe, tmp_path):
-    same = ("optimizer.schedule=constant", "optimizer.lr=1e-5", "run.log_images_every=1")
+    same = ("optimizer.schedule=constant", "optimizer.lr=1e-5")
+    same += ("run.log_images_every=1", "probe.every=1")
     whole = train(recipe(*same, f"run.dir={tmp_path}/whole"))
     halves = (*same, f"run.dir={tmp_path}/halves")
     done = torchrun(recipe(*halves, "steps=2"), tmp_path)

@@ -112,7 +112,7 @@ def compare(recipe: Recipe, num_ranks: int, folder: Path) -> dict[str, float]:
     # Later updates start from parameters that differ in their last bits.
     pairs = [
         (alone.gradients[0], several.gradients[0]),
-        (alone.gradients[SAVED_AT], resumed.gradients[0]),
+        (alone.gradients[-len(resumed.gradients)], resumed.gradients[0]),
     ]
     return {
         "tokens_identical": torch.stack(

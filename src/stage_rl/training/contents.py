@@ -102,8 +102,9 @@ def load_moments(folder: Path, optimizer: torch.optim.Optimizer, module: nn.Modu
         state["state"] = {i: found[name] for i, name in enumerate(trained) if name in found}
     else:
         state = torch.load(folder / MOMENTS, weights_only=True, map_location="cpu")
-        for (_, slots), like in zip(state["state"].items(), trained.values(), strict=False):
-            slots.update({k: spread_like(v, like) for k, v in slots.items()})
+        likes = list(trained.values())
+        for index, slots in state["state"].items():
+            slots.update({slot: spread_like(v, likes[index]) for slot, v in slots.items()})
     optimizer.load_state_dict(state)
 
 

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,13 +21,17 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import Store
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+from torch.distributed.rendezvous import rendezvous
 
 from stage_rl.errors import RankError, RecipeError, StageError, Stopped
 
 T = TypeVar("T")
 LONGEST_WAIT = timedelta(minutes=30)
 """For another rank, with its slow rewards say, before it counts as lost."""
+GRACE_S = 2.0
+"""For the rank that tells the reason: torchrun ends all when the first process has exited."""
 REASON = "stage_rl/reason"
 """Key of the store under which the first rank that fails says why."""
 
@@ -162,7 +167,7 @@ def joined_ranks(device: torch.device) -> Iterator[Ranks]:
         yield ranks
         return
     _take_gpu(device, ranks)
-    store, _, _ = next(dist.rendezvous("env://", timeout=LONGEST_WAIT))
+    store, _, _ = next(rendezvous("env://", timeout=LONGEST_WAIT))
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         store=store,
@@ -176,8 +181,10 @@ def joined_ranks(device: torch.device) -> Iterator[Ranks]:
         if isinstance(error, Stopped):  # on all ranks, after the same step
             dist.destroy_process_group()
         if not _is_first_to_fail(store, ranks, error):
+            time.sleep(GRACE_S)
             sys.exit(error.exit_code if isinstance(error, StageError) else 1)
-        get_error_handler().record_exception(error)  # for torchrun's own summary
+        if not isinstance(error, Stopped):
+            get_error_handler().record_exception(error)  # for torchrun's own summary
         if _is_loss(error):
             raise RankError(_lost(error)) from error
         raise
@@ -196,7 +203,7 @@ def _take_gpu(device: torch.device, ranks: Ranks) -> None:
     torch.cuda.set_device(ranks.local_rank)
 
 
-def _is_first_to_fail(store: dist.Store, ranks: Ranks, error: Exception) -> bool:
+def _is_first_to_fail(store: Store, ranks: Ranks, error: Exception) -> bool:
     """Leaves the reason for the other ranks, unless one of them was before."""
     reason = json.dumps({"rank": ranks.rank, "error": type(error).__name__, "text": str(error)})
     try:

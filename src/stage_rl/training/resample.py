@@ -54,9 +54,9 @@ def redraw(
         draw=draw,
         judge=trainer.judge.judge,
     )
-    # A draw gathers shards of all ranks: those that need no more keep in step with the others.
+    # A draw gathers shards of all ranks: those that need no more draw along with the others.
     while trainer.ranks.any_of(None):
-        trainer.policy.encode(rollout.prompts[:1])
+        trainer.sample(trainer.engine, rollout.prompts[:1], step=step, group_size=1)
     judged: Future[Judged] = Future()
     judged.set_result(redrawn.judged)
     return redrawn.rollout, judged, redrawn.numbers

@@ -103,8 +103,8 @@ class ShardedPolicy:
 
     @property
     def codebook(self) -> Codebook:
-        """The visual vocabulary, whole on every rank."""
-        return self._policy.codebook
+        """The visual vocabulary; a recipe may train, and so spread, what it is made of."""
+        return _ShardedCodebook(self._policy.codebook, self.run)
 
     @property
     def device(self) -> torch.device:
@@ -151,6 +151,28 @@ class ShardedPolicy:
     def save(self, folder: str | Path) -> None:
         """A run is exported from its checkpoint, by one process."""
         raise NotImplementedError("export the checkpoint of the run")
+
+
+class _ShardedCodebook:
+    """The codebook of a policy in shards."""
+
+    def __init__(self, codebook: Codebook, run: Callable[[Callable[[Policy], Any]], Any]) -> None:
+        self._codebook, self._run = codebook, run
+
+    @property
+    def size(self) -> int:
+        """Number of codebook vectors, V."""
+        return self._codebook.size
+
+    @torch.no_grad()
+    def vectors(self, tokens_NT: Tensor) -> Tensor:
+        """The codebook vectors of tokens, codes_NTC in fp32."""
+        return self._run(lambda _: self._codebook.vectors(tokens_NT))
+
+    @torch.no_grad()
+    def decode(self, tokens_NT: Tensor) -> Tensor:
+        """The images of tokens, images_NHWC uint8 on the CPU."""
+        return self._run(lambda _: self._codebook.decode(tokens_NT))
 
 
 class _Root(nn.Module):
@@ -202,4 +224,4 @@ def _with_own_ends(policy: Policy) -> DecoderWeights:
 
 def _whole_layer(layer: LayerWeights) -> LayerWeights:
     values = {field.name: getattr(layer, field.name) for field in fields(layer)}
-    return LayerWeights(**{name: v if v is None else whole(v) for name, v in values.items()})
+    return replace(layer, **{name: whole(v) for name, v in values.items() if v is not None})

@@ -11,9 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from stage_rl.errors import CheckpointError
 
@@ -28,8 +31,8 @@ def has_shards(folder: Path) -> bool:
 def write_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes a checkpoint's tensors, each rank its own shards; a failure is an OSError on all."""
     try:
-        dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(folder / FOLDER))
-    except dcp.api.CheckpointException as error:
+        save(dict(tensors), storage_writer=FileSystemWriter(folder / FOLDER))
+    except CheckpointException as error:
         raise OSError(_first_line(error)) from error
 
 
@@ -38,13 +41,13 @@ def read_shards(folder: Path, targets: Mapping[str, Tensor], *, alone: bool) -> 
 
     `alone`: by this process for itself, into whole tensors. Else all ranks call at the same time.
     """
-    reader = dcp.FileSystemReader(folder / FOLDER)
+    reader = FileSystemReader(folder / FOLDER)
     try:
         with warnings.catch_warnings():
             # It warns of the single process that was asked for.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(dict(targets), storage_reader=reader, no_dist=alone)
-    except dcp.api.CheckpointException as error:
+            load(dict(targets), storage_reader=reader, no_dist=alone)
+    except CheckpointException as error:
         raise CheckpointError(
             f"{folder}: {_first_line(error)}; name another checkpoint of the run"
         ) from error
@@ -52,7 +55,7 @@ def read_shards(folder: Path, targets: Mapping[str, Tensor], *, alone: bool) -> 
 
 def stored(folder: Path, prefix: str) -> dict[str, Tensor]:
     """The tensors whose names begin with a prefix, without it: shapes and dtypes, no values."""
-    metadata = dcp.FileSystemReader(folder / FOLDER).read_metadata()
+    metadata = FileSystemReader(folder / FOLDER).read_metadata()
     return {
         name.removeprefix(prefix): torch.empty(
             entry.size, dtype=entry.properties.dtype, device="meta"
