@@ -35,13 +35,13 @@ _POOL_KEY = 2_000_000
 class PolicyTraining:
     """How long and how fast the base policy is trained."""
 
-    steps: int = 6000
+    steps: int = 7000
     batch: int = 64
     lr: float = 2e-3
     warmup_steps: int = 150
     drop: float = 0.1
     """Share of captions replaced by the unconditional prompt."""
-    pool: int = 160_000
+    pool: int = 240_000
     """Captioned scenes; more steps than the pool holds go round it again."""
     compile: bool = True
     """Fuse the decoder with torch.compile (needs a C++ compiler); 2 to 3 times faster on a CPU."""
