@@ -1,4 +1,4 @@
-"""`stage rewards check`: a reward or a recipe, the order of its reference images, exit codes."""
+"""`stage rewards`: the order of reference images, what cannot be served, exit codes."""
 
 import pytest
 
@@ -66,3 +66,21 @@ def test_a_missing_detector_is_one_line_without_loading_torch(stage_process):
     done = stage_process("rewards", "check", "geneval")
     assert done.returncode == 2
     assert done.stderr == "error: geneval: detector: is required; write a value\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["shapes_geneval", "--host", "0.0.0.0"], "others reach it, which needs a token"),
+        (["shapes_geneval", "--token-file", "/no/such"], "No such file or directory; name a file"),
+        (["shapes_genevil"], "did you mean 'shapes_geneval'?"),
+    ],
+)
+def test_what_cannot_be_served_is_one_line_without_loading_torch(
+    arguments, message, stage_process, monkeypatch
+):
+    monkeypatch.delenv("STAGE_REWARD_TOKEN", raising=False)
+    done = stage_process("rewards", "serve", *arguments)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -85,9 +85,8 @@ def serve(
     configs = _rewards(name, overrides or [])
     token = read_token(token_file, token_env)
     _require_server()
+    from stage_rl.serving.address import Serving, check_reach
     from stage_rl.serving.limits import limits
-    from stage_rl.serving.server import Serving, serve
-    from stage_rl.training.setup import pick_device
 
     serving = Serving(
         host=host,
@@ -98,6 +97,10 @@ def serve(
         drain_s=drain_s,
         limits=limits(body_mb=max_body_mb, side=max_side),
     )
+    check_reach(serving)
+    from stage_rl.serving.server import serve
+    from stage_rl.training.setup import pick_device
+
     serve(configs, serving, pick_device(device))
 
 

@@ -23,11 +23,12 @@ log = logging.getLogger(__name__)
 
 CONNECT_S = 10.0
 FIRST_PAUSE_S = 0.2
-LONGEST_PAUSE_S = 10.0
+LONGEST_PAUSE_S = 5.0
 LONGEST_ADVICE_S = 30.0
 """Most that a server's Retry-After is obeyed."""
 PASSING = {408, 429, 502, 503, 504}
-"""Answers after which the same request may succeed: too slow, too busy, about to stop."""
+"""Answers after which the same request may succeed: too slow, too busy, about to stop. So may one
+that failed between here and the server."""
 UNKNOWN = 401
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
@@ -107,7 +108,8 @@ class PatientClient:
         if response.status_code == 200:
             return response.content
         code, message = _complaint(response)
-        if response.status_code in PASSING:
+        is_foreign = response.status_code >= 500 and not code
+        if response.status_code in PASSING or is_foreign:
             return Trouble(f"{response.status_code} {message}", _advice(response))
         if code == "reward_failed":
             raise Unscored(message)

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stage_rl.rewards.wire import KEY_HEADER, PROTOCOL, REWARDS_PATH, SCORES_PATH, Offers
 from stage_rl.serving.answers import Answers
-from stage_rl.serving.limits import COPIES, Gate, Held, Limits, Refusal
+from stage_rl.serving.limits import COPIES, Gate, Held, Limits, Refusal, stopping
 from stage_rl.serving.meters import Meters
 from stage_rl.serving.service import RewardService
 from stage_rl.settings import near_or_all
@@ -83,7 +83,11 @@ class Front:
             with self._held.hold(COPIES * length):
                 body = await _body(request, length, self._limits.body_s)
                 named = None if key is None else f"{name}/{key}"
-                answer = await self.answers.get(named, body, service.answer)
+                try:
+                    answer = await self.answers.get(named, body, service.answer)
+                except asyncio.CancelledError as error:
+                    # The time to finish is over; uvicorn's own answer would be a 500.
+                    raise stopping() from error
         return Response(answer, media_type="application/json")
 
     @contextlib.contextmanager

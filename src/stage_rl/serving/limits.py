@@ -27,6 +27,11 @@ class Refusal(Exception):
         self.retry_after_s = retry_after_s
 
 
+def stopping() -> Refusal:
+    """To those who come when the server is about to stop."""
+    return Refusal(503, "stopping", "the server stops; ask again", retry_after_s=SOON_S)
+
+
 @dataclass(frozen=True)
 class Limits:
     """Sizes and times that a request must keep."""
@@ -90,7 +95,7 @@ class Gate:
     def entered(self) -> Iterator[None]:
         """Counts a request in; a Refusal once the server is to stop."""
         if self.is_draining:
-            raise Refusal(503, "stopping", "the server stops; ask again", retry_after_s=SOON_S)
+            raise stopping()
         self.inside += 1
         try:
             yield

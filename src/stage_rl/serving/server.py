@@ -2,46 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-import ipaddress
-import logging
 import signal
 import socket
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from types import FrameType
 
 import torch
 import uvicorn
 
-from stage_rl.errors import InputError, Stopped
+from stage_rl.errors import Stopped
 from stage_rl.rewards.selftest import require_order
 from stage_rl.schema import RewardConfig
+from stage_rl.serving.address import Serving, check_reach, listening, named
 from stage_rl.serving.app import Front, build_app
-from stage_rl.serving.limits import Held, Limits
+from stage_rl.serving.limits import Held
 from stage_rl.serving.meters import Meters
 from stage_rl.serving.service import RewardService
 
-log = logging.getLogger(__name__)
 LAST_WORDS_S = 5
 """How long answers that are being sent may take after everything is scored."""
-
-
-@dataclass(frozen=True)
-class Serving:
-    """How a server is reached and how it collects images."""
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    token: str | None = None
-    batch_size: int = 32
-    """Images of a call; a larger request is a call of its own."""
-    delay_s: float = 0.01
-    """How long an image waits for others."""
-    drain_s: float = 120.0
-    """Longest time between being asked to stop and stopping."""
-    limits: Limits = field(default_factory=Limits)
 
 
 def serve(configs: Sequence[RewardConfig], settings: Serving, device: torch.device) -> None:
@@ -58,19 +38,13 @@ def serve(configs: Sequence[RewardConfig], settings: Serving, device: torch.devi
         shown = f"[{host}]" if ":" in host else host
         names = ", ".join(front.services)
         guarded = "with a token" if settings.token else "without a token"
+        with named(settings):
+            door.listen()
         print(f"serving {names} on http://{shown}:{port} {guarded}", flush=True)
         server.run(sockets=[door])
-    left = front.answers.num_open
-    said = f"{left} requests are left unanswered" if left else "all requests are answered"
+    left = server.num_unanswered
+    said = f"requests left unanswered: {left}" if left else "all requests are answered"
     raise Stopped(f"stopped; {said}", signal_number=server.stopped_by or signal.SIGTERM)
-
-
-def check_reach(settings: Serving) -> None:
-    """An InputError where others than this machine could ask without a token."""
-    if settings.token is None and not _is_loopback(settings.host):
-        raise InputError(
-            f"--host {settings.host}: others reach it, which needs a token; write --token-file FILE"
-        )
 
 
 def build_front(configs: Sequence[RewardConfig], settings: Serving, device: torch.device) -> Front:
@@ -94,26 +68,6 @@ def build_front(configs: Sequence[RewardConfig], settings: Serving, device: torc
     return Front(services, settings.limits, held, meters)
 
 
-@contextlib.contextmanager
-def listening(settings: Serving) -> Iterator[socket.socket]:
-    """The socket of an address, taken before minutes are spent on loading models."""
-    try:
-        family, *_, address = socket.getaddrinfo(
-            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        door = socket.socket(family)
-    except OSError as error:
-        raise InputError(f"--host {settings.host}: {error.strerror}; name another") from error
-    with door:
-        door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            door.bind(address)
-        except OSError as error:
-            where = f"--host {settings.host} --port {settings.port}"
-            raise InputError(f"{where}: {error.strerror}; write another") from error
-        yield door
-
-
 class Server(uvicorn.Server):
     """Refuses new requests once it is asked to stop, and stops when the others are answered."""
 
@@ -134,6 +88,8 @@ class Server(uvicorn.Server):
         self._drain_s = settings.drain_s
         self._drain_until = 0.0
         self.stopped_by: int | None = None
+        self.num_unanswered = 0
+        """Requests that were being worked on when the time to finish them was over."""
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal lets the server run dry, the second stops it at once."""
@@ -150,11 +106,7 @@ class Server(uvicorn.Server):
             return is_over
         return is_over or self._front.is_idle or time.monotonic() > self._drain_until
 
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Closes the connections once their answers are sent."""
+        self.num_unanswered = self._front.answers.num_open
+        await super().shutdown(sockets)

@@ -1,0 +1,64 @@
+"""What reward server and client write to each other: nothing is lost or changed on the way."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from stage_rl.rewards.base import Score
+from stage_rl.rewards.wire import answer_json, question_json, read_answer
+from stage_rl.types import Prompt
+
+IMAGE = np.zeros((1, 2, 2, 3), np.uint8)
+
+
+@pytest.mark.parametrize("value", [None, 0, 1 / 3, 0.1 + 0.2, 5e-324, 1.7976931348623157e308, -0.0])
+def test_a_value_travels_to_the_last_bit(value):
+    (score,) = read_answer(answer_json([Score(value, "", {"x": value or 0})]), num_images=1)
+    assert repr(score.value) == repr(value)
+    assert repr(score.extras["x"]) == repr(value or 0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_number_that_json_lacks_stays_what_it_is(value):
+    body = answer_json([Score(value, "", {"x": value})])
+    json.loads(body, parse_constant=pytest.fail)
+    (score,) = read_answer(body, num_images=1)
+    assert repr(score.value) == repr(value)
+    assert repr(score.extras["x"]) == repr(value)
+
+
+def test_numbers_of_numpy_become_the_same_numbers():
+    (score,) = read_answer(answer_json([Score(np.float32(0.1), "")]), num_images=1)  # type: ignore
+    assert score.value == float(np.float32(0.1))
+
+
+@pytest.mark.parametrize("why", ["", "'a' and \"b\"\n\tc", "größer ≥ 3 🙂", "\ud800"])
+def test_a_reason_travels_as_it_is(why):
+    assert read_answer(answer_json([Score(1, why)]), num_images=1) == [Score(1, why)]
+
+
+@pytest.mark.parametrize(
+    ("body", "complaint"),
+    [
+        ("{", "Expecting property name"),
+        ("[]", "no list of scores"),
+        ('{"scores": []}', "0 scores for 1 images"),
+        ('{"scores": [0.5]}', "a score without why"),
+        ('{"scores": [{"why": "", "extras": {}}]}', "a score without value or extras"),
+        ('{"scores": [{"value": 1, "why": ""}]}', "a score without value or extras"),
+        ('{"scores": [{"value": true, "why": "", "extras": {}}]}', "True for a number"),
+        ('{"scores": [{"value": "high", "why": "", "extras": {}}]}', "'high' for a number"),
+        ('{"scores": [{"value": 1, "why": "", "extras": {"x": null}}]}', "None for a number"),
+    ],
+)
+def test_an_answer_of_another_form_is_an_error(body, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        read_answer(body.encode(), num_images=1)
+
+
+@pytest.mark.parametrize("metadata", [{"x": math.nan}, {"x": {1, 2}}])
+def test_metadata_that_is_no_json_is_an_error(metadata):
+    with pytest.raises((TypeError, ValueError), match="JSON"):
+        question_json(IMAGE, [Prompt("a", 0, metadata)])

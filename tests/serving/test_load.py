@@ -1,0 +1,253 @@
+"""A reward server under many clients, hostile ones among them, while it is restarted.
+
+What is looked for: every request gets the scores of its own images, whatever happens to the server;
+nothing without the token gets in; no answer shows a traceback; memory does not grow.
+"""
+
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx2
+import numpy as np
+import pytest
+import torch
+from toy_reward import Toy, expected
+
+import stage_rl
+from stage_rl.rewards.config_remote import RemoteRewardConfig
+from stage_rl.rewards.wire import question_json
+from stage_rl.serving.limits import limits
+from stage_rl.types import Prompt
+
+CPU = torch.device("cpu")
+TOKEN = "0123456789abcdef0123456789abcdef"
+SUM = "call_images_sum"
+PATH = "/v1/rewards/toy/scores"
+HALF_A_REQUEST = """
+import socket, sys, time
+port, sent, body = int(sys.argv[1]), int(sys.argv[2]), sys.stdin.buffer.read()
+head = f"POST {sys.argv[3]} HTTP/1.1\\r\\nHost: h\\r\\nContent-Type: application/json\\r\\n"
+head += f"Authorization: Bearer {sys.argv[4]}\\r\\nContent-Length: {len(body)}\\r\\n\\r\\n"
+with socket.create_connection(("127.0.0.1", port)) as door:
+    door.sendall(head.encode() + body[:sent])
+    print("sent", flush=True)
+    time.sleep(60)
+"""
+
+
+def question(number):
+    """One to three images of a request, and their prompts."""
+    generator = torch.Generator().manual_seed(number)
+    count = 1 + number % 3
+    images_NHWC = torch.randint(0, 256, (count, 48, 48, 3), dtype=torch.uint8, generator=generator)
+    return images_NHWC, [Prompt(f"{number} {i}", i, {"place": number + i}) for i in range(count)]
+
+
+class Crowd:
+    """Clients that ask numbered questions until none is left, and check every score."""
+
+    def __init__(self, url, *, clients, requests):
+        self.numbers = iter(range(requests))
+        self.done = 0
+        self.images = 0
+        self.seconds = []
+        self._url, self._lock = url, threading.Lock()
+        self._executor = ThreadPoolExecutor(clients)
+        self.asking = [self._executor.submit(self._ask_all) for _ in range(clients)]
+
+    def wait_for(self, count):
+        """Returns when so many requests are answered."""
+        while self.done < count:
+            for future in self.asking:
+                assert not future.done() or future.exception() is None, future.exception()
+            time.sleep(0.01)
+
+    def finish(self):
+        """Raises what any client met."""
+        self._executor.shutdown()
+        for future in self.asking:
+            future.result()
+
+    def _ask_all(self):
+        remote = RemoteRewardConfig(url=self._url, connections=1, give_up_s=100.0).build(CPU)
+        while (number := self._next()) is not None:
+            images_NHWC, prompts = question(number)
+            started = time.monotonic()
+            scores = remote(images_NHWC, prompts)
+            took_s = time.monotonic() - started
+            pairs = zip(images_NHWC, prompts, strict=True)
+            assert scores == [expected(image, prompt) for image, prompt in pairs], number
+            with self._lock:
+                self.done += 1
+                self.images += len(scores)
+                self.seconds.append(took_s)
+        remote.close()
+
+    def _next(self):
+        with self._lock:
+            return next(self.numbers, None)
+
+
+class Intruder:
+    """Sends what must not get in, again and again; keeps what it was told."""
+
+    def __init__(self, url, *, most_bytes):
+        self.answers = []
+        body = question_json(*question(0))
+        good, bad = {"Authorization": f"Bearer {TOKEN}"}, {"Authorization": f"Bearer {TOKEN[1:]}"}
+        bomb = json.dumps({"items": [{"prompt": "a", "metadata": {"place": 0}, "image_png": "//"}]})
+        self._tricks = itertools.cycle(
+            [
+                (401, bad, body),
+                (401, {}, body),
+                (401, bad, b"x" * (most_bytes + 1)),
+                (413, good, b"x" * (most_bytes + 1)),
+                (400, good, body[:-1]),
+                (400, good, b"{" * 1000),
+                (422, good, b'{"items": [{}]}'),
+                (422, good, bomb.encode()),
+            ]
+        )
+        self._url, self._is_over = url, threading.Event()
+        self._thread = threading.Thread(target=self._try_all)
+        self._thread.start()
+
+    def stop(self):
+        """How many tries were answered; every answer was the refusal that it should be."""
+        self._is_over.set()
+        self._thread.join()
+        for wanted, answer in self.answers:
+            assert answer.status_code in (wanted, 503), (wanted, answer.text)
+            assert sorted(answer.json()["error"]) == ["code", "message"]
+            assert "Traceback" not in answer.text
+        return len(self.answers)
+
+    def _try_all(self):
+        with httpx2.Client(base_url=self._url, trust_env=False, verify=False) as client:
+            while not self._is_over.wait(0.02):
+                status, headers, body = next(self._tricks)
+                headers = {**headers, "Content-Type": "application/json"}
+                try:
+                    answer = client.post(PATH, content=body, headers=headers)
+                except httpx2.TransportError:
+                    continue  # it is being restarted
+                self.answers.append((status, answer))
+
+
+def test_a_crowd_is_answered_over_a_restart_and_intruders_are_not(serve, monkeypatch):
+    monkeypatch.setenv("STAGE_REWARD_TOKEN", TOKEN)
+    monkeypatch.setattr("stage_rl.rewards.patient.LONGEST_PAUSE_S", 0.2)
+    monkeypatch.setattr("stage_rl.rewards.patient.LONGEST_ADVICE_S", 0.2)
+    settings = {"token": TOKEN, "limits": limits(body_mb=1, side=64)}
+    first = serve(Toy(name="toy", call_s=0.02), **settings)
+    crowd = Crowd(first.url, clients=8, requests=120)
+    intruder = Intruder(first.url, most_bytes=2**20)
+    crowd.wait_for(40)
+    first.terminate()
+    first.thread.join(10)
+    second = serve(Toy(name="toy"), port=first.port, **settings)
+    crowd.finish()
+    assert intruder.stop() > 0
+    # The second server called its reward with images of the crowd alone.
+    (line,) = (one for one in second.ask("GET", "/metrics").text.splitlines() if SUM in one)
+    assert 0 < float(line.split()[-1]) <= crowd.images
+
+
+class Served:
+    """`stage rewards serve` as a process of its own."""
+
+    def __init__(self, port):
+        folders = (Path(stage_rl.__file__).parents[1], Path(__file__).parents[1])
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(map(str, folders)),
+            "STAGE_REWARD_TOKEN": TOKEN,
+        }
+        settings = ["toy_reward:Toy", "name=toy", "call_s=0.002", "--port", port, "--device", "cpu"]
+        settings += ["--max-body-mb", "1", "--max-side", "64"]
+        command = [sys.executable, "-m", "stage_rl", "rewards", "serve", *map(str, settings)]
+        self.process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert self.process.stdout is not None
+        assert "serving toy on http://127.0.0.1" in self.process.stdout.readline()
+
+    def end(self, sign):
+        """Exit status and last words after a signal."""
+        self.process.send_signal(sign)
+        _, errors = self.process.communicate(timeout=60)
+        return self.process.returncode, errors
+
+    @property
+    def megabytes(self):
+        """Memory in use now."""
+        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def die_mid_request(port):
+    """Clients that are killed: half a body sent, and a body sent but no answer waited for."""
+    body = question_json(*question(1))
+    for sent in (len(body) // 2, len(body)):
+        client = subprocess.Popen(
+            [sys.executable, "-c", HALF_A_REQUEST, str(port), str(sent), PATH, TOKEN],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        assert client.stdin is not None
+        assert client.stdout is not None
+        with client.stdin, client.stdout:
+            client.stdin.write(body)
+            client.stdin.close()
+            assert client.stdout.readline() == b"sent\n"
+            client.kill()
+            client.wait()
+
+
+@pytest.mark.slow
+def test_64_clients_lose_nothing_while_the_server_is_restarted_and_killed(monkeypatch, capsys):
+    monkeypatch.setenv("STAGE_REWARD_TOKEN", TOKEN)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    url, started = f"http://127.0.0.1:{port}", time.monotonic()
+    server = Served(port)
+    crowd = Crowd(url, clients=64, requests=2000)
+    intruder = Intruder(url, most_bytes=2**20)
+    crowd.wait_for(300)
+    die_mid_request(port)
+    code, said = server.end(signal.SIGTERM)
+    assert (code, said) == (143, "stopped; all requests are answered\n")
+    server = Served(port)
+    crowd.wait_for(700)
+    assert server.end(signal.SIGKILL)[0] == -signal.SIGKILL
+    server = Served(port)
+    crowd.wait_for(1000)
+    die_mid_request(port)
+    before = server.megabytes
+    crowd.wait_for(2000)
+    after = server.megabytes
+    crowd.finish()
+    refused = intruder.stop()
+    code, said = server.end(signal.SIGTERM)
+    assert (code, said) == (143, "stopped; all requests are answered\n")
+    assert (crowd.done, len(crowd.seconds)) == (2000, 2000)
+    assert refused > 100
+    # A body weighs 18 kB on average: 2 images of 48 x 48 x 3 bytes in base64. Kept by mistake, a
+    # thousand would be 18 MB.
+    assert after - before < 10
+    median_s, high_s = np.quantile(crowd.seconds, (0.5, 0.99))
+    with capsys.disabled():
+        print(
+            f"\n2000 requests, {crowd.images} images, {time.monotonic() - started:.1f} s in all; "
+            f"median {median_s:.3f} s, 99 % {high_s:.2f} s; {refused} intrusions refused; "
+            f"memory {before:.1f} -> {after:.1f} MB"
+        )
