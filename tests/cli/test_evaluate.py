@@ -12,6 +12,7 @@ class Scores:
     """Stands in for a benchmark's results."""
 
     model: str
+    benchmark: str = "shapes-geneval"
 
     def table(self):
         return f"table of {self.model}"
@@ -65,3 +66,56 @@ def test_eval_against_a_base_prints_the_comparison(runner, stage):
     assert done.exit_code == 0, done.output
     assert done.stdout == "table of runs/mine against shapes\n"
     assert runner["seed"] == 5
+
+
+@pytest.fixture
+def suites(monkeypatch):
+    """The published benchmarks, with a stand-in that keeps what it is called with."""
+    seen = {}
+
+    def evaluate_suites(model, names, request):
+        seen.update(model=model, names=names, request=request)
+        return [Scores(str(model), name) for name in names]
+
+    module = importlib.import_module("stage_rl.evaluation.runner")
+    monkeypatch.setattr(module, "evaluate_suites", evaluate_suites)
+    return seen
+
+
+def test_eval_runs_published_benchmarks_with_settings_of_their_rewards(tmp_path, suites, stage):
+    file = tmp_path / "out.json"
+    names = ["--benchmark", "hps", "--benchmark", "ocr", "--data", tmp_path]
+    done = stage("eval", "runs/mine", "hps.path=x", *names, "--json", file)
+    assert done.exit_code == 0, done.output
+    assert done.stdout == "table of runs/mine\n\ntable of runs/mine\n\n"
+    assert json.loads(file.read_text()) == {
+        "hps": {"model": "runs/mine"},
+        "ocr": {"model": "runs/mine"},
+    }
+    assert suites["names"] == ["hps", "ocr"]
+    assert suites["request"].scorers == {"hps": {"path": "x"}}
+    assert suites["request"].data == tmp_path
+    assert suites["request"].scale == 5.0
+
+
+def test_eval_scores_images_made_elsewhere(tmp_path, suites, stage):
+    arguments = ("--images", tmp_path, "--benchmark", "geneval", "geneval.threshold=0.2")
+    assert stage("eval", *arguments).exit_code == 0
+    assert suites["model"] is None
+    assert suites["request"].images == tmp_path
+    assert suites["request"].scorers == {"geneval": {"threshold": 0.2}}
+
+
+def test_eval_smoke_takes_the_shapes_policy_and_every_benchmark(suites, runner, stage):
+    done = stage("eval", "--smoke", "--benchmark", "all")
+    assert done.exit_code == 0, done.output
+    assert suites["model"] == "shapes"
+    assert suites["names"] == ["all"]
+    assert runner["images_per_task"] == 2
+
+
+def test_eval_without_anything_to_score_is_one_line(tmp_path, run_main):
+    assert run_main("eval") == (2, "error: MODEL: is missing; write one, or --images FOLDER\n")
+    code, printed = run_main("eval", "--images", tmp_path)
+    assert code == 2
+    assert printed.startswith("error: --images: shapes-geneval draws its own; write another")

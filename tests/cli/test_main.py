@@ -37,7 +37,9 @@ def test_a_component_beside_the_recipe_is_found(tiny_recipe, stage_process):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["trian"], ["train"], ["train", "x", "--no-such"], ["eval"]])
+@pytest.mark.parametrize(
+    "arguments", [["trian"], ["train"], ["train", "x", "--no-such"], ["sample"]]
+)
 def test_wrong_usage_exits_with_2(arguments, stage):
     assert stage(*arguments).exit_code == 2
 
@@ -94,7 +96,7 @@ STAR = {"class": "star", "count": 1}
         ("counting", [{**STAR, "count": 0}], "include.0.count: 0; write 1 or more"),
         ("counting", [{**STAR, "count": -2}], "include.0.count: -2; write 1 or more"),
         ("position", [STAR, {**STAR, "position": ["above", 1]}], "include.1.position: index 1 is"),
-        ("colors", [{**STAR, "class": "dog"}], "include.0.class: unknown 'dog'; one of circle"),
+        ("colors", [{**STAR, "class": "dog"}], "include.0.class: unknown 'dog'; write one of: c"),
         ("colors", [{**STAR, "color": "rad"}], "include.0.color: unknown 'rad'; did you mean"),
         ("color", [STAR], "tag: unknown 'color'; did you mean 'colors'?"),
     ],

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from stage_rl.cli import train as train_verb
+from stage_rl.config import load_recipe
 from stage_rl.errors import Stopped
 from stage_rl.training import checkpoint
 
@@ -34,3 +35,14 @@ def test_a_stop_during_the_evaluation_says_how_to_evaluate(number, code):
         os.kill(os.getpid(), number)
     assert stopped.value.exit_code == code
     assert signal.getsignal(number) is before
+
+
+def test_evaluation_prompts_among_the_training_prompts_are_named(tiny_recipe, capsys):
+    """Of single objects there are eight, which the benchmark has too."""
+    mix = "prompts={kind: shapes, ratios: {single_object: 1}, num_prompts: 8}"
+    train_verb._say_leaks(load_recipe(tiny_recipe, [mix]))
+    assert capsys.readouterr().err == ""  # nothing is compared
+    train_verb._say_leaks(load_recipe(tiny_recipe, [mix, "evaluation={}"]))
+    said = capsys.readouterr().err
+    assert said.startswith("shapes-geneval: 8 of 356 evaluation prompts are in the training set")
+    assert "(8 word for word, 0 in other words)" in said

@@ -23,8 +23,9 @@ def test_a_table_has_every_measure():
     lines = results("mine", (1, 1, 0, 1), [(0, 0.25), (1, 0.75)]).table().splitlines()
     assert lines[0] == ("mine: shapes-geneval, 2 images per task, guidance 3, seed 0, mixed")
     # Prompt means 1 and 0.5: mean 0.75, standard error 0.3536 / sqrt 2 = 0.25.
-    assert lines[3].split() == ["colors", "0.750", "+-", "0.250"]
-    assert lines[4].split() == ["overall", "0.750", "+-", "0.250"]
+    # The bootstrap draws both prompts twice, or each once: 0.5, 0.75 or 1.
+    assert lines[3].split() == ["colors", "0.750", "+-", "0.250", "[0.500,", "1.000]"]
+    assert lines[4].split() == ["overall", "0.750", "+-", "0.250", "[0.500,", "1.000]"]
     assert lines[-1].split() == ["diversity", "0.500", "+-", "0.250"]
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from stage_rl.evaluation.results import (
     ImageScore,
+    bootstrap_intervals,
     clustered_mean,
     paired_difference,
     render_table,
@@ -124,3 +125,39 @@ def test_json_holds_every_figure():
     assert saved["colors"]["num_prompts"] == 4
     low, high = saved["colors"]["interval"]
     assert low < 0.5 < high
+
+
+def test_bootstrap_intervals_draw_prompts_with_all_their_images():
+    scores = images("colors", [[0.0, 0.0], [1.0, 1.0]])
+    # Two prompts: the mean is 0, 1/2 or 1 with chances 1/4, 1/2, 1/4.
+    assert bootstrap_intervals(scores) == {"colors": (0.0, 1.0), "overall": (0.0, 1.0)}
+    assert bootstrap_intervals(images("colors", [[0.0, 1.0]])) == {"colors": None, "overall": None}
+    assert bootstrap_intervals(images("colors", [[1.0], [1.0]]))["colors"] == (1.0, 1.0)
+
+
+def test_bootstrap_intervals_agree_with_the_standard_error_of_many_prompts():
+    scores = images("a", [[float(i % 2)] for i in range(400)])
+    scores += images("b", [[float(i % 4 == 0)] for i in range(400)])
+    low, high = bootstrap_intervals(scores)["overall"]
+    mean = task_scores(scores).overall
+    # 1.96 standard errors: sqrt(1/4/400 + 3/16/400) / 2 = 0.0165.
+    assert mean.standard_error == pytest.approx(0.0165, abs=1e-4)
+    assert low == pytest.approx(0.375 - 1.96 * 0.0165, abs=0.004)
+    assert high == pytest.approx(0.375 + 1.96 * 0.0165, abs=0.004)
+
+
+def test_a_pooled_mean_is_that_of_all_images():
+    scores = images("a", [[1.0]] * 3) + images("b", [[0.0]])
+    # Tasks: (1 + 0) / 2; images: 3 of 4.
+    assert task_scores(scores).overall.mean == 0.5
+    assert task_scores(scores, pooled=True).overall.mean == 0.75
+
+
+def test_a_table_shows_bootstrap_intervals_where_it_has_them():
+    text = render_table(
+        {"base": task_scores(BASE)}, intervals={"base": {"colors": (0.25, 0.75), "overall": None}}
+    )
+    assert text.splitlines()[1:] == [
+        "colors   0.500 +- 0.204  [0.250, 0.750]",
+        "overall  0.500 +- 0.204       not known",
+    ]

@@ -103,7 +103,11 @@ def test_a_run_gets_its_figures_and_its_grid(few, tiny_shapes, tmp_path):
     ]
     with pytest.raises(CheckpointError, match="could not be written"):
         evaluate_run(
-            tiny_shapes, tiny_shapes, evaluation=settings, guidance_scale=1.0, out=tmp_path / "no"
+            tiny_shapes,
+            tiny_shapes,
+            evaluation=settings,
+            guidance_scale=1.0,
+            out=tmp_path / "evaluation.json",
         )
 
 

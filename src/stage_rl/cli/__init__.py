@@ -11,7 +11,7 @@ import sys
 
 import typer
 
-from stage_rl.cli import bench, evaluate, export, recipes, rewards, sample, shapes, train
+from stage_rl.cli import bench, data, evaluate, export, recipes, rewards, sample, shapes, train
 from stage_rl.errors import StageError, Stopped
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app.command("sample")(sample.sample)
 app.command("eval")(evaluate.evaluate)
 app.command("export")(export.export)
 app.add_typer(recipes.app, name="recipes")
+app.add_typer(data.app, name="data")
 app.add_typer(rewards.app, name="rewards")
 app.add_typer(bench.app, name="bench")
 app.add_typer(shapes.app, name="shapes")

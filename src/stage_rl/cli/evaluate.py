@@ -3,20 +3,54 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from stage_rl.cli.options import check_writable, finite, write_json
+from stage_rl.errors import InputError
+
+if TYPE_CHECKING:
+    from stage_rl.evaluation.runner import Comparison, Request, Results
+
+    Outcome = Results | Comparison
+
+SHAPES = "shapes-geneval"
+NAMES = f"geneval, t2i-compbench, hps, drawbench, ocr, diversity, all, or {SHAPES}"
 
 
 def evaluate(
     model: Annotated[
-        str, typer.Argument(help="Folder, hub id, run, RUN@STEP, RUN@best; or `shapes`.")
-    ],
-    benchmark: Annotated[str, typer.Option(help="Name of the benchmark.")] = "shapes-geneval",
-    images_per_task: Annotated[int, typer.Option(min=1)] = 400,
+        str | None, typer.Argument(help="Folder, hub id, run, RUN@STEP, RUN@best; or `shapes`.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Settings of a benchmark's rewards; REWARD=null leaves one out.",
+            metavar="[REWARD.KEY=VALUE]...",
+        ),
+    ] = None,
+    benchmark: Annotated[
+        list[str] | None, typer.Option(help=f"Once or more: {NAMES}.", show_default=SHAPES)
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Score images made elsewhere, in place of a model.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="STAGE_PROMPT_DATA", help="Folder of the published prompt sets, or one set."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of images and scores; what is there is kept.")
+    ] = None,
+    images_per_prompt: Annotated[
+        int | None, typer.Option(min=1, help="Default: the benchmark's own.")
+    ] = None,
+    images_per_task: Annotated[int, typer.Option(min=1, help=f"For {SHAPES}.")] = 400,
     guidance_scale: Annotated[
         float | None, typer.Option(min=0, callback=finite, help="Default: the benchmark's own.")
     ] = None,
@@ -31,22 +65,86 @@ def evaluate(
     against: Annotated[
         str | None, typer.Option(help="A base to compare with, on the same random streams.")
     ] = None,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="A few prompts and tiny random rewards: seconds.")
+    ] = False,
 ) -> None:
-    """Score a model on a benchmark."""
-    from stage_rl.evaluation import runner
+    """Score a model, or images made elsewhere, on benchmarks."""
+    from stage_rl.evaluation.runner import Request, parse_overrides
 
     check_writable(json_file)
+    given = list(settings or ())
+    if images is not None and model is not None:
+        # Without a model the first setting stands in its place.
+        model, given = None, [model, *given]
+    request = Request(
+        out=out,
+        data=data,
+        images=images,
+        images_per_prompt=images_per_prompt,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        dtype=dtype,
+        smoke=smoke,
+        scorers=parse_overrides(given),
+    )
+    if model is None and images is None and smoke:
+        model = "shapes"
+    names = _names(benchmark or [SHAPES], model, images)
+    if smoke:
+        images_per_task = 2
+        names += [SHAPES] if "all" in names and images is None else []
+    outcomes: dict[str, Outcome] = {}
+    published = [name for name in names if name != SHAPES]
+    if len(published) < len(names):
+        outcomes[SHAPES] = _shapes(str(model), against, request, images_per_task)
+    if published:
+        outcomes |= _published(model, against, published, request)
+    figures = {name: outcome.to_json() for name, outcome in outcomes.items()}
+    write_json(json_file, figures if len(figures) > 1 else next(iter(figures.values())))
+
+
+def _names(names: Sequence[str], model: str | None, images: Path | None) -> list[str]:
+    """The benchmarks; an InputError where there is nothing to score, or images that do not fit."""
+    if model is None and images is None:
+        raise InputError("MODEL: is missing; write one, or --images FOLDER")
+    if images is not None and SHAPES in names:
+        raise InputError(f"--images: {SHAPES} draws its own; write another --benchmark: {NAMES}")
+    return list(names)
+
+
+def _shapes(model: str, against: str | None, request: Request, images_per_task: int) -> Outcome:
+    from stage_rl.evaluation import runner
+
     score = (
         functools.partial(runner.evaluate, model)
         if against is None
         else functools.partial(runner.evaluate_against, model, against)
     )
     outcome = score(
-        benchmark,
+        SHAPES,
         images_per_task=images_per_task,
-        guidance_scale=guidance_scale,
-        seed=seed,
-        dtype=dtype,
+        guidance_scale=request.guidance_scale,
+        seed=request.seed,
+        dtype=request.dtype,
     )
     typer.echo(outcome.table())
-    write_json(json_file, outcome.to_json())
+    return outcome
+
+
+def _published(
+    model: str | None, against: str | None, names: Sequence[str], request: Request
+) -> dict[str, Outcome]:
+    from stage_rl.evaluation import runner
+
+    outcomes: Sequence[Outcome]
+    if against is not None and model is not None:
+        outcomes = runner.compare_suites(model, against, names, request)
+    else:
+        outcomes = runner.evaluate_suites(model, names, request)
+    if runner.launched().first:
+        for outcome in outcomes:
+            typer.echo(f"{outcome.table()}\n")
+        for line in runner.skipped(names, request):
+            typer.echo(line)
+    return {outcome.benchmark: outcome for outcome in outcomes}

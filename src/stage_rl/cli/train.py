@@ -36,10 +36,11 @@ def train(
         typer.echo(config.describe(settings), nl=False)
         _say_needs(settings)
         return
+    from stage_rl.training.distributed import launched
     from stage_rl.training.loop import train as run
 
-    from stage_rl.training.distributed import launched
-
+    if launched().first:
+        _say_leaks(settings)
     folder = run(settings)
     if not launched().first:
         return
@@ -59,6 +60,19 @@ def _say_needs(settings: Recipe) -> None:
     for line in report(settings, memory_gb):
         typer.echo(f"# {line}")
     check_memory(settings, memory_gb)
+
+
+def _say_leaks(settings: Recipe) -> None:
+    """Says on stderr which prompts of the evaluation are training prompts too."""
+    if settings.evaluation is None:
+        return
+    from stage_rl.evaluation.runner import evaluation_prompts
+    from stage_rl.prompts.leakage import find_leaks, sentence
+
+    held_out = evaluation_prompts(settings.evaluation.benchmark)
+    found = sentence(find_leaks(settings.prompts.build(), held_out), len(held_out))
+    if found:
+        typer.echo(f"{settings.evaluation.benchmark}: {found}", err=True)
 
 
 def _evaluation(settings: Recipe, folder: Path) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from stage_rl.evaluation.results import (
     Estimate,
     ImageScore,
     TaskScores,
+    bootstrap_intervals,
     paired_difference,
     render_table,
     task_scores,
@@ -35,25 +36,56 @@ class Setup:
 
 
 @dataclass(frozen=True)
+class SuiteSetup:
+    """What a published benchmark was scored on; equal setups give equal random streams."""
+
+    benchmark: str
+    prompts: str
+    """Of the set, how many have images: 553 of 553."""
+    images: str
+    """How they were made, or where they are."""
+    scorers: Mapping[str, Mapping[str, Any]]
+    """The settings of every reward."""
+
+    def __str__(self) -> str:
+        return f"{self.benchmark}, {self.prompts} prompts, {self.images}"
+
+
+@dataclass(frozen=True)
 class Results:
     """Every score of one model, image by image, under the name of its measure."""
 
     model: str
-    setup: Setup
+    setup: Setup | SuiteSetup
     scores: Mapping[str, tuple[ImageScore, ...]]
     by_task: tuple[str, ...]
     """The measures whose table is printed task by task; of the others only the overall mean is."""
+    pooled: bool = False
+    """The overall mean is that of all images, not of the tasks."""
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """What the published tools print besides."""
+    statements: tuple[str, ...] = ()
+    """Lines that follow the table: published rows, and what is not comparable and why."""
+
+    @property
+    def benchmark(self) -> str:
+        """Its name."""
+        return self.setup.benchmark
 
     def summary(self, measure: str) -> TaskScores:
         """The scores of a measure by task and overall."""
-        return task_scores(self.scores[measure])
+        return task_scores(self.scores[measure], pooled=self.pooled)
 
     def table(self) -> str:
-        """All measures as text, mean +- standard error."""
-        tasks = render_table({name: self.summary(name) for name in self.by_task})
+        """All measures as text: mean +- standard error, and bootstrap intervals where they fit."""
+        shown = [name for name in self.by_task if name in self.scores]
+        first = {shown[0]: self._bootstrap(shown[0])} if shown else {}
+        tasks = render_table({name: self.summary(name) for name in shown}, intervals=first)
         others = [name for name in self.scores if name not in self.by_task]
         rows = [[name, _cell(self.summary(name).overall)] for name in others]
-        return "\n".join([f"{self.model}: {self.setup}", "", tasks, "", *_aligned(rows)])
+        rows += [[name, f"{value:.3f}"] for name, value in self.figures.items()]
+        lines = [f"{self.model}: {self.setup}", "", tasks, "", *_aligned(rows), *self.statements]
+        return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
         """As plain values: summaries, and every score as [prompt, image, value] by task."""
@@ -61,8 +93,14 @@ class Results:
             "model": self.model,
             **asdict(self.setup),
             "summary": {name: self.summary(name).to_json() for name in self.scores},
+            "bootstrap": {name: self._bootstrap(name) for name in self.scores},
+            "figures": dict(self.figures),
+            "statements": list(self.statements),
             "scores": {name: _by_task(rows) for name, rows in self.scores.items()},
         }
+
+    def _bootstrap(self, measure: str) -> dict[str, tuple[float, float] | None]:
+        return bootstrap_intervals(self.scores[measure], pooled=self.pooled)
 
 
 @dataclass(frozen=True)
@@ -72,13 +110,20 @@ class Comparison:
     base: Results
     trained: Results
 
+    @property
+    def benchmark(self) -> str:
+        """Its name."""
+        return self.base.benchmark
+
     def difference(self, measure: str) -> TaskScores | None:
         """Trained minus base, paired; None where no prompt has the measure for both.
 
         A prompt can lack one: without any object there is no diversity of objects.
         """
         before, after = self._shared(measure)
-        return task_scores(paired_difference(after, before)) if after else None
+        if not after:
+            return None
+        return task_scores(paired_difference(after, before), pooled=self.base.pooled)
 
     def _shared(self, measure: str) -> tuple[list[ImageScore], list[ImageScore]]:
         """The scores of base and trained of the images for which both have the measure."""
@@ -121,7 +166,9 @@ class Comparison:
         if change is None:
             return []
         # Of the shared images alone, so that trained minus base is the difference beside them.
-        before, after = (task_scores(scores) for scores in self._shared(measure))
+        before, after = (
+            task_scores(scores, pooled=self.base.pooled) for scores in self._shared(measure)
+        )
         rows = [(measure if not by_task else "overall", before.overall, after.overall)]
         differences = [change.overall]
         if by_task:

@@ -11,7 +11,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import t as student
+
+NUM_DRAWS = 2000
+"""Of the bootstrap."""
 
 
 @dataclass(frozen=True)
@@ -75,16 +79,59 @@ def clustered_mean(values: Sequence[float], prompts: Sequence[int]) -> Estimate:
     return Estimate(float(value_N.mean()), error, n, m, m - 1)
 
 
-def task_scores(scores: Iterable[ImageScore]) -> TaskScores:
-    """The scores of one policy by task, tasks in the order they come in."""
+def task_scores(scores: Iterable[ImageScore], *, pooled: bool = False) -> TaskScores:
+    """The scores of one policy by task, tasks in the order they come in.
+
+    `pooled` makes the overall mean that of all images, not of the tasks.
+    """
+    kept = list(scores)
+    tasks = {task: _mean_of(rows) for task, rows in _by_task(kept).items()}
+    return TaskScores(tasks, _mean_of(kept) if pooled else _overall(list(tasks.values())))
+
+
+def bootstrap_intervals(
+    scores: Iterable[ImageScore], *, pooled: bool = False
+) -> dict[str, tuple[float, float] | None]:
+    """The 95 % percentile intervals of the tasks and of `overall`, by drawing prompts again.
+
+    Within each task as many prompts as it has are drawn with replacement, each with all its images.
+    None where a task has a single prompt. The same scores give the same intervals.
+    """
+    rng = np.random.default_rng(0)
+    sums: dict[str, NDArray[np.float64]] = {}
+    counts: dict[str, NDArray[np.float64]] = {}
+    single: set[str] = set()
+    for task, rows in _by_task(scores).items():
+        _, prompt_N = np.unique([one.prompt for one in rows], return_inverse=True)
+        sum_P = np.bincount(prompt_N, [one.value for one in rows])
+        count_P = np.bincount(prompt_N)
+        if len(sum_P) == 1:
+            single.add(task)
+        drawn_BP = rng.integers(len(sum_P), size=(NUM_DRAWS, len(sum_P)))
+        sums[task], counts[task] = sum_P[drawn_BP].sum(1), count_P[drawn_BP].sum(1)
+    means = {task: sums[task] / counts[task] for task in sums}
+    overall_B = np.mean(list(means.values()), axis=0)
+    if pooled:
+        overall_B = np.sum(list(sums.values()), axis=0) / np.sum(list(counts.values()), axis=0)
+    intervals = {task: None if task in single else _middle(means[task]) for task in means}
+    return {**intervals, "overall": None if single else _middle(overall_B)}
+
+
+def _middle(mean_B: NDArray[np.float64]) -> tuple[float, float]:
+    """The middle 95 %."""
+    low, high = np.quantile(mean_B, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def _by_task(scores: Iterable[ImageScore]) -> dict[str, list[ImageScore]]:
     by_task: dict[str, list[ImageScore]] = {}
     for score in scores:
         by_task.setdefault(score.task, []).append(score)
-    tasks = {
-        task: clustered_mean([one.value for one in rows], [one.prompt for one in rows])
-        for task, rows in by_task.items()
-    }
-    return TaskScores(tasks, _overall(list(tasks.values())))
+    return by_task
+
+
+def _mean_of(rows: Sequence[ImageScore]) -> Estimate:
+    return clustered_mean([one.value for one in rows], [one.prompt for one in rows])
 
 
 def _overall(rows: Sequence[Estimate]) -> Estimate:
@@ -118,22 +165,41 @@ def paired_difference(
     return [ImageScore(*key, value - before[key]) for key, value in after.items()]
 
 
-def render_table(columns: Mapping[str, TaskScores]) -> str:
-    """Several policies side by side, one task per line, as mean +- standard error; equal tasks."""
-    assert len({tuple(scores.tasks) for scores in columns.values()}) == 1
+def render_table(
+    columns: Mapping[str, TaskScores],
+    *,
+    intervals: Mapping[str, Mapping[str, tuple[float, float] | None]] | None = None,
+) -> str:
+    """Columns side by side, one task per line, as mean +- standard error; of equal tasks.
 
-    def cell(row: Estimate) -> str:
-        error = "" if row.standard_error is None else f" +- {row.standard_error:.3f}"
-        return f"{row.mean:.3f}{error}"
-
-    names = [*next(iter(columns.values())).tasks, "overall"]
-    table = [["task", *columns]]
-    for name in names:
-        rows = [{**scores.tasks, "overall": scores.overall}[name] for scores in columns.values()]
-        table.append([name, *map(cell, rows)])
+    A column that has bootstrap intervals is followed by them.
+    """
+    tasks = next(iter(columns.values())).tasks if columns else {}
+    assert all(tuple(scores.tasks) == tuple(tasks) for scores in columns.values())
+    given = intervals or {}
+    head = ["task"]
+    for name in columns:
+        head += [name, "95 % bootstrap"] if name in given else [name]
+    table = [head]
+    for task in [*tasks, "overall"] if columns else []:
+        row = [task]
+        for name, scores in columns.items():
+            row.append(_cell({**scores.tasks, "overall": scores.overall}[task]))
+            if name in given:
+                row.append(_interval(given[name].get(task)))
+        table.append(row)
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [
         "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
         for line in table
     ]
     return "\n".join(lines)
+
+
+def _cell(row: Estimate) -> str:
+    error = "" if row.standard_error is None else f" +- {row.standard_error:.3f}"
+    return f"{row.mean:.3f}{error}"
+
+
+def _interval(interval: tuple[float, float] | None) -> str:
+    return "not known" if interval is None else "[{:.3f}, {:.3f}]".format(*interval)

@@ -113,7 +113,7 @@ def _attempt(
     except Exception as error:  # a reward is the user's code and may raise anything
         log.warning("reward '%s' failed: %s: %s", item.name, type(error).__name__, error)
         return None
-    _check_scores(item.name, scores, len(prompts))
+    check_scores(item.name, scores, len(prompts))
     bad = next((s for s in scores if s.value is not None and not _fits(s.value, item)), None)
     if bad is not None:
         log.warning("reward '%s' gave %s (%s)", item.name, bad.value, bad.why)
@@ -121,7 +121,7 @@ def _attempt(
     return scores
 
 
-def _check_scores(name: str, scores: Any, num_images: int) -> None:
+def check_scores(name: str, scores: Any, num_images: int) -> None:
     """A RewardError where a reward returns anything but one `Score` of numbers per image."""
     wanted = "return a list with one Score(value, why) per image"
     if not isinstance(scores, list | tuple):

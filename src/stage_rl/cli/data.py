@@ -1,0 +1,84 @@
+"""`stage data`: prompt sets as files, and whether two of them overlap."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from stage_rl.errors import InputError, StageError
+
+if TYPE_CHECKING:
+    from stage_rl.types import Prompt
+
+app = typer.Typer(help="Build and check prompt sets.", no_args_is_help=True)
+BUILT_IN = "geneval"
+
+
+@app.command("geneval")
+def geneval(
+    out: Annotated[Path, typer.Option(help="JSON lines of GenEval metadata to write.")],
+    mix: Annotated[
+        Literal["stage", "flow_grpo"], typer.Option(help="Ratio of the tasks.")
+    ] = "stage",
+    num_prompts: Annotated[int, typer.Option(min=1)] = 50_000,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    evaluation: Annotated[
+        bool, typer.Option("--evaluation", help="Write the 553 evaluation prompts instead.")
+    ] = False,
+) -> None:
+    """Write a GenEval training set without any evaluation prompt, as a file to look at or share."""
+    from stage_rl.prompts import geneval_prompts
+    from stage_rl.prompts.config import GenEvalPromptsConfig
+
+    records = geneval_prompts()
+    if not evaluation:
+        config = GenEvalPromptsConfig(mix=mix, num_prompts=num_prompts, seed=seed)
+        records = [dict(prompt.metadata) for prompt in config.build()]
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    try:
+        out.write_text("".join(lines), encoding="utf-8")
+    except OSError as error:
+        raise StageError(f"--out {out}: {error.strerror}; name another file") from error
+    distinct = len({record["prompt"] for record in records})
+    typer.echo(f"{out}: {len(records)} prompts, {distinct} of them distinct")
+
+
+@app.command("check")
+def check(
+    train: Annotated[str, typer.Argument(help="FILE, KIND:FILE, or geneval.")],
+    evaluation: Annotated[str, typer.Argument(help="The same.")],
+) -> None:
+    """Check that no evaluation prompt is in a training set; exits with 1 where one is.
+
+    KIND is a prompts kind of recipes, such as t2i_r1 or ocr; geneval alone is the 553 evaluation
+    prompts.
+    """
+    from stage_rl.prompts.leakage import find_leaks, sentence
+
+    training, held_out = _prompts(train), _prompts(evaluation)
+    found = sentence(find_leaks(training, held_out), len(held_out))
+    if found:
+        raise StageError(f"{train}: {found}; remove them")
+    typer.echo(f"none of the {len(held_out)} evaluation prompts is among {len(training)} prompts")
+
+
+def _prompts(source: str) -> tuple[Prompt, ...]:
+    from pydantic import ValidationError
+
+    from stage_rl import registry
+    from stage_rl.prompts import as_prompts, geneval_prompts
+    from stage_rl.recipe_errors import explain
+    from stage_rl.schema import PromptsConfig
+
+    if source == BUILT_IN:
+        return as_prompts(geneval_prompts())
+    kind, colon, path = source.partition(":")
+    if not colon or kind not in registry.BUILT_IN["prompts"]:
+        kind, path = "file", source
+    try:
+        return PromptsConfig.model_validate({"kind": kind, "path": path}).build()
+    except ValidationError as error:
+        raise InputError(f"{source}: {explain(error)}") from error

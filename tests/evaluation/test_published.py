@@ -1,0 +1,113 @@
+"""What is held against the paper, and what is said where it cannot be."""
+
+import pytest
+
+from stage_rl.evaluation.published import Conditions, comparable, statements
+from stage_rl.evaluation.suites import SUITES, chosen, more_figures
+from stage_rl.rewards.base import Score
+from stage_rl.rewards.config_scorers import HpsConfig
+from stage_rl.schema import RewardConfig
+from stage_rl.types import Prompt
+
+HPS = {"hps": HpsConfig.model_validate({"jpeg_quality": 75})}
+
+
+def conditions(**changes):
+    known = {"guidance_scale": 5.0, "complete": True, "smoke": False, "scorers": {}}
+    return Conditions(**(known | changes))
+
+
+def test_published_rows_stand_beside_figures_of_the_same_protocol():
+    lines = statements("hps", conditions(scorers=HPS), ["hps"])
+    assert lines == ["published hps (STAGE, arXiv 2509.25027):", "  Janus-Pro-7B: overall 28.64"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"guidance_scale": 3.0}, "drawn with guidance 3, the paper's is 5"),
+        ({"complete": False}, "not all images of the benchmark are there"),
+        ({"smoke": True}, "a smoke run"),
+        ({"left_out": ("x",)}, "left out: x"),
+        (
+            {"scorers": {"hps": HpsConfig.model_validate({})}},
+            "the paper scores JPEG files of quality 75; add hps.jpeg_quality=75",
+        ),
+    ],
+)
+def test_another_protocol_is_said_and_shows_no_published_row(changes, reason):
+    (line,) = statements("hps", conditions(**{"scorers": HPS} | changes), ["hps"])
+    assert line.startswith("not comparable with published figures: ")
+    assert reason in line
+
+
+def test_a_row_may_be_comparable_where_others_are_not():
+    rows = comparable("t2i-compbench", conditions())
+    assert rows == {"score": {"Janus-Pro-7B": {"non_spatial": 0.3087}}}
+    lines = statements("t2i-compbench", conditions(), ["score"])
+    assert lines[:2] == [
+        "published score (STAGE, arXiv 2509.25027):",
+        "  Janus-Pro-7B: non_spatial 0.3087",
+    ]
+    assert any("(color, shape, texture): BLIP" in line for line in lines)
+    assert any("(spatial, numeracy): GroundingDINO" in line for line in lines)
+
+
+def test_a_measure_that_was_not_taken_has_no_published_row():
+    lines = statements("drawbench", conditions(), ["pickscore"])
+    assert [line for line in lines if line.startswith("published")] == [
+        "published pickscore (STAGE, arXiv 2509.25027):"
+    ]
+
+
+def test_every_benchmark_names_scorers_that_exist():
+    for suite in SUITES.values():
+        for scorer in suite.scorers.values():
+            extra = {"head": "x.pth"} if scorer.settings["kind"] == "aesthetic" else {}
+            assert RewardConfig.model_validate({**scorer.settings, **extra})
+    assert next(suite.name for suite in chosen(["ocr", "all"])) == "ocr"
+    assert len(chosen(["ocr", "all"])) == len(SUITES)
+
+
+def part(name):
+    return Prompt("x", 0, {"category": "complex", "complex_part": name, "spatial_info": {}})
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("spatial", ["attributes", "spatial"]),
+        ("action", ["attributes", "clip"]),
+        ("all", ["attributes", "spatial", "clip"]),
+    ],
+)
+def test_a_complex_prompt_is_the_mean_of_what_its_part_asks(name, asked):
+    suite = SUITES["t2i-compbench"]
+    scorers = [key for key, scorer in suite.scorers.items() if scorer.asks(part(name))]
+    assert scorers == asked
+    values = dict(zip(asked, (0.2, 0.6, 0.1), strict=False))
+    scores = {key: Score(value, "") for key, value in values.items()}
+    # (0.2 + 0.6) / 2 = 0.4; with all three (0.2 + 0.6 + 0.1) / 3 = 0.3.
+    expected = 0.3 if name == "all" else 0.4
+    assert suite.measures_of(part(name), scores) == {"score": pytest.approx(expected)}
+
+
+def test_geneval_counts_images_and_prompts_with_any_correct():
+    rows = [("colors", 0, 1.0), ("colors", 0, 0.0), ("colors", 1, 0.0), ("colors", 1, 0.0)]
+    assert more_figures(SUITES["geneval"], rows) == {
+        "images correct": 0.25,
+        "prompts with any correct": 0.5,
+    }
+
+
+def test_hps_deviates_over_ten_parts_of_each_style():
+    # Parts of two prompts with means 0, 1, 0, 1, ...: their deviation is 1/2; photo has none.
+    rows = [("anime", i, float(i // 2 % 2)) for i in range(20)]
+    rows += [("photo", i, 3.0) for i in range(20)]
+    assert more_figures(SUITES["hps"], rows) == {"deviation over ten parts": 0.25}
+
+
+def test_hps_is_reported_a_hundredfold():
+    assert SUITES["hps"].measures_of(Prompt("x"), {"hps": Score(0.2864, "")}) == {
+        "hps": pytest.approx(28.64)
+    }

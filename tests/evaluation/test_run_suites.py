@@ -1,0 +1,307 @@
+"""Published benchmarks from prompts to tables, on a tiny random policy and tiny random rewards."""
+
+import json
+import shutil
+import threading
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stage_rl.errors import InputError, RewardError, Stopped
+from stage_rl.evaluation import generate, run_suites, scoring
+from stage_rl.evaluation.run_suites import Request
+from stage_rl.evaluation.scorers import parse_overrides
+from stage_rl.evaluation.suites import SUITES
+from stage_rl.rewards.base import Score
+from stage_rl.schema import RewardConfig
+
+PER_PROMPT = {
+    "geneval": 12 * 2,
+    "t2i_compbench": 17 * 2,
+    "hps": 8 * 2,
+    "drawbench": 4 * 2,
+    "ocr": 8,
+}
+"""Images of a smoke run, by prompt set."""
+CALLS = []
+
+
+class PlainConfig(RewardConfig):
+    """Scores an image by its brightness, and fails as often as it is told."""
+
+    failures: int = 0
+
+    def build(self, device):
+        left = [self.failures]
+
+        def score(images_NHWC, prompts):
+            CALLS.append(len(prompts))
+            if left[0]:
+                left[0] -= 1
+                raise ValueError("not today")
+            return [Score(float(image.float().mean()), "brightness") for image in images_NHWC]
+
+        return score
+
+
+PLAIN = f"{__name__}:PlainConfig"
+
+
+@pytest.fixture(autouse=True)
+def _no_calls_yet():
+    CALLS.clear()
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Four prompts with two images each, so that a test takes a second."""
+    real = run_suites.prompts_of
+    monkeypatch.setattr(run_suites, "prompts_of", lambda *args, **more: real(*args, **more)[:4])
+
+
+@pytest.fixture(scope="module")
+def smoke(tiny_shapes, tmp_path_factory):
+    """A whole smoke run: its folder and its results by benchmark."""
+    out = tmp_path_factory.mktemp("smoke") / "out"
+    request = Request(out=out, smoke=True, dtype="float32", guidance_scale=2.0)
+    results = run_suites.run_suites(lambda: tiny_shapes, ["all"], request, model="tiny")
+    return request, {one.benchmark: one for one in results}
+
+
+def diversity(tiny_shapes, **fields):
+    """The benchmark that is quickest to score; its own scorer gives way to others."""
+    request = Request(**{"smoke": True, "dtype": "float32", "guidance_scale": 1.0} | fields)
+    return run_suites.run_suites(lambda: tiny_shapes, ["diversity"], request, model="tiny")[0]
+
+
+def png_bytes(folder):
+    return {
+        str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*.png"))
+    }
+
+
+def test_a_smoke_run_goes_through_every_benchmark(smoke):
+    request, results = smoke
+    assert list(results) == list(SUITES)
+    for name, one in results.items():
+        suite = SUITES[name]
+        assert set(one.by_task) <= set(one.scores)
+        for scores in one.scores.values():
+            assert len(scores) == PER_PROMPT[suite.prompt_set]
+        assert "a smoke run: the prompts are the shapes world's" in one.table()
+        figures = json.loads((request.out / f"{name}.json").read_text())
+        assert figures == json.loads(json.dumps(one.to_json()))
+        assert figures["bootstrap"].keys() == one.scores.keys()
+    assert set(results["geneval"].scores) == {"correct", "strict", "reward"}
+    assert {one.task for one in results["t2i-compbench"].scores["score"]} == {
+        *("color", "shape", "texture", "spatial", "3d_spatial", "numeracy", "non_spatial"),
+        "complex",
+    }
+    # Benchmarks of one prompt set share its images.
+    assert sorted(folder.name for folder in (request.out / "images").iterdir()) == [
+        *("drawbench", "geneval", "hps", "ocr", "t2i_compbench"),
+    ]
+    for name, number in PER_PROMPT.items():
+        assert len(list((request.out / "images" / name).glob("*/samples/*.png"))) == number
+
+
+def test_what_is_there_is_neither_drawn_nor_scored_again(smoke, tiny_shapes, monkeypatch):
+    request, results = smoke
+
+    def never(*_args, **_options):
+        raise AssertionError("nothing is missing")
+
+    monkeypatch.setattr(run_suites, "Engine", never)
+    monkeypatch.setattr(RewardConfig, "build", never)
+    again = run_suites.run_suites(lambda: tiny_shapes, ["geneval", "ocr"], request, model="tiny")
+    assert again == [results["geneval"], results["ocr"]]
+
+
+def test_the_official_folder_layout_is_scored_like_ones_own(smoke, tmp_path):
+    request, results = smoke
+    folder = request.out / "images" / "geneval"
+    record = json.loads((folder / "00003" / "metadata.jsonl").read_text())
+    assert {"tag", "include", "prompt"} <= record.keys()
+    elsewhere = Request(out=tmp_path / "scores", images=folder, smoke=True)
+    (scored,) = run_suites.run_suites(None, ["diversity"], elsewhere, model="elsewhere")
+    assert scored.scores == results["diversity"].scores
+    assert f"24 images of {folder}" in scored.table()
+    # One image less: its prompt has no pair, and the table says that images are missing.
+    fewer = tmp_path / "fewer"
+    shutil.copytree(folder, fewer)
+    shutil.rmtree(fewer / "00000")
+    partial = Request(out=tmp_path / "other", images=fewer, smoke=True)
+    (scored,) = run_suites.run_suites(None, ["diversity"], partial, model="elsewhere")
+    assert "11 of 12 prompts" in scored.table()
+    assert "not all images of the benchmark are there" in scored.table()
+
+
+def test_an_image_that_changed_is_scored_again(few, tiny_shapes, tmp_path):
+    first = diversity(tiny_shapes, out=tmp_path)
+    file = tmp_path / "images" / "geneval" / "00000" / "samples" / "0001.png"
+    Image.fromarray(np.zeros((48, 48, 3), np.uint8)).save(file)
+    second = diversity(tiny_shapes, out=tmp_path)
+    changed = [
+        one.prompt
+        for one, other in zip(first.scores["diversity"], second.scores["diversity"], strict=True)
+        if one != other
+    ]
+    assert changed == [0, 0]
+    file.write_bytes(file.read_bytes()[:50])
+    with pytest.raises(InputError, match="is no image that can be read"):
+        diversity(tiny_shapes, out=tmp_path)
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(few, tiny_shapes, tmp_path, monkeypatch):
+    whole = diversity(tiny_shapes, out=tmp_path / "whole")
+    received = []
+    real = generate.rollout
+
+    def draws_once(*args, **options):
+        received.append(2)
+        return real(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "IMAGES_AT_ONCE", 4)  # 2 prompts of 2 images
+        patch.setattr(generate, "rollout", draws_once)
+        patch.setattr(run_suites, "stop_signals", lambda: nullcontext(received))
+        with pytest.raises(Stopped, match="stopped; run the same command again to go on"):
+            diversity(tiny_shapes, out=tmp_path / "parts")
+    assert len(png_bytes(tmp_path / "parts")) == 4
+    assert not list((tmp_path / "parts").rglob("*.tmp*"))
+    # A prompt of which one image is there gets the other.
+    (tmp_path / "parts" / "images" / "geneval" / "00001" / "samples" / "0000.png").unlink()
+    parts = diversity(tiny_shapes, out=tmp_path / "parts")
+    assert png_bytes(tmp_path / "parts") == png_bytes(tmp_path / "whole")
+    assert parts.scores == whole.scores
+
+
+class _Rank:
+    """One of two ranks in one process, which wait for each other."""
+
+    size = 2
+
+    def __init__(self, rank, barrier):
+        self.rank, self.first, self.wait = rank, rank == 0, barrier.wait
+
+    def from_first(self, make):
+        if self.first:
+            make()
+        self.wait()
+
+
+def test_two_ranks_share_the_prompts_and_get_the_same_results(
+    few, tiny_shapes, tmp_path, monkeypatch
+):
+    # Random rewards are built from the one global stream, which threads share.
+    plain = parse_overrides([f"bright.kind={PLAIN}", "diversity=null"])
+    alone = diversity(tiny_shapes, out=tmp_path / "alone", scorers=plain)
+    drawn = []
+    real = generate.rollout
+
+    def counted(engine, prompts, **options):
+        drawn.append(len(prompts))
+        return real(engine, prompts, **options)
+
+    monkeypatch.setattr(generate, "rollout", counted)
+    request = Request(
+        smoke=True, dtype="float32", guidance_scale=1.0, out=tmp_path / "two", scorers=plain
+    )
+    barrier, results = threading.Barrier(2, timeout=60), {}
+
+    def run(rank):
+        results[rank] = run_suites.run_suites(
+            lambda: tiny_shapes, ["diversity"], request, model="tiny", ranks=_Rank(rank, barrier)
+        )[0]
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert drawn == [2, 2]  # of 4 prompts
+    assert results[0] == results[1]
+    assert results[0].scores == alone.scores
+    assert png_bytes(tmp_path / "two") == png_bytes(tmp_path / "alone")
+
+
+def test_a_folder_of_other_images_is_refused(few, tiny_shapes, tmp_path):
+    diversity(tiny_shapes, out=tmp_path / "a")
+    with pytest.raises(InputError, match="was made with another seed; name another --out"):
+        diversity(tiny_shapes, out=tmp_path / "a", seed=1)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "mine.txt").write_text("")
+    with pytest.raises(InputError, match="is no folder of an evaluation and not empty"):
+        diversity(tiny_shapes, out=tmp_path / "b")
+    record = tmp_path / "a" / "images" / "geneval" / "00000" / "metadata.jsonl"
+    record.write_text('{"prompt": "another"}')
+    (record.parent / "samples" / "0000.png").unlink()
+    with pytest.raises(InputError, match="holds the images of 'another', not of"):
+        diversity(tiny_shapes, out=tmp_path / "a")
+
+
+def test_more_images_per_prompt_are_added_to_those_there(few, tiny_shapes, tmp_path):
+    diversity(tiny_shapes, out=tmp_path)
+    before = png_bytes(tmp_path)
+    more = diversity(tiny_shapes, out=tmp_path, images_per_prompt=3)
+    after = png_bytes(tmp_path)
+    assert len(after) == 12
+    assert before.items() <= after.items()
+    assert len(more.scores["diversity"]) == 12
+
+
+def test_a_reward_of_ones_own_adds_a_measure(few, tiny_shapes, tmp_path):
+    settings = parse_overrides([f"bright.kind={PLAIN}", "bright.failures=1", "diversity=null"])
+    result = diversity(tiny_shapes, out=tmp_path, scorers=settings)
+    assert set(result.scores) == {"bright"}
+    # 8 images in one call, which failed once and was asked again.
+    assert CALLS == [8, 8]
+    assert "left out: diversity" in result.table()
+    assert result.setup.scorers["bright"]["failures"] == 1
+
+
+def test_a_reward_that_fails_twice_ends_the_run_and_keeps_what_is_scored(
+    few, tiny_shapes, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(scoring, "IMAGES_AT_ONCE", 4)
+    settings = parse_overrides([f"bright.kind={PLAIN}", "bright.failures=2", "diversity=null"])
+    with pytest.raises(RewardError, match=r"reward 'bright' failed twice on .*not today"):
+        diversity(tiny_shapes, out=tmp_path, scorers=settings)
+    assert CALLS == [4, 4]
+    assert not list(Path(tmp_path).rglob("scores/**/*.json"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["hsp.path=x"], "hsp: no scorer of that name; did you mean 'hps'?"),
+        (["hps"], "hps: is no setting of a scorer; write SCORER.key=value"),
+        (["hps=3"], "hps: write hps.key=value, or hps=null to leave it out"),
+        (["hps.pth=x"], "hps: hps.pth: unknown key; did you mean 'path'?"),
+        (["hps.jpeg_quality=500"], "hps: hps.jpeg_quality: 500 is out of range"),
+        (["new.kind=hsp"], "did you mean 'hps'?"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_before_the_model_is_loaded(tmp_path, settings, message):
+    def run():
+        request = Request(out=tmp_path, smoke=True, scorers=parse_overrides(settings))
+        run_suites.run_suites(None, ["hps"], request, model="none")
+
+    with pytest.raises(InputError) as caught:
+        run()
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_prompts_that_cannot_be_found_are_named(tmp_path):
+    for data, text in ((None, "--data is not given"), (tmp_path, "has no ocr/test.txt")):
+        with pytest.raises(InputError, match=text):
+            run_suites.run_suites(None, ["ocr"], Request(data=data), model="none")
+    told = run_suites.skipped(["all"], Request(data=tmp_path))
+    assert [line.split()[0] for line in told] == ["t2i-compbench", "hps", "drawbench", "ocr"]
+    assert run_suites.skipped(["ocr"], Request()) == []
+    with pytest.raises(InputError, match="unknown 'genevl'"):
+        run_suites.run_suites(None, ["genevl"], Request(), model="none")
