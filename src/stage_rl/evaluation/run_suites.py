@@ -253,7 +253,7 @@ def _open(policy: Policy | None, request: Request, model: str, ranks: Ranks) -> 
         }
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
     slug = re.sub(r"[^A-Za-z0-9.@]+", "-", model).strip("-.")[-60:]
-    out = request.out or Path("evaluations") / f"{slug}-{digest}"
+    out = request.out or Path("evaluations") / f"{slug or 'images'}-{digest}"
     ranks.from_first(lambda: _claim(out, about))
     return out
 
