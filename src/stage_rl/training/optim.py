@@ -35,7 +35,7 @@ def build_optimizer(
 
 def _adamw_8bit() -> type[torch.optim.Optimizer]:
     try:
-        from torchao.optim import AdamW8bit
+        from torchao.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise RecipeError(
             "optimizer.kind: adamw_8bit needs torchao, which is not installed; pip install "
