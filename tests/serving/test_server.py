@@ -1,5 +1,6 @@
 """A reward server over real connections: exact scores, refusals, and how it stops."""
 
+import importlib.util
 import json
 import signal
 import socket
@@ -11,15 +12,17 @@ import pytest
 import torch
 from toy_reward import Crowd, Toy, expected
 
+from stage_rl.cli import rewards
 from stage_rl.config import load_recipe
 from stage_rl.errors import InputError, RewardError
 from stage_rl.rewards import patient
 from stage_rl.rewards.config_remote import RemoteRewardConfig
+from stage_rl.rewards.judging import Judge, WeightedReward
 from stage_rl.rewards.wire import KEY_HEADER, question_json
 from stage_rl.serving.address import Serving, check_reach, listening
 from stage_rl.serving.limits import Limits, limits
 from stage_rl.serving.server import serve
-from stage_rl.types import Prompt
+from stage_rl.types import Prompt, Rollout
 
 CPU = torch.device("cpu")
 TOKEN = "0123456789abcdef0123456789abcdef"
@@ -422,3 +425,30 @@ def test_a_wrong_order_of_reference_images_is_not_served(serve):
     with pytest.raises(RewardError, match="1 of 1 reference pairs are in the wrong order"):
         serve(Blind(name="blind"))
     serve(Blind(name="blind", self_test=False))
+
+
+def test_a_group_that_the_server_cannot_score_leaves_the_step(serve, drawn):
+    images_NHWC, prompts = drawn(6)
+    groups = (prompts[0], Prompt("fails", 1, {"place": 1}), prompts[2])
+    rollout = Rollout(groups, 2, torch.zeros(6, 4), images_NHWC)
+    remote = serve(TOY).remote(batch_size=2)
+    judged = Judge([WeightedReward("toy", 1.0, remote)]).judge(rollout)
+    assert judged.kept_P.tolist() == [True, False, True]
+    assert judged.rewards_PG[0, 1].item() == pytest.approx(int(images_NHWC[1].sum()) / 3, rel=1e-6)
+
+
+@pytest.mark.parametrize("module", ["httpx2", "uvicorn"])
+def test_what_is_not_installed_is_told_with_its_extra(module, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == module else find_spec(name)
+    )
+    remote = RemoteRewardConfig(url="http://127.0.0.1:1")
+    tried = {
+        "httpx2": lambda: remote.build(CPU),
+        "uvicorn": lambda: rewards.serve("shapes_geneval"),
+    }
+    with pytest.raises(
+        InputError, match=rf"{module} is not installed; run pip install 'stage-rl\["
+    ):
+        tried[module]()

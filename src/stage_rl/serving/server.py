@@ -20,6 +20,8 @@ from stage_rl.serving.limits import Held
 from stage_rl.serving.meters import Meters
 from stage_rl.serving.service import RewardService
 
+KEEP_ALIVE_S = 75
+"""How long an idle connection is kept: longer than by clients, who could write to a closed one."""
 LAST_WORDS_S = 5
 """How long answers that are being sent may take after everything is scored."""
 
@@ -81,6 +83,7 @@ class Server(uvicorn.Server):
             access_log=False,
             server_header=False,
             proxy_headers=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=LAST_WORDS_S,
         )
         super().__init__(config)
