@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 import socket
 import time
@@ -16,6 +17,7 @@ from stage_rl.rewards.selftest import require_order
 from stage_rl.schema import RewardConfig
 from stage_rl.serving.address import Serving, check_reach, listening, named
 from stage_rl.serving.app import Front, build_app
+from stage_rl.serving.batching import Batcher
 from stage_rl.serving.limits import Held
 from stage_rl.serving.meters import Meters
 from stage_rl.serving.service import RewardService
@@ -56,17 +58,15 @@ def build_front(configs: Sequence[RewardConfig], settings: Serving, device: torc
         reward = config.build(device)
         if config.self_test:
             require_order(config, reward)
-        name = config.name
-        service = RewardService(
-            config,
+        batcher = Batcher(
+            config.name,
             reward,
-            limits=settings.limits,
-            held=held,
             batch_size=settings.batch_size,
             delay_s=settings.delay_s,
-            on_call=lambda images, seconds, name=name: meters.call(name, images, seconds),
+            whole_groups=config.whole_groups,
+            on_call=functools.partial(meters.call, config.name),
         )
-        services.append(service)
+        services.append(RewardService(config, batcher, limits=settings.limits, held=held))
     return Front(services, settings.limits, held, meters)
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
 
 from pydantic import ValidationError
 from pydantic_core import from_json
 
 from stage_rl.errors import StageError
-from stage_rl.rewards.base import Reward, Score
+from stage_rl.rewards.base import Score
 from stage_rl.rewards.wire import Offer, Question, answer_json
 from stage_rl.schema import RewardConfig
 from stage_rl.serving.batching import Batcher
@@ -25,32 +24,17 @@ class RewardService:
     """Answers requests for the scores of one reward."""
 
     def __init__(
-        self,
-        config: RewardConfig,
-        reward: Reward,
-        *,
-        limits: Limits,
-        held: Held,
-        batch_size: int,
-        delay_s: float,
-        on_call: Callable[[int, float], None],
+        self, config: RewardConfig, batcher: Batcher, *, limits: Limits, held: Held
     ) -> None:
         self._config = config
         self._limits = limits
         self._held = held
+        self.batcher = batcher
         self.offer = Offer(
             name=config.name,
             kind=config.kind,
             required_fields=list(config.required_fields),
             whole_groups=config.whole_groups,
-        )
-        self.batcher = Batcher(
-            config.name,
-            reward,
-            batch_size=batch_size,
-            delay_s=delay_s,
-            whole_groups=config.whole_groups,
-            on_call=on_call,
         )
 
     async def answer(self, body: bytes) -> bytes:
