@@ -55,7 +55,7 @@ class Ranks:
         if count % self.size:
             raise RecipeError(
                 f"{key}: {count} groups cannot be split evenly over {self.size} processes; write a "
-                f"multiple of {self.size}, or start {math.gcd(count, self.size)}"
+                f"multiple of {self.size}, or start {math.gcd(count, self.size)} of them"
             )
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
