@@ -41,6 +41,7 @@ def run(
 
     On a CPU 2 rows of 2 heads in fp32 and bf16, for correctness alone, whatever the options say.
     """
+    settings = dict(locals())
     at_least(1, rows=rows, heads=heads, head_dim=head_dim, lengths=lengths, rounds=rounds)
     device = bench_device()
     if find_spec("triton") is None:
@@ -70,13 +71,7 @@ def run(
         headline=f"{headline} with {max(rows)} rows, difference {difference:.0e}",
         bar=BAR,
         reached=None if worst is None else reached and difference <= LARGEST_DIFFERENCE,
-        settings={
-            "rows": rows,
-            "heads": heads,
-            "head_dim": head_dim,
-            "lengths": lengths,
-            "rounds": rounds,
-        },
+        settings=settings,
         measures=measures,
         table=tuple(table),
     )

@@ -41,6 +41,7 @@ def run(
     `model` is a folder, a hub id, `shapes`, or `janus-1b` and `janus-7b` with random weights
     (mixed alone).
     """
+    settings = dict(locals())
     at_least(1, num_prompts=num_prompts, group_size=group_size)
     at_least(0, seed=seed)
     check_guided(guidance_scale)
@@ -67,13 +68,7 @@ def run(
         headline=_headline(measures, dtypes),
         bar=BAR,
         reached=_reached(measures),
-        settings={
-            "model": model,
-            "num_prompts": num_prompts,
-            "group_size": group_size,
-            "guidance_scale": guidance_scale,
-            "seed": seed,
-        },
+        settings=settings,
         measures=measures,
         table=_table(measures, dtypes),
     )

@@ -55,6 +55,7 @@ def run(
     cache that grows with every token (a size: from windows of tokens). `processor_time` counts what
     the processors of this process worked, for a CPU that others use too.
     """
+    settings = dict(locals())
     at_least(1, num_prompts=num_prompts, group_size=group_size, rounds=rounds)
     check_guided(guidance_scale)
     policy = policy_of(model, bench_device())
@@ -67,14 +68,7 @@ def run(
         headline=_headline(measures),
         bar=BAR,
         reached=_reached(model, case, measures),
-        settings={
-            "model": model,
-            "num_prompts": num_prompts,
-            "group_size": group_size,
-            "guidance_scale": guidance_scale,
-            "rounds": rounds,
-            "processor_time": processor_time,
-        },
+        settings=settings,
         measures=measures,
         table=_table(measures),
     )
@@ -115,7 +109,7 @@ def measure(
     sampling = Sampling(guidance_scale=scale)
     engines = {d: Engine(policy, dtype=d) for d in (("mixed",) if sized else LEAST_SPEEDUP)}
     forms: dict[str, Callable[[], Tensor]] = {
-        dtype: engine_form(engine, case.prompts, case.group_size, sampling)
+        dtype: engine_form(engine, case.prompts, group_size=case.group_size, sampling=sampling)
         for dtype, engine in engines.items()
     }
     forms["generate"] = lambda: generate(baseline, case.ids_NL, guidance_scale=scale)
@@ -132,7 +126,7 @@ def measure(
     measures |= _against_the_limit(seconds, engines, case, rate=rate)
     if not sized:
         measures["greedy_equal"] = _greedy_agreement(
-            engines["float32"], baseline, case.prompts, scale
+            engines["float32"], baseline, case.prompts, guidance_scale=scale
         )
     return measures
 
@@ -171,7 +165,7 @@ def generate(
 
 
 def engine_form(
-    engine: Engine, prompts: list[Prompt], group_size: int, sampling: Sampling
+    engine: Engine, prompts: list[Prompt], *, group_size: int, sampling: Sampling
 ) -> Callable[[], Tensor]:
     """A call that samples a group for each prompt, always the same; tokens_NT."""
     policy = engine.policy
@@ -194,13 +188,13 @@ def engine_form(
 
 
 def _greedy_agreement(
-    engine: Engine, baseline: JanusPolicy, prompts: list[Prompt], guidance_scale: float
+    engine: Engine, baseline: JanusPolicy, prompts: list[Prompt], *, guidance_scale: float
 ) -> float:
     """Share of equal tokens at temperature 0, one image for each prompt."""
     ids_PL = torch.tensor([baseline.prompt_ids(prompt) for prompt in prompts])
     theirs = generate(baseline, ids_PL, guidance_scale=guidance_scale, greedy=True)
     sampling = Sampling(guidance_scale=guidance_scale, temperature=0)
-    ours = engine_form(engine, prompts, 1, sampling)()
+    ours = engine_form(engine, prompts, group_size=1, sampling=sampling)()
     return (ours == theirs).float().mean().item()
 
 

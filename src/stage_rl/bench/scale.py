@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import statistics
+from dataclasses import dataclass
 
 import torch
 
@@ -34,48 +35,60 @@ def run(
     then images of `image_sizes` pixels a side (T grows with the square) at the first group size.
     `overrides` are further settings, key=value, with spaces between.
     """
+    settings = dict(locals())
     at_least(2, group_sizes=group_sizes)
     at_least(1, num_prompts=num_prompts, image_sizes=image_sizes, rounds=rounds)
     check_guided(guidance_scale)
-    common = [
+    common = (
         f"rollout.prompts_per_step={num_prompts}",
         f"rollout.guidance_scale={guidance_scale}",
         f"rollout.dtype={dtype}",
         f"training.dtype={dtype}",
         *overrides.split(),
-    ]
-    cases = [(f"g{size}", size, None) for size in group_sizes]
-    cases += [(f"t{pixels}px", group_sizes[0], pixels) for pixels in image_sizes]
+    )
+    cases = [Case(f"g{size}", size, None) for size in group_sizes]
+    cases += [Case(f"t{pixels}px", group_sizes[0], pixels) for pixels in image_sizes]
     measures: dict[str, float] = {}
-    lines = [f"{'case':<8}{'G':>4}{'T':>6}" + "".join(f"{part:>12}" for part in PARTS)]
-    for name, group_size, pixels in cases:
-        settings = [*common, f"rollout.group_size={group_size}"]
-        if pixels:
-            settings.append(f"policy.image_size={pixels}")
-        found, num_tokens = _step_ms(model, settings, rounds)
-        figures = {part: found[part] / (num_prompts * group_size) for part in PARTS}
-        measures |= {f"{part}_ms_per_image_{name}": value for part, value in figures.items()}
-        measures[f"tokens_{name}"] = num_tokens
-        times = "".join(f"{value:>12.2f}" for value in figures.values())
-        lines.append(f"{name:<8}{group_size:>4}{num_tokens:>6}{times}")
+    for case in cases:
+        found, num_tokens = _step_ms(model, [*common, *case.overrides()], rounds)
+        measures[f"tokens_{case.name}"] = num_tokens
+        for part in PARTS:
+            per_image = found[part] / (num_prompts * case.group_size)
+            measures[f"{part}_ms_per_image_{case.name}"] = per_image
     return BenchResult(
         name="scale",
         headline=_headline(measures, group_sizes, image_sizes),
         bar=BAR,
         reached=_reached(measures),
-        settings={
-            "model": model,
-            "num_prompts": num_prompts,
-            "group_sizes": group_sizes,
-            "image_sizes": image_sizes,
-            "guidance_scale": guidance_scale,
-            "dtype": dtype,
-            "rounds": rounds,
-            "overrides": overrides,
-        },
+        settings=settings,
         measures=measures,
-        table=(*lines, "milliseconds for each image"),
+        table=_table(measures, cases),
     )
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measured step."""
+
+    name: str
+    group_size: int
+    image_size: int | None
+    """Pixels of a side; None: those of the size."""
+
+    def overrides(self) -> list[str]:
+        """What differs from the other cases, as settings."""
+        settings = [f"rollout.group_size={self.group_size}"]
+        return [*settings, *([f"policy.image_size={self.image_size}"] if self.image_size else [])]
+
+
+def _table(measures: dict[str, float], cases: list[Case]) -> tuple[str, ...]:
+    lines = [f"{'case':<8}{'G':>4}{'T':>6}" + "".join(f"{part:>12}" for part in PARTS)]
+    for case in cases:
+        figures = (measures[f"{part}_ms_per_image_{case.name}"] for part in PARTS)
+        times = "".join(f"{value:>12.2f}" for value in figures)
+        tokens = measures[f"tokens_{case.name}"]
+        lines.append(f"{case.name:<8}{case.group_size:>4}{tokens:>6.0f}{times}")
+    return (*lines, "milliseconds for each image")
 
 
 def _step_ms(model: str, settings: list[str], rounds: int) -> tuple[dict[str, float], int]:

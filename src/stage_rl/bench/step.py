@@ -63,20 +63,11 @@ def run(
     in sampler and trunk, on any processor: one without bf16 arithmetic is slow at it) or `float32`.
     `overrides` are further settings, key=value, with spaces between.
     """
+    settings: dict[str, Setting] = dict(locals())
     at_least(1, num_prompts=num_prompts, rounds=rounds)
     at_least(2, group_size=group_size)
     at_least(0, seed=seed)
     check_guided(guidance_scale)
-    settings: dict[str, Setting] = {
-        "model": model,
-        "num_prompts": num_prompts,
-        "group_size": group_size,
-        "guidance_scale": guidance_scale,
-        "dtype": dtype,
-        "rounds": rounds,
-        "seed": seed,
-        "overrides": overrides,
-    }
     recipe = recipe_of(
         model,
         [

@@ -57,7 +57,9 @@ class TritonBackend:
 
         def attend(layer: int, qkv_RC: Tensor, norms: HeadNorms) -> Tensor:
             keys, values = cache.keys[layer], cache.values[layer]
-            query_RHE = _turn_and_store(qkv_RC, heads, norms, (keys, values), positions_R)
+            query_RHE = _turn_and_store(
+                qkv_RC, heads, norms, cache=(keys, values), positions_R=positions_R
+            )
             query_RKJE = query_RHE.view(len(qkv_RC), heads.num_kv_heads, -1, heads.head_dim)
             return decode_attention(query_RKJE, keys, values, positions_R).flatten(1)
 
@@ -94,6 +96,7 @@ def _turn_and_store(
     qkv_RC: Tensor,
     heads: Heads,
     norms: HeadNorms,
+    *,
     cache: tuple[Tensor, Tensor],
     positions_R: Tensor,
 ) -> Tensor:
