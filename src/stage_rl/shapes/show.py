@@ -59,7 +59,7 @@ def main(
     *,
     model: str = "shapes",
     guidance_scales: tuple[float, ...] = (1.0, 2.0, 3.0, 5.0),
-    training_guidance: float = 3.0,
+    training_guidance: float = 2.0,
     images_per_task: int = 100,
     regime_images: int = 2048,
     renders: int = 1000,
