@@ -26,6 +26,7 @@ BENCHMARKS = {
     "rewards": "Images per second of each reward, batched against one by one.",
     "reward-overlap": "How much of a slow reward the step does not wait for.",
     "fsdp2": "Several processes against one, on a CPU.",
+    "gradient-signal": "How much the gradients of independent steps have in common.",
     "memory": "The memory of each phase, predicted and seen.",
     "step": "A training step against one built on generate and naive forms.",
 }
