@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.utils.hub import cached_file
 
 from stage_rl.errors import WeightsError
-from stage_rl.rewards.weights import DTYPES, LOADING_ERRORS, load_part, quietly
+from stage_rl.rewards.weights import DTYPES, LOADING_ERRORS, load_part, quietly, refuse
 
 Names = Mapping[str, str | tuple[str, ...]]
 """From a foreign name to ours; to several where the tensor is split along its first axis."""
@@ -104,15 +104,4 @@ def fill_part(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str) 
 
 
 def _refuse(source: str, faults: Mapping[str, Iterable[str]]) -> None:
-    """Raises a WeightsError where a kind of fault has names."""
-    told = []
-    for kind, names in faults.items():
-        found = sorted(names)
-        if found:
-            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-            told.append(f"{kind}: {', '.join(found[:3])}{more}")
-    if told:
-        raise WeightsError(
-            f"{source}: the tensors do not fit the model: {'; '.join(told)}; "
-            "write the file as published"
-        )
+    refuse(f"{source}: the tensors do not fit the model", faults, "write the file as published")

@@ -19,6 +19,8 @@ from stage_rl.rewards.tiny import TINY, random_model
 from stage_rl.rewards.weights import load_model
 
 MEAN = STD = (0.5, 0.5, 0.5)
+UNREAD = r"^neck\.fusion_stage\.layers\.0\.residual_layer1\."
+"""The deepest layer has nothing to add to; published DPTs come without what would add it."""
 
 
 class DepthModel:
@@ -54,7 +56,7 @@ def load_depth(
         module = tiny_depth()
         nn.Module.to(module, device)
         return DepthModel(module, side=32, batch_size=batch_size)
-    module = load_model(AutoModelForDepthEstimation, path, device=device)
+    module = load_model(AutoModelForDepthEstimation, path, device=device, unread=UNREAD)
     return DepthModel(module, side=side, batch_size=batch_size)
 
 

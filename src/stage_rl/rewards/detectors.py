@@ -21,11 +21,13 @@ from stage_rl.rewards.colors import ColorClassifier
 from stage_rl.rewards.instances import Instance, Size, find_instances
 from stage_rl.rewards.pixels import detr_pixels
 from stage_rl.rewards.tiny import TINY, tiny_mask2former
-from stage_rl.rewards.weights import load_model
+from stage_rl.rewards.weights import SWIN_UNREAD, load_model
 from stage_rl.types import Prompt
 
 STRIDE = 32
 """Both sides of the model's input are multiples of this."""
+UNREAD = rf"{SWIN_UNREAD}|^criterion\."
+"""Tensors beside those of a forward pass: the backbone's last norm and the weights of the loss."""
 
 
 class MaskDetector:
@@ -112,7 +114,7 @@ def load_mask2former(
         module = tiny_mask2former()
         nn.Module.to(module, device)
         return module
-    module = load_model(Mask2FormerForUniversalSegmentation, path, device=device)
+    module = load_model(Mask2FormerForUniversalSegmentation, path, device=device, unread=UNREAD)
     if module.config.num_labels != len(CLASSES):
         raise WeightsError(
             f"{path}: knows {module.config.num_labels} classes; GenEval needs the {len(CLASSES)} "

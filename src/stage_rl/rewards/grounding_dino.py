@@ -19,7 +19,7 @@ from stage_rl.rewards.pixels import detr_pixels
 from stage_rl.rewards.t2i_r1 import Span, caption_of
 from stage_rl.rewards.tiny import TINY
 from stage_rl.rewards.tiny_scenes import tiny_grounding_dino, tiny_scene_tokenizer
-from stage_rl.rewards.weights import load_model, load_tokenizer
+from stage_rl.rewards.weights import SWIN_UNREAD, load_model, load_tokenizer
 
 if TYPE_CHECKING:
     from stage_rl.types import Prompt
@@ -135,7 +135,7 @@ def load_grounding_dino(
         module, tokenizer = tiny_grounding_dino(), tiny_scene_tokenizer()
         nn.Module.to(module, device)
         return GroundingDino(module, tokenizer, **settings)
-    module = load_model(GroundingDinoForObjectDetection, path, device=device)
+    module = load_model(GroundingDinoForObjectDetection, path, device=device, unread=SWIN_UNREAD)
     return GroundingDino(module, load_tokenizer(path), **settings)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-import logging
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,21 +18,30 @@ from transformers.utils import logging as transformers_logging
 
 from stage_rl.errors import WeightsError
 
-log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LOADING_ERRORS = (
     *(OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError),
     *(SafetensorError, StrictDataclassError),
 )
+COMPUTED = r"(^|\.)(position_ids|relative_position_index|inv_freq)$"
+"""Tables that old checkpoints keep and newer models compute from their configuration."""
+SWIN_UNREAD = r"\.swin\.layernorm\."
+"""The last norm of a Swin that serves as a backbone; published detectors come without it."""
 Loaded = TypeVar("Loaded")
 
 
 def load_model(
-    model_class: Any, path: str, *, dtype: str = "float32", device: torch.device | str = "cpu"
+    model_class: Any,
+    path: str,
+    *,
+    dtype: str = "float32",
+    device: torch.device | str = "cpu",
+    unread: str | None = None,
 ) -> Any:
     """A frozen transformers model in eval mode, from a folder or hub id; remote code is never run.
 
-    A model with tensors missing or of another shape, or of another kind, is a `WeightsError`.
+    A model with tensors missing, over or of another shape, or of another kind, is a `WeightsError`;
+    `unread` matches the names of those that no forward pass reads, which may be missing or over.
     """
     source = locate(path)
     options = {
@@ -42,19 +51,16 @@ def load_model(
     }
     load = functools.partial(model_class.from_pretrained, source, **options)
     module, info = quietly(load, source, "the weights")
-    faults = [
-        f"{kind}: {_names(info[f'{kind}_keys'])}"
-        for kind in ("missing", "mismatched")
-        if info[f"{kind}_keys"]
-    ]
-    if faults:
-        raise WeightsError(
-            f"{source}: the weights do not fill a {type(module).__name__}: {'; '.join(faults)}; "
-            "write a complete checkpoint of this model"
-        )
-    if info["unexpected_keys"]:
-        # Old checkpoints keep what newer models compute; every parameter of the model is filled.
-        log.warning("%s: more than the model needs: %s", source, _names(info["unexpected_keys"]))
+    idle = re.compile(COMPUTED if unread is None else f"{COMPUTED}|{unread}")
+    refuse(
+        f"{source}: the weights do not fill a {type(module).__name__}",
+        {
+            "missing": {name for name in info["missing_keys"] if not idle.search(name)},
+            "unexpected": {name for name in info["unexpected_keys"] if not idle.search(name)},
+            "of another shape": {entry[0] for entry in info["mismatched_keys"]},
+        },
+        "write a checkpoint of this model, complete and with nothing else",
+    )
     nn.Module.to(module, device)
     return module.requires_grad_(False).eval()
 
@@ -97,11 +103,15 @@ def quietly(load: Callable[[], Loaded], source: str, what: str) -> Loaded:
         raise WeightsError(f"{source}: cannot load {what}: {text}") from error
 
 
-def _names(keys: Any) -> str:
-    """Three of the names of tensors, and how many more there are."""
-    names = sorted(key if isinstance(key, str) else key[0] for key in keys)
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
+def refuse(what: str, faults: Mapping[str, Iterable[str]], advice: str) -> None:
+    """Raises a WeightsError that names three tensors of each kind of fault, where there is one."""
+    told = []
+    for kind, names in faults.items():
+        found = sorted(names)
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        told += [f"{kind}: {', '.join(found[:3])}{more}"] if found else []
+    if told:
+        raise WeightsError(f"{what}: {'; '.join(told)}; {advice}")
 
 
 @contextmanager
