@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from stage_rl.prompts import MIXES, TASKS, validate_metadata
+from stage_rl.prompts import MIXES, TASKS, as_prompts, find_leaks, validate_metadata
 from stage_rl.rewards.geneval import judge
 from stage_rl.shapes import captions
 from stage_rl.shapes.captions import (
@@ -55,6 +55,13 @@ def test_training_by_reward_sees_no_held_out_prompt(training):
     for one in held_out_sets():
         held_out |= texts(one.records)
     assert not texts(training) & held_out
+
+
+def test_training_by_reward_asks_for_nothing_held_out_in_other_words(training):
+    held_out = [record for record in evaluation_records() if record["tag"] != "single_object"]
+    for one in held_out_sets():
+        held_out += one.records
+    assert find_leaks(as_prompts(training), as_prompts(held_out)) == ()
 
 
 def test_unseen_pairs_are_in_neither_training(training, pretraining):

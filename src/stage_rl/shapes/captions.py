@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from stage_rl.prompts.geneval import (
     plural,
     with_article,
 )
+from stage_rl.prompts.leakage import content_of
 from stage_rl.prompts.mix import record_at, space, training_mix
 from stage_rl.shapes.layouts import UNSEEN_PAIRS, seen_colors
 from stage_rl.shapes.scenes import COLORS, SHAPES, SIZES, TEXTURES, TONES
@@ -79,9 +80,21 @@ def evaluation_records() -> tuple[Record, ...]:
 @functools.cache
 def _unseen_texts() -> frozenset[str]:
     """The prompts that name an unseen pair."""
-    places = ((t, p) for t in ("colors", "color_attr") for p in range(_num_prompts(t)))
-    records = (record_at(task, place, VOCABULARY) for task, place in places)
+    records = (record for task in ("colors", "color_attr") for record in _all_records(task))
     return frozenset(record["prompt"] for record in records if names_unseen_pair(record))
+
+
+@functools.cache
+def _evaluated_texts() -> frozenset[str]:
+    """The prompts that ask for what an evaluation prompt asks for, in its words or in others."""
+    tasks = [task for task in TASKS if task != "single_object"]
+    evaluated = {content_of(record) for record in evaluation_records() if record["tag"] in tasks}
+    records = (record for task in tasks for record in _all_records(task))
+    return frozenset(record["prompt"] for record in records if content_of(record) in evaluated)
+
+
+def _all_records(task: str) -> Iterator[Record]:
+    return (record_at(task, place, VOCABULARY) for place in range(_num_prompts(task)))
 
 
 def _num_prompts(task: str) -> int:
@@ -93,10 +106,8 @@ def training_records(ratios: Mapping[str, float], num_prompts: int, *, seed: int
 
     Single objects are the exception: there are eight, and both sets have them.
     """
-    held_out = {r["prompt"] for r in evaluation_records() if r["tag"] != "single_object"}
-    return training_mix(
-        ratios, num_prompts, seed=seed, exclude=held_out | _unseen_texts(), vocabulary=VOCABULARY
-    )
+    exclude = _evaluated_texts() | _unseen_texts()
+    return training_mix(ratios, num_prompts, seed=seed, exclude=exclude, vocabulary=VOCABULARY)
 
 
 def pretraining_record(rng: np.random.Generator) -> Record:
