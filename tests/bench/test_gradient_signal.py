@@ -10,7 +10,7 @@ from stage_rl.bench.gradient_signal import headline, mean_cosine, step_gradient
 from stage_rl.config import load_recipe
 from stage_rl.training.setup import build_trainer
 
-SMALL = "rollout.prompts_per_step=2 rollout.group_size=2"
+SMALL = "rollout.prompts_per_step=2 rollout.group_size=4"
 
 
 def test_the_mean_cosine_is_that_of_all_pairs():

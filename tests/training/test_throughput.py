@@ -1,5 +1,7 @@
 """Bytes and operations by formula, with hand-worked numbers; the figures of the paper's model."""
 
+import time
+
 import pytest
 import torch
 
@@ -129,6 +131,10 @@ def test_a_clock_books_times_by_name_and_the_peak_of_the_process():
     clock.lap("learn_s")
     times = clock.times()
     assert times["time/step_s"] == pytest.approx(times["time/sample_s"] + times["time/learn_s"])
+    before = times["time/learn_s"]
+    time.sleep(0.002)
+    clock.lap("learn_s")  # a phase with another in between
+    assert clock.times()["time/learn_s"] >= before + 0.002
     if not torch.cuda.is_available():
         assert 0.05 < times["memory/process_gib"] < 1000
 

@@ -7,6 +7,7 @@ import torch
 
 from stage_rl.errors import DivergedError
 from stage_rl.objective import AlgorithmConfig
+from stage_rl.training import update
 from stage_rl.training.batches import micro_batches
 from stage_rl.training.update import Precision, Update, learn, measure, measure_all
 from stage_rl.types import Judged, Prompt, Rollout
@@ -41,7 +42,9 @@ class Recorder(torch.optim.SGD):
         return super().step(closure)
 
 
-def learned(policy, *, groups=None, rollout=None, judged=None, lr=1e-3, num_updates=1, **settings):
+def learned_or_nothing(
+    policy, *, groups=None, rollout=None, judged=None, lr=1e-3, num_updates=1, **settings
+):
     rollout = rollout or a_rollout()
     reference = policy.reference()
     with torch.no_grad():
@@ -55,7 +58,7 @@ def learned(policy, *, groups=None, rollout=None, judged=None, lr=1e-3, num_upda
         policy,
         optimizer,
         batches,
-        judged=judged or a_judgement(),
+        verdict=lambda: judged or a_judgement(),
         reference=measure_all(reference, batches, precision),
         update=Update(
             settings=AlgorithmConfig.model_validate(settings),
@@ -65,7 +68,16 @@ def learned(policy, *, groups=None, rollout=None, judged=None, lr=1e-3, num_upda
             max_grad_norm=None,
         ),
     )
+    if not hasattr(optimizer, "gradients"):
+        return result, None
     return result, torch.cat([g.flatten() for g in optimizer.gradients])
+
+
+def learned(policy, **settings):
+    result, gradient = learned_or_nothing(policy, **settings)
+    assert result is not None
+    assert gradient is not None
+    return result, gradient
 
 
 @pytest.mark.parametrize("mode", ["reward", "loss"])
@@ -77,6 +89,32 @@ def test_gradients_do_not_depend_on_the_number_of_micro_batches(policy, groups, 
     assert (gradient - expected).norm() <= 1e-6 * expected.norm()
     assert expected.norm() > 1e-3
     assert parts.losses.total.item() == pytest.approx(whole.losses.total.item(), abs=1e-7)
+
+
+def test_the_verdict_is_asked_for_once_and_after_the_first_forward_pass(policy, monkeypatch):
+    order = []
+
+    def measured(*args, **options):
+        order.append("forward")
+        return measure(*args, **options)
+
+    def verdict():
+        order.append("verdict")
+        return a_judgement()
+
+    batches = list(micro_batches(a_rollout(), 1, torch.device("cpu")))
+    settings = Update(AlgorithmConfig(), Precision(), 2, 1e-3, None)
+    reference = measure_all(policy.reference(), batches, Precision())
+    monkeypatch.setattr(update, "measure", measured)
+    optimizer = torch.optim.SGD([p for p in policy.module.parameters() if p.requires_grad])
+    learn(policy, optimizer, batches, verdict=verdict, reference=reference, update=settings)
+    assert order == ["forward", "verdict", *["forward"] * 5]  # 3 micro-batches, 2 updates
+
+
+def test_nothing_is_learned_where_no_group_was_judged(policy):
+    result, gradient = learned_or_nothing(policy, judged=a_judgement((False, False, False)))
+    assert result is None
+    assert gradient is None
 
 
 def test_a_group_that_left_the_step_changes_nothing_for_the_others(policy):
@@ -138,7 +176,7 @@ def test_entropy_as_a_loss_moves_the_entropy_towards_the_reference(policy):
         policy,
         optimizer,
         [batch],
-        judged=equal,
+        verdict=lambda: equal,
         reference=measure_all(reference, [batch], Precision()),
         update=Update(AlgorithmConfig.model_validate(settings), Precision(), 1, 1e-3, 1.0),
     )

@@ -61,7 +61,7 @@ def step_gradient(trainer: Trainer, step: int) -> Tensor:
     hook = trainer.optimizer.register_step_pre_hook(
         lambda optimizer, *_: taken.append(_flat_gradient(optimizer))
     )
-    trainer.learn(batches, judged, reference, rate=0.0)
+    trainer.learn(batches, lambda: judged, reference, rate=0.0)
     hook.remove()
     return taken[0]
 

@@ -108,7 +108,7 @@ def _on_cpu(trainer: Trainer, before: int) -> dict[str, float]:
         "reference",
         lambda: references.extend(measure_all(trainer.reference, batches, trainer.precision)),
     )
-    phase("learn", lambda: trainer.learn(batches, judged, references, rate=1e-6))
+    phase("learn", lambda: trainer.learn(batches, lambda: judged, references, rate=1e-6))
     return seen
 
 

@@ -54,8 +54,9 @@ def run(
 ) -> BenchResult:
     """Trains with a reward that waits, as long as the reference pass times each of `lengths`.
 
-    Hidden is the part of the reward that the step does not wait for after the reference pass. The
-    reward only waits, so it stands for a scorer elsewhere: one on the same cores takes its share.
+    Hidden is the part of the reward that the step does not wait for after the reference's pass and
+    the policy's first. The reward only waits, so it stands for a scorer elsewhere: one on the same
+    cores takes its share.
     """
     at_least(1, num_prompts=num_prompts, rounds=rounds)
     at_least(2, group_size=group_size)

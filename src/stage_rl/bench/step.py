@@ -40,7 +40,7 @@ PHASES = {
     "step": "time/step_s",
 }
 """Rows of the table and the trainer's names of their durations."""
-NOTE = "judge: the trainer judges while the reference measures; the row is the wait that is left"
+NOTE = "judge: the trainer judges while it measures; the row is the wait that is left"
 IDEAL = "ideal: the bytes of the rollout as a copy moves them, the passes as one product computes"
 
 

@@ -20,16 +20,16 @@ class Clock:
             torch.cuda.reset_peak_memory_stats()
 
     def lap(self, name: str) -> None:
-        """Books the time since the last lap under time/NAME; NAME ends in _s. On a GPU also the
-        peak of the memory, under memory/ and the name with _gib.
+        """Adds the time since the last lap to time/NAME; NAME ends in _s. On a GPU also the peak of
+        the memory, under memory/ and the name with _gib.
         """
         if self._on_gpu:
             torch.cuda.synchronize()
-            phase = name.removesuffix("_s")
-            self.laps[f"memory/{phase}_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            peak, key = torch.cuda.max_memory_allocated(), f"memory/{name.removesuffix('_s')}_gib"
+            self.laps[key] = max(peak / 2**30, self.laps.get(key, 0.0))
             torch.cuda.reset_peak_memory_stats()
         now = time.perf_counter()
-        self.laps[f"time/{name}"] = now - self._last
+        self.laps[f"time/{name}"] = self.laps.get(f"time/{name}", 0.0) + now - self._last
         self._last = now
 
     def times(self) -> dict[str, float]:

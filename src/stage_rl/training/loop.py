@@ -6,8 +6,10 @@ objective itself is in `stage_rl.algorithm`, equation by equation.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 from stage_rl.errors import InputError, Stopped
@@ -31,7 +33,7 @@ from stage_rl.training.throughput import Drawn, overall_rates
 from stage_rl.training.trainer import Trainer
 from stage_rl.training.update import measure_all
 from stage_rl.training.watch import Watch
-from stage_rl.types import Prompt
+from stage_rl.types import Judged, Prompt
 
 
 def train(recipe: Recipe) -> Path:
@@ -130,7 +132,8 @@ def train_step(trainer: Trainer, step: int) -> Step:
     clock.lap("sample_s")
     drawn = Drawn.of(trainer.engine.drawn)
 
-    # Judge, while the reference measures; where the recipe asks so, draw equal rewards again first.
+    # Judge, while reference and policy measure; where the recipe asks so, draw equal rewards again
+    # first.
     verdict, numbers = trainer.judge.submit(rollout), {}
     if recipe.rollout.resample_equal_groups:
         rollout, verdict, numbers = redraw(trainer, rollout, verdict, step=step)
@@ -138,19 +141,18 @@ def train_step(trainer: Trainer, step: int) -> Step:
     batches = trainer.batches(rollout)
     reference = measure_all(trainer.reference, batches, trainer.precision)
     clock.lap("reference_s")
-    judged = trainer.ranks.join(verdict.result())
-    clock.lap("judge_wait_s")
+    numbers |= trainer.untrained_mismatch(batches[0])
+    clock.lap("mismatch_s")
 
-    # Measure the policy, credit each token, learn: one pass where there is one update.
-    rate, learned = learning_rate(step, recipe.steps, recipe.optimizer), None
-    if judged.kept_P.any():
-        numbers |= trainer.untrained_mismatch(batches[0])
-        clock.lap("mismatch_s")
-        learned = trainer.learn(batches, judged, reference, rate=rate)
-        numbers |= learning_metrics(learned, reference)
-        numbers |= trained_mismatch(learned.measured, rollout, recipe.algorithm)
+    # Measure the policy, wait for the verdict, credit each token, learn: one pass of the policy
+    # where there is one update.
+    rate = learning_rate(step, recipe.steps, recipe.optimizer)
+    judged = functools.cache(functools.partial(awaited, trainer, verdict, clock))
+    learned = trainer.learn(batches, judged, reference, rate=rate)
     clock.lap("learn_s")
     if learned:
+        numbers |= learning_metrics(learned, reference)
+        numbers |= trained_mismatch(learned.measured, rollout, recipe.algorithm)
         numbers |= trainer.rates(drawn, clock.laps)
 
     # Watch the drift from the reference on its own samples.
@@ -161,9 +163,17 @@ def train_step(trainer: Trainer, step: int) -> Step:
     trainer.refresh_reference_after(step)
 
     numbers = over_ranks(trainer.ranks.gather(numbers))
-    numbers |= reward_metrics(judged) | {"optimizer/lr": rate}
-    taken = Step(step, rollout, judged, reference, learned, numbers, clock)
+    numbers |= reward_metrics(judged()) | {"optimizer/lr": rate}
+    taken = Step(step, rollout, judged(), reference, learned, numbers, clock)
     return taken.joined(trainer.ranks) if trainer.is_logged(step) else taken
+
+
+def awaited(trainer: Trainer, verdict: Future[Judged], clock: Clock) -> Judged:
+    """The verdict on the images of all ranks, which is asked for while the step learns."""
+    clock.lap("learn_s")
+    judged = trainer.ranks.join(verdict.result())
+    clock.lap("judge_wait_s")
+    return judged
 
 
 def record(trainer: Trainer, run: RunFolder, taken: Step) -> dict[str, float]:

@@ -6,7 +6,7 @@ Shape suffixes: N completions, T image tokens.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -126,21 +126,24 @@ class Trainer:
     def learn(
         self,
         batches: Sequence[MicroBatch],
-        judged: Judged,
+        verdict: Callable[[], Judged],
         reference: Sequence[Measured],
         *,
         rate: float,
-    ) -> Learned:
-        """Learns from this rank's part of a step; the losses are those of all ranks together."""
+    ) -> Learned | None:
+        """Learns from this rank's part of a step; the losses are those of all ranks together.
+
+        `verdict` gives that of all ranks; None where it kept no group.
+        """
         learned = learn(
             self.policy,
             self.optimizer,
             batches,
-            judged=judged,
+            verdict=verdict,
             reference=reference,
             update=self.update(rate),
         )
-        return replace(learned, losses=self.ranks.join(learned.losses))
+        return learned and replace(learned, losses=self.ranks.join(learned.losses))
 
     def probe(self) -> MicroBatch:
         """This rank's samples of the reference the run began with, drawn on first use."""

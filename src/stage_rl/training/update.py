@@ -9,7 +9,7 @@ Shape suffixes: P prompts, G group, N = P x G completions, T image tokens, W wid
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -132,16 +132,20 @@ def learn(
     optimizer: torch.optim.Optimizer,
     batches: Sequence[MicroBatch],
     *,
-    judged: Judged,
+    verdict: Callable[[], Judged],
     reference: Sequence[Measured],
     update: Update,
-) -> Learned:
-    """One or more updates on a rollout. The old policy is the one of the first pass.
+) -> Learned | None:
+    """One or more updates on a rollout; None where no group was judged. The old policy is the one
+    of the first pass.
 
-    A loss or gradient that is not finite is a DivergedError.
+    `verdict` is asked for after the forward pass of the first micro-batch, behind which a reward
+    may hide. A loss or gradient that is not finite is a DivergedError.
     """
-    assert judged.kept_P.any(), "a step without a judged group has nothing to learn from"
-    first = _FirstPass([], [])
+    first = _FirstPass([], [], [_measure_to_learn(policy, batches[0], update)])
+    judged = verdict()
+    if not judged.kept_P.any():
+        return None
 
     def one_update() -> tuple[Losses, Tensor]:
         losses = _backward(
@@ -158,10 +162,7 @@ def learn(
     for _ in range(update.num_updates - 1):
         losses, norm = one_update()
     return Learned(
-        measured=Measured(
-            torch.cat([measured.logprobs_NT for measured in first.old]),
-            torch.cat([measured.entropy_NT for measured in first.old]),
-        ),
+        measured=first.measured(),
         credits=tuple(first.credits),
         losses=losses,
         grad_norm=norm.item(),
@@ -173,6 +174,18 @@ class _FirstPass(NamedTuple):
 
     old: list[Measured]
     credits: list[Credit]
+    begun: list[Measured]
+    """Of the first micro-batch, with gradient, until it is learned from."""
+
+    def measured(self) -> Measured:
+        """All micro-batches in one."""
+        logprobs = [measured.logprobs_NT for measured in self.old]
+        return Measured(torch.cat(logprobs), torch.cat([part.entropy_NT for part in self.old]))
+
+
+def _measure_to_learn(policy: Policy, batch: MicroBatch, update: Update) -> Measured:
+    penalized = update.settings.entropy.mode == "loss"
+    return measure(policy, batch, update.precision, entropy_grad=penalized)
 
 
 def _backward(
@@ -188,8 +201,7 @@ def _backward(
     num_kept, settings = int(judged.kept_P.sum()), update.settings
     parts: list[Losses] = []
     for index, (batch, ref) in enumerate(zip(batches, reference, strict=True)):
-        penalized = settings.entropy.mode == "loss"
-        now = measure(policy, batch, update.precision, entropy_grad=penalized)
+        now = first.begun.pop() if first.begun else _measure_to_learn(policy, batch, update)
         if len(first.old) == index:
             first.old.append(Measured(now.logprobs_NT.detach(), now.entropy_NT.detach()))
             first.credits.append(_credit(policy, batch, first.old[index], ref, judged, settings))
