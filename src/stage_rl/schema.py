@@ -71,6 +71,10 @@ class DetectorConfig(Component):
     def build(self, device: torch.device) -> Detector:
         """The detector with its weights on a device."""
 
+    def objection(self, prompt: Prompt) -> str | None:
+        """Why this detector cannot find what a prompt asks for; None: it can."""
+        return None
+
     def reference_cases(self) -> tuple[ReferenceCase, ...]:
         """Image pairs that the GenEval rules must order with this detector; none by default."""
         return ()

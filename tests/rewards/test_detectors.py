@@ -90,6 +90,19 @@ def test_names_go_by_the_output_not_by_the_model_of_coco():
     assert (CLASSES[0], CLASSES[16], CLASSES[79]) == ("person", "dog", "toothbrush")
 
 
+def test_a_prompt_for_what_is_never_found_is_told_before_training():
+    reward = load_reward("geneval")
+    assert reward.detector == Mask2FormerConfig()
+    circle = {**single_object_record("cat"), "include": [{"class": "circle", "count": 1}]}
+    assert reward.objection(prompts()[0]) is None
+    assert reward.objection(Prompt("a photo of a circle", 0, circle)) == (
+        "finds the 80 classes of GenEval, not 'circle'"
+    )
+    shapes = load_reward("geneval", ["detector.kind=shapes"])
+    assert shapes.objection(Prompt("a photo of a circle", 0, circle)) is None
+    assert "needs 'tag'" in reward.objection(Prompt("a cat", 0))
+
+
 def test_a_model_of_other_classes_is_refused(tmp_path):
     tiny_mask2former(num_labels=150).save_pretrained(tmp_path)
     with pytest.raises(WeightsError, match="knows 150 classes; GenEval needs the 80"):

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
+from stage_rl.rewards.config_detectors import Mask2FormerConfig
 from stage_rl.schema import DetectorConfig, RewardConfig
+from stage_rl.types import Prompt
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +23,7 @@ class GenEvalRewardConfig(RewardConfig):
 
     required_fields: ClassVar[tuple[str, ...]] = ("tag", "include")
 
-    detector: DetectorConfig
+    detector: DetectorConfig = Mask2FormerConfig()
     """What finds the objects and their colours."""
     compat: Literal["fixed", "release"] = "fixed"
     """release: the released score, which adds 1 to a missed relation."""
@@ -47,6 +49,10 @@ class GenEvalRewardConfig(RewardConfig):
             max_objects=self.max_objects,
         )
         return GenEvalReward(self.detector.build(device), rules)
+
+    def objection(self, prompt: Prompt) -> str | None:
+        """Also what the detector cannot find."""
+        return super().objection(prompt) or self.detector.objection(prompt)
 
     def reference_cases(self) -> tuple[ReferenceCase, ...]:
         """Those of the detector: the rules themselves need no weights."""

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from stage_rl.prompts import CLASSES
 from stage_rl.rewards.config_scorers import CLIP_L14, TINY
 from stage_rl.schema import DetectorConfig
+from stage_rl.types import Prompt
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +54,14 @@ class Mask2FormerConfig(DetectorConfig):
             swap_rb=self.swap_rb,
         )
         return detector if self.jpeg_quality is None else OnJpeg(detector, self.jpeg_quality)
+
+    def objection(self, prompt: Prompt) -> str | None:
+        """That a clause asks for something that is never found; random weights take anything."""
+        clauses = prompt.metadata.get("include") or ()
+        unknown = [clause["class"] for clause in clauses if clause["class"] not in CLASSES]
+        if self.path == TINY or not unknown:
+            return None
+        return f"finds the {len(CLASSES)} classes of GenEval, not '{unknown[0]}'"
 
     def reference_cases(self) -> tuple[ReferenceCase, ...]:
         """Photographs of a cat and a cup, and the cat in two colours; none for random weights."""
