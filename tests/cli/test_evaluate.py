@@ -119,3 +119,6 @@ def test_eval_without_anything_to_score_is_one_line(tmp_path, run_main):
     code, printed = run_main("eval", "--images", tmp_path)
     assert code == 2
     assert printed.startswith("error: --images: shapes-geneval draws its own; write another")
+    code, printed = run_main("eval", "--images", tmp_path, "--benchmark", "ocr", "--against", "x")
+    assert (code, printed.count("\n")) == (2, 1)
+    assert printed.startswith("error: --against: compares models")

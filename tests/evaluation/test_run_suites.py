@@ -280,7 +280,7 @@ def test_a_reward_that_fails_twice_ends_the_run_and_keeps_what_is_scored(
         (["hsp.path=x"], "hsp: no scorer of that name; did you mean 'hps'?"),
         (["hps"], "hps: is no setting of a scorer; write SCORER.key=value"),
         (["hps=3"], "hps: write hps.key=value, or hps=null to leave it out"),
-        (["hps.pth=x"], "hps: hps.pth: unknown key; did you mean 'path'?"),
+        (["hps.pth=x"], "hps: hps.pth: unknown key; did you mean 'path'?; hps=null leaves it out"),
         (["hps.jpeg_quality=500"], "hps: hps.jpeg_quality: 500 is out of range"),
         (["new.kind=hsp"], "did you mean 'hps'?"),
     ],

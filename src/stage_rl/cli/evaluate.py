@@ -73,10 +73,12 @@ def evaluate(
     from stage_rl.evaluation.runner import Request, parse_overrides
 
     check_writable(json_file)
-    given = list(settings or ())
     if images is not None and model is not None:
         # Without a model the first setting stands in its place.
-        model, given = None, [model, *given]
+        model, settings = None, [model, *(settings or ())]
+    if smoke and images is None:
+        model = model or "shapes"
+    names = _names(benchmark or [SHAPES], model, images=images, against=against)
     request = Request(
         out=out,
         data=data,
@@ -86,30 +88,30 @@ def evaluate(
         seed=seed,
         dtype=dtype,
         smoke=smoke,
-        scorers=parse_overrides(given),
+        scorers=parse_overrides(settings or ()),
     )
-    if model is None and images is None and smoke:
-        model = "shapes"
-    names = _names(benchmark or [SHAPES], model, images)
-    if smoke:
-        images_per_task = 2
-        names += [SHAPES] if "all" in names and images is None else []
-    outcomes: dict[str, Outcome] = {}
     published = [name for name in names if name != SHAPES]
-    if len(published) < len(names):
-        outcomes[SHAPES] = _shapes(str(model), against, request, images_per_task)
+    outcomes: dict[str, Outcome] = {}
+    if published != names or (smoke and "all" in names and images is None):
+        outcomes[SHAPES] = _shapes(str(model), against, request, 2 if smoke else images_per_task)
     if published:
         outcomes |= _published(model, against, published, request)
     figures = {name: outcome.to_json() for name, outcome in outcomes.items()}
     write_json(json_file, figures if len(figures) > 1 else next(iter(figures.values())))
 
 
-def _names(names: Sequence[str], model: str | None, images: Path | None) -> list[str]:
+def _names(
+    names: Sequence[str], model: str | None, *, images: Path | None, against: str | None
+) -> list[str]:
     """The benchmarks; an InputError where there is nothing to score, or images that do not fit."""
     if model is None and images is None:
         raise InputError("MODEL: is missing; write one, or --images FOLDER")
     if images is not None and SHAPES in names:
         raise InputError(f"--images: {SHAPES} draws its own; write another --benchmark: {NAMES}")
+    if images is not None and against is not None:
+        raise InputError(
+            "--against: compares models on the same random streams; leave out --images"
+        )
     return list(names)
 
 

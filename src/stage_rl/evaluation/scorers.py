@@ -63,7 +63,8 @@ def scorers_of(
         try:
             config = RewardConfig.model_validate({**_merged(settings, own), "name": name})
         except ValidationError as error:
-            raise InputError(f"{suite.name}: {name}.{explain(error)}") from error
+            told = f"{suite.name}: {name}.{explain(error)}"
+            raise InputError(f"{told}; {name}=null leaves it out") from error
         scorers[name] = (scorer, config)
     return scorers
 
