@@ -2,7 +2,7 @@
 
 import pytest
 
-from stage_rl.errors import RecipeError, RewardError
+from stage_rl.errors import InputError, RewardError
 
 PARTS = """
 from stage_rl import RewardConfig, Score
@@ -56,16 +56,20 @@ def test_a_recipe_is_checked_reward_by_reward(stage):
 
 def test_a_wrong_name_or_setting_says_what_to_write(bright, stage):
     done = stage("rewards", "check", "shapes_genevil")
-    assert isinstance(done.exception, RecipeError)
+    assert isinstance(done.exception, InputError)
     assert "did you mean 'shapes_geneval'?" in str(done.exception)
+    done = stage("rewards", "check", "hpsv2")
+    assert str(done.exception).startswith("hpsv2: no reward or recipe; did you mean 'hps'?")
+    done = stage("rewards", "check", "brightness")
+    assert "write one of: geneval, hps, pickscore" in str(done.exception)
     done = stage("rewards", "check", bright, "sing=1")
     assert str(done.exception) == f"{bright}: sing: unknown key; did you mean 'sign'?"
 
 
-def test_a_missing_detector_is_one_line_without_loading_torch(stage_process):
-    done = stage_process("rewards", "check", "geneval")
+def test_a_missing_setting_is_one_line_without_loading_torch(stage_process):
+    done = stage_process("rewards", "check", "aesthetic")
     assert done.returncode == 2
-    assert done.stderr == "error: geneval: detector: is required; write a value\n"
+    assert done.stderr == "error: aesthetic: head: is required; write a value\n"
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,6 +17,14 @@ from stage_rl.rewards.bearer import TOKEN_ENV, read_token
 if TYPE_CHECKING:
     from stage_rl.schema import RewardConfig
 
+Name = Annotated[
+    str, typer.Argument(help="Kind of a reward, module:Class, a built-in recipe or YAML file.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Settings as dotted.key=value.", metavar="[KEY=VALUE]..."),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 app = typer.Typer(
     help="Check rewards before they steer a training; serve them over HTTP.",
     no_args_is_help=True,
@@ -29,14 +39,9 @@ def _group() -> None:
 
 @app.command()
 def check(
-    name: Annotated[
-        str, typer.Argument(help="Kind of a reward, module:Class, a built-in recipe or YAML file.")
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(help="Settings as dotted.key=value.", metavar="[KEY=VALUE]..."),
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    name: Name,
+    overrides: Overrides = None,
+    device: Device = "auto",
 ) -> None:
     """Score reference images of known order; exit with 1 where the order is wrong."""
     configs = _rewards(name, overrides or [])
@@ -53,13 +58,8 @@ def check(
 
 @app.command()
 def serve(
-    name: Annotated[
-        str, typer.Argument(help="Kind of a reward, module:Class, a built-in recipe or YAML file.")
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(help="Settings as dotted.key=value.", metavar="[KEY=VALUE]..."),
-    ] = None,
+    name: Name,
+    overrides: Overrides = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
     host: Annotated[
         str, typer.Option(help="Address to bind to; beyond loopback a token is required.")
@@ -70,7 +70,7 @@ def serve(
     token_env: Annotated[
         str, typer.Option(help="Environment variable with the token, without a file.")
     ] = TOKEN_ENV,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Images of a call.")] = 32,
     delay_ms: Annotated[
         float, typer.Option(min=0, callback=finite, help="How long an image waits for others.")
@@ -112,11 +112,18 @@ def _require_server() -> None:
 
 
 def _rewards(name: str, overrides: list[str]) -> tuple[RewardConfig, ...]:
-    """The rewards behind a reward's kind or a recipe."""
-    from stage_rl.config import load_recipe, load_reward
+    """The rewards behind a reward's kind or a recipe; an InputError for a name that is neither."""
+    from stage_rl.config import FILE_SUFFIXES, list_recipes, load_recipe, load_reward
 
-    if name in registry.BUILT_IN["reward"] or ":" in name:
+    kinds = registry.BUILT_IN["reward"]
+    if name in kinds or ":" in name:
         return (load_reward(name, overrides),)
+    recipes = list_recipes()
+    is_file = Path(name).suffix in FILE_SUFFIXES or Path(name).name != name
+    if name not in recipes and not is_file:
+        near = difflib.get_close_matches(name, [*kinds, *recipes], n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"write one of: {', '.join(kinds)}"
+        raise InputError(f"{name}: no reward or recipe; {hint} (or module:Class, or a recipe)")
     return load_recipe(name, overrides).rewards
 
 
