@@ -226,4 +226,4 @@ def test_the_documented_example_speaks_the_protocol(tmp_path, monkeypatch):
             reward(images(5), PROMPTS)
     finally:
         reward.close()
-    assert [(score.value, score.why) for score in scores] == [(0.8, "quality 4.00 of 5")] * 3
+    assert [(score.value, score.why) for score in scores] == [(4.0, "quality 4.00 of 5")] * 3
