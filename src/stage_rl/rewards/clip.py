@@ -147,10 +147,11 @@ def load_open_clip(
 
     Sizes and tokenizer are those of `base`, a folder or hub id in transformers' layout.
     """
+    weights = find_file(path, file)
     config: Any = load_part(CLIPConfig.from_pretrained, base, "the configuration")
     tokenizer = _tokenizer(base)
     config.text_config.eos_token_id = tokenizer.eos_token_id
-    tensors = read_tensors(find_file(path, file), entry="state_dict")
+    tensors = read_tensors(weights, entry="state_dict")
     converted = from_open_clip(tensors, config, source=f"{path}/{file}")
     module = fill(CLIPModel, config, converted, source=f"{path}/{file}", dtype=dtype, device=device)
     return Clip(module, tokenizer, batch_size=batch_size)
