@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -22,27 +22,15 @@ class Meters:
             ["reward", "outcome"],
             registry=self._registry,
         )
-        self._request_s = Histogram(
-            f"{PREFIX}_request_seconds",
-            "From the head of a request to its answer.",
-            ["reward"],
-            buckets=SECONDS,
-            registry=self._registry,
+        self._request_s = self._histogram(
+            "request_seconds", "From the head of a request to its answer.", SECONDS
         )
-        self._call_images = Histogram(
-            f"{PREFIX}_call_images",
+        self._call_images = self._histogram(
+            "call_images",
             "Images of a call of the reward; their sum is the number of images scored.",
-            ["reward"],
-            buckets=IMAGES,
-            registry=self._registry,
+            IMAGES,
         )
-        self._call_s = Histogram(
-            f"{PREFIX}_call_seconds",
-            "Duration of a call of the reward.",
-            ["reward"],
-            buckets=SECONDS,
-            registry=self._registry,
-        )
+        self._call_s = self._histogram("call_seconds", "Duration of a call of the reward.", SECONDS)
 
     def request(self, reward: str, outcome: str, seconds: float) -> None:
         """Counts a request; `reward` must be one of the server's, or ''."""
@@ -62,3 +50,9 @@ class Meters:
     def text(self) -> bytes:
         """All figures."""
         return generate_latest(self._registry)
+
+    def _histogram(self, name: str, what: str, buckets: Sequence[float]) -> Histogram:
+        """A figure of each reward."""
+        return Histogram(
+            f"{PREFIX}_{name}", what, ["reward"], buckets=buckets, registry=self._registry
+        )
