@@ -24,8 +24,9 @@ def dog_and_cat(dog, cat, scores=(0.9, 0.8)):
     return [Detection("dog", scores[0], dog), Detection("cat", scores[1], cat)]
 
 
-def plane(found, info=LEFT, *, trusted=False, size=SIZE, threshold=0.5):
-    return plane_score(found, info, size=size, threshold=threshold, trusted=trusted).value
+def plane(found, info=LEFT, *, trusted=False, size=SIZE, threshold=0.5, compat="fixed"):
+    rules = {"threshold": threshold, "trusted": trusted, "compat": compat}
+    return plane_score(found, info, size=size, **rules).value
 
 
 def test_a_relation_in_the_plane_has_the_published_score():
@@ -37,6 +38,17 @@ def test_a_relation_in_the_plane_has_the_published_score():
     assert plane(dog_and_cat((100, 0, 150, 50), (0, 0, 50, 50))) == 0
     # One object: 0.25 x 0.99.
     assert plane([Detection("dog", 0.99, (0, 0, 9, 9))]) == 0
+
+
+def test_on_top_of_is_a_relation_in_the_fixed_form_alone():
+    above = dog_and_cat((0, 0, 50, 50), (0, 100, 50, 150))
+    for locality, fixed, released in (
+        ("on the top of", 0.925, 0.925),
+        ("on top of", 0.925, 0.0),  # 0.425, which is below a half
+    ):
+        info = {**LEFT, "locality": locality}
+        assert plane(above, info) == pytest.approx(fixed)
+        assert plane(above, info, compat="release") == pytest.approx(released)
 
 
 def test_near_is_150_pixels_of_an_image_of_479():
@@ -79,6 +91,22 @@ def test_depth_counts_order_and_overlap():
     assert depth_score(
         alone, info, depth_HW=near_left, threshold=0.5, trusted=False
     ).value == pytest.approx(0.2)
+
+
+def test_depth_as_released_is_read_with_axes_exchanged():
+    # Nearer to the top: the upper one is in front, but both are as near along the other axis.
+    near_top = np.tile(np.linspace(1, 0, 400, dtype=np.float32)[:, None], (1, 400))
+    info = {**LEFT, "locality": "in front of"}
+    # Shifted down by 20: 180 / 220, above a half. Shifted by 100 of 300: just a half, 200 / 400.
+    shifted = dog_and_cat((100, 100, 300, 300), (100, 120, 300, 320), scores=(1.0, 1.0))
+    half = dog_and_cat((0, 0, 300, 100), (100, 0, 400, 100), scores=(1.0, 1.0))
+    rules = {"threshold": 0.5, "trusted": False}
+    assert depth_score(shifted, info, depth_HW=near_top, **rules).value == 1
+    assert depth_score(shifted, info, depth_HW=near_top, **rules, compat="release").value == 0.5
+    # Nearer to the left, which the released form finds at the top.
+    assert depth_score(half, info, depth_HW=near_top.T, **rules).value == 1
+    assert depth_score(half, info, depth_HW=near_top, **rules, compat="release").value == 0.5
+    assert depth_score(half, info, depth_HW=near_top, **rules).value == 0.5
 
 
 def test_numbers_count_half_for_presence_and_half_for_the_exact_count():

@@ -12,6 +12,7 @@ from torch import Tensor
 from stage_rl.rewards.base import Detector, Score
 from stage_rl.rewards.compbench import depth_score, numeracy_score, plane_score
 from stage_rl.rewards.depth import DepthModel
+from stage_rl.rewards.t2i_r1 import Compat
 from stage_rl.types import Prompt
 
 
@@ -23,6 +24,7 @@ class PlaneReward:
     threshold: float
     trusted: bool
     """What is above the threshold counts in full."""
+    compat: Compat = "fixed"
 
     def __call__(self, images_NHWC: Tensor, prompts: list[Prompt]) -> list[Score]:
         """One score per image."""
@@ -34,6 +36,7 @@ class PlaneReward:
                 size=(width, height),
                 threshold=self.threshold,
                 trusted=self.trusted,
+                compat=self.compat,
             )
             for found, prompt in zip(self.detector(images_NHWC, prompts), prompts, strict=True)
         ]
@@ -47,6 +50,7 @@ class DepthReward:
     depth: DepthModel
     threshold: float
     trusted: bool
+    compat: Compat = "fixed"
 
     def __call__(self, images_NHWC: Tensor, prompts: list[Prompt]) -> list[Score]:
         """One score per image."""
@@ -58,6 +62,7 @@ class DepthReward:
                 depth_HW=depth_HW,
                 threshold=self.threshold,
                 trusted=self.trusted,
+                compat=self.compat,
             )
             for found, prompt, depth_HW in zip(
                 detections, prompts, self.depth(images_NHWC), strict=True

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stage_rl.rewards.base import Detection, Score
-from stage_rl.rewards.t2i_r1 import Box, Size, iou, position_score
+from stage_rl.rewards.t2i_r1 import RELEASED_SIDES, Box, Compat, Size, iou, position_score
 
 SHORT_SIDE = 479
 """Pixels of the shorter side at which the published evaluator measures distances."""
@@ -50,11 +50,13 @@ def plane_score(
     size: Size,
     threshold: float,
     trusted: bool,
+    compat: Compat = "fixed",
 ) -> Score:
     """A quarter of each object's confidence and half for their relation; below 0.5 it is 0.
 
     `trusted` lets what is above the threshold count in full, as for a detector whose confidences
     are not those that the rule was made for; then 0.5, which no relation adds to, is 0 as well.
+    Released: "on top of" is a relation that never holds.
     """
     found = _best(detections, info, threshold)
     shares = {name: 1.0 if trusted else one.score for name, one in found.items()}
@@ -63,6 +65,8 @@ def plane_score(
     scale = SHORT_SIDE / min(size)
     first, second = (_scaled(found[info[key]].box, scale) for key in ("obj1", "obj2"))
     position = position_score(info["locality"], first, second, size=NEAR_SIZE)
+    if compat == "release" and info["locality"] not in RELEASED_SIDES:
+        position = 0.0
     return _cut(_placed(info, shares, position), trusted=trusted)
 
 
@@ -73,21 +77,26 @@ def depth_score(
     depth_HW: NDArray[np.float32],
     threshold: float,
     trusted: bool,
+    compat: Compat = "fixed",
 ) -> Score:
     """The same in depth, with larger values nearer: right order and overlap count, without a cut.
 
     An overlap of half or more counts in full, a smaller one in proportion, none at all as 0.
+    Released: depth is looked up with both axes exchanged, and an overlap of just half is 0.
     """
     found = _best(detections, info, threshold)
     shares = {name: 1.0 if trusted else one.score for name, one in found.items()}
     if len(found) < 2:
         return _placed(info, shares, 0.0)
     first, second = (found[info[key]].box for key in ("obj1", "obj2"))
-    nearness = [_mean_depth(box, depth_HW) for box in (first, second)]
+    looked_up = depth_HW.T if compat == "release" else depth_HW
+    nearness = [_mean_depth(box, looked_up) for box in (first, second)]
     in_order = nearness[0] > nearness[1]
     if info["locality"] in BEHIND:
         in_order = nearness[0] < nearness[1]
-    position = min(iou(first, second) / 0.5, 1.0) if in_order else 0.0
+    overlap = iou(first, second)
+    overlap = 0.0 if compat == "release" and overlap == 0.5 else overlap
+    position = min(overlap / 0.5, 1.0) if in_order else 0.0
     return _placed(info, shares, position)
 
 

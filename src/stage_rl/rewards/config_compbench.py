@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -52,13 +52,17 @@ class PlaneConfig(ArrangementConfig):
 
     confidences: bool = False
     """Weigh an object by the detector's confidence, as published for another detector."""
+    compat: Literal["fixed", "release"] = "fixed"
+    """release: the released score: "on top of" never holds, depth is read with axes exchanged."""
 
     def build(self, device: torch.device) -> Reward:
         """The reward with its detector on a device."""
         from stage_rl.rewards.arrangement import PlaneReward
 
         detector = self.detector.build(device)
-        return PlaneReward(detector, self.threshold, trusted=not self.confidences)
+        return PlaneReward(
+            detector, self.threshold, trusted=not self.confidences, compat=self.compat
+        )
 
 
 class DepthConfig(PlaneConfig):
@@ -80,7 +84,9 @@ class DepthConfig(PlaneConfig):
             self.depth, side=self.depth_side, batch_size=self.batch_size, device=device
         )
         detector = self.detector.build(device)
-        return DepthReward(detector, depth, self.threshold, trusted=not self.confidences)
+        return DepthReward(
+            detector, depth, self.threshold, trusted=not self.confidences, compat=self.compat
+        )
 
 
 class NumeracyConfig(ArrangementConfig):
