@@ -1,5 +1,7 @@
 """The aesthetic predictor: an affine head on unit vectors, read from the published layout."""
 
+import os
+
 import pytest
 import torch
 
@@ -85,6 +87,13 @@ def test_the_published_head_has_the_tensors_of_ours():
     assert set(head.state_dict()) == set(published_head())
     wanted = 769 * 1024 + 1025 * 128 + 129 * 64 + 65 * 16 + 17
     assert sum(p.numel() for p in head.parameters()) == wanted
+
+
+@pytest.mark.skipif("STAGE_AESTHETIC_HEAD" not in os.environ, reason="names the published file")
+def test_the_published_head_rates_three_vectors_as_its_authors_code_does():
+    head = load_head(os.environ["STAGE_AESTHETIC_HEAD"], width=768)
+    vectors_ND = torch.stack([torch.zeros(768), torch.eye(768)[0], torch.full((768,), 768**-0.5)])
+    assert head(vectors_ND).tolist() == pytest.approx([5.2366458, 4.5450524, 4.8832849], abs=1e-5)
 
 
 def test_the_self_test_is_a_photograph_against_noise():
