@@ -21,6 +21,7 @@ from stage_rl.prompts import (
     load_t2i_r1,
 )
 from stage_rl.prompts.t2i_compbench import CATEGORIES
+from stage_rl.rewards.t2i_r1 import SIDES
 
 FOLDER = os.environ.get("STAGE_PROMPT_DATA")
 pytestmark = pytest.mark.skipif(FOLDER is None, reason="needs STAGE_PROMPT_DATA")
@@ -51,6 +52,13 @@ def test_the_t2i_r1_set_has_its_task_types():
         "object": 200,
     }
     assert sum("attr_nouns" in prompt.metadata for prompt in prompts) == 2256
+    infos = [p.metadata["spatial_info"] for p in prompts if p.metadata["task_type"] == "spatial"]
+    assert Counter(info["locality"] for info in infos) == {
+        **{"left of": 392, "below": 375, "right of": 369, "above": 364, "on the bottom of": 134},
+        **{"on the left of": 130, "on the right of": 128, "on the top of": 121},
+        **{"next to": 61, "on side of": 61, "near": 60},
+    }
+    assert {info["locality"] for info in infos} <= SIDES.keys()
     some = load_t2i_r1(DATA / "t2i_r1" / "train.jsonl", ["object"])
     assert [p for p in prompts if p.metadata["task_type"] == "object"] == list(some)
 
