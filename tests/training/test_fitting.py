@@ -19,6 +19,7 @@ from stage_rl.training.fitting import (
 from stage_rl.training.memory import Work, layer_bytes, predict
 from stage_rl.training.setup import build_trainer
 
+SMALLEST = ("training.groups_per_microbatch=1", "training.activation_checkpointing=full")
 SIZE_7B = KNOWN["deepseek-community/Janus-Pro-7B"]
 
 
@@ -94,6 +95,16 @@ def test_more_processes_need_less_each():
     assert peaks == sorted(peaks, reverse=True)
 
 
+def test_several_processes_load_whole_weights_before_they_share_them():
+    recipe = recipe_7b("rollout.release_cache=true")
+    plan = plan_of(recipe, num_processes=8)
+    # All weights in fp32, and the reference: layers in bf16, the text embedding in fp32.
+    assert plan.totals["load"] / GB == pytest.approx(29.63 + 13.82, abs=0.01)
+    assert "load" not in plan_of(recipe).phases
+    with pytest.raises(RecipeError, match="the phase load needs 43 GB"):
+        check_memory(with_overrides(recipe, SMALLEST), 40, num_processes=8)
+
+
 @pytest.mark.parametrize("memory_gb", [96, 141, 192])
 def test_the_settings_that_are_named_make_it_fit_and_none_is_superfluous(memory_gb):
     recipe = recipe_7b("probe.every=0")
@@ -144,3 +155,17 @@ def test_the_report_names_what_would_be_downloaded(monkeypatch, tmp_path):
     again = report(load_recipe("janus_pro_7b_geneval"), 80.0)
     assert "Would be downloaded: openai/clip-vit-large-patch14" not in again
     assert again[-1] == "Memory of the GPU: 80.0 GB"
+
+
+def test_a_folder_of_a_hub_model_is_a_download_too(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    recipe = recipe_7b("policy.path=krennic/STAGE/geneval@main")
+    assert "Would be downloaded: krennic/STAGE/geneval@main" in report(recipe, None)
+    (tmp_path / "models--krennic--STAGE" / "snapshots").mkdir(parents=True)
+    assert "Would be downloaded: krennic/STAGE/geneval@main" not in report(recipe, None)
+
+
+def test_the_report_of_several_processes_is_that_of_each():
+    lines = report(load_recipe("janus_pro_7b_geneval"), 80.0, num_processes=8)
+    (head,) = (line for line in lines if line.startswith("Memory of one GPU"))
+    assert "for each of 8 processes" in head

@@ -31,25 +31,28 @@ def train(
     from stage_rl import config
 
     settings = config.load_recipe(recipe, overrides or ())
-    if dry_run:
-        typer.echo(f"# Run folder: {config.run_folder(settings)}")
-        typer.echo(config.describe(settings), nl=False)
-        _say_needs(settings)
-        return
     from stage_rl.training.distributed import launched
+
+    ranks = launched()
+    if dry_run:
+        if ranks.first:
+            typer.echo(f"# Run folder: {config.run_folder(settings)}")
+            typer.echo(config.describe(settings), nl=False)
+            _say_needs(settings, num_processes=ranks.size)
+        return
     from stage_rl.training.loop import train as run
 
-    if launched().first:
+    if ranks.first:
         _say_leaks(settings)
     folder = run(settings)
-    if not launched().first:
+    if not ranks.first:
         return
     if settings.evaluation is not None:
         typer.echo(_evaluation(settings, folder))
     typer.echo(f"run: {folder}")
 
 
-def _say_needs(settings: Recipe) -> None:
+def _say_needs(settings: Recipe, *, num_processes: int) -> None:
     """Says what would be downloaded and what memory is needed; a RecipeError where it is not there.
 
     Nothing is loaded.
@@ -57,9 +60,9 @@ def _say_needs(settings: Recipe) -> None:
     from stage_rl.training.fitting import check_memory, gpu_memory_gb, plan_of, report
 
     memory_gb = gpu_memory_gb(settings) if plan_of(settings) else None
-    for line in report(settings, memory_gb):
+    for line in report(settings, memory_gb, num_processes=num_processes):
         typer.echo(f"# {line}")
-    check_memory(settings, memory_gb)
+    check_memory(settings, memory_gb, num_processes=num_processes)
 
 
 def _say_leaks(settings: Recipe) -> None:

@@ -122,8 +122,18 @@ KNOWN = {
 """Models of the hub by id."""
 
 
+_LLAMA = {
+    "vocab_size": 32_000,
+    "hidden_size": 4096,
+    "intermediate_size": 11_008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+}
+
+
 def size_of(path: str) -> ModelSize | None:
-    """The size of a folder in transformers' layout, of `shapes` or of a known hub id, else None."""
+    """The size of a folder in either layout, of `shapes` or of a known hub id, else None."""
     if path == "shapes":
         path = str(resources.files("stage_rl") / "shapes" / "checkpoint")
     folder = Path(path).expanduser()
@@ -133,9 +143,24 @@ def size_of(path: str) -> ModelSize | None:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise WeightsError(f"{path}: config.json cannot be read ({error})") from error
+    if "language_config" in config and "gen_vision_config" in config:
+        return _from_config(*_of_original(config), folder)
     if "text_config" not in config or "vq_config" not in config:
         return None
     return _from_config(config["text_config"], config["vq_config"], folder)
+
+
+def _of_original(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings of decoder and image tokenizer in DeepSeek's layout, as transformers has them.
+
+    What the file leaves out has LlamaConfig's defaults.
+    """
+    vision, vq = (config[name]["params"] for name in ("vision_config", "gen_vision_config"))
+    sizes = {"num_embeddings": vq["image_token_size"]}
+    sizes["num_patches"] = vision["image_size"] // vision.get("patch_size", 16)
+    sizes |= {"base_channels": vq["ch"]} if "ch" in vq else {}
+    sizes |= {"channel_multiplier": vq["ch_mult"]} if "ch_mult" in vq else {}
+    return {**_LLAMA, **config["language_config"]}, sizes
 
 
 def _from_config(text: Mapping[str, Any], vq: Mapping[str, Any], folder: Path) -> ModelSize:
@@ -156,6 +181,10 @@ def _from_config(text: Mapping[str, Any], vq: Mapping[str, Any], folder: Path) -
         others=0,
     )
     stored = sum(map(_stored_parameters, folder.glob("*.safetensors")))
+    if stored == 0:  # pickles, which are published in bf16, are not opened for this
+        stored = (
+            sum(f.stat().st_size for end in ("bin", "pt") for f in folder.glob(f"*.{end}")) // 2
+        )
     return ModelSize(**{**vars(size), "others": max(0, stored - size.total)})
 
 

@@ -21,7 +21,7 @@ from stage_rl.training.memory import Plan, predict
 GB = 1e9
 SHARE = 0.95
 """Of a GPU's memory; the rest is left to the driver and to gaps of the allocator."""
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:/[\w.-]+)*(?:@[\w./-]+)?")
 PROCESSES = (1, 2, 4, 8)
 ADAPTER = "policy.lora.rank=64"
 
@@ -127,13 +127,14 @@ def with_overrides(recipe: Recipe, overrides: Iterable[str]) -> Recipe | None:
         return None
 
 
-def report(recipe: Recipe, memory_gb: float | None) -> list[str]:
+def report(recipe: Recipe, memory_gb: float | None, *, num_processes: int = 1) -> list[str]:
     """What `--dry-run` says of downloads and memory."""
     lines = _downloads(recipe)
-    plan = plan_of(recipe)
+    plan = plan_of(recipe, num_processes=num_processes)
     if plan is None:
         return [*lines, "Memory: not predicted; the dimensions of the policy are not known here."]
-    lines += ["Memory of one GPU in GB, predicted for a single process without reward models:"]
+    several = f"each of {num_processes} processes" if num_processes > 1 else "a single process"
+    lines += [f"Memory of one GPU in GB, predicted for {several} without reward models:"]
     lines += _table(plan)
     needs = {
         n: plan_of(recipe, num_processes=n)
@@ -217,15 +218,16 @@ def _paths(tree: Any) -> Iterable[str]:
     elif isinstance(tree, list):
         for item in tree:
             yield from _paths(item)
-    elif isinstance(tree, str) and HUB_ID.fullmatch(tree):
+    elif isinstance(tree, str) and tree[0:1] not in (".", "/") and HUB_ID.fullmatch(tree):
         yield tree
 
 
 def _is_cached(path: str) -> bool:
-    """Whether anything of a hub id lies in the local cache."""
+    """Whether anything of the repository of a hub id lies in the local cache."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    return (Path(HF_HUB_CACHE) / f"models--{path.replace('/', '--')}" / "snapshots").is_dir()
+    repository = "--".join(path.partition("@")[0].split("/")[:2])
+    return (Path(HF_HUB_CACHE) / f"models--{repository}" / "snapshots").is_dir()
 
 
 def _table(plan: Plan) -> list[str]:

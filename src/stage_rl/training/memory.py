@@ -12,7 +12,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from stage_rl.policies.config import JanusConfig
 from stage_rl.policies.sizes import ModelSize
@@ -28,7 +28,8 @@ IMAGES_DECODED = 32
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes of one GPU by phase and by what takes them; the phases are those of the metrics."""
+    """Bytes of one GPU by phase and by what takes them; the phases are those of the metrics, and of
+    several processes `load`, before anything is shared."""
 
     phases: Mapping[str, Mapping[str, float]]
 
@@ -141,10 +142,14 @@ def predict(
     probe = recipe.probe
     if probe.every:
         drawn = max(1, probe.num_prompts // num_processes) * probe.images_per_prompt
+        cache = _cache(work, min(drawn, rollout.max_images or drawn))
         phases["probe"] = kept | {
-            "probe's sampler": _sampler(work) + _cache(work, drawn),
+            "probe's sampler": _sampler(work) + cache,
             "images": _images(work, drawn),
         }
+    if num_processes > 1:
+        alone = replace(work, num_processes=1)
+        phases["load"] = {"weights": _weights(alone), "reference": _reference(alone)}
     return Plan(phases)
 
 

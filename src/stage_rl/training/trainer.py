@@ -149,7 +149,8 @@ class Trainer:
         """This rank's samples of the reference the run began with, drawn on first use."""
         if self._probe is None:
             settings = self.recipe.probe
-            engine = Engine(self.reference, dtype=self.recipe.rollout.dtype)
+            drawing = self.recipe.rollout
+            engine = Engine(self.reference, dtype=drawing.dtype, max_images=drawing.max_images)
             rollout = self.sample(
                 engine,
                 self.ranks.share(self.prompts[: settings.num_prompts]),
