@@ -1,0 +1,65 @@
+"""The kernels compile for GPUs that are not here; what they compute, the interpreter tests."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+SCRIPT = """
+import json
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from stage_rl.rollout import kernels, triton_attention
+
+CACHE = {"keys": "*bf16", "values": "*bf16"}
+HEADS = {"BLOCK": 32, "WIDTH": 128, "PADDED": 128}
+CASES = [
+    (
+        triton_attention._attend,
+        {"query": "*fp32", **CACHE, "positions": "*i64", "out": "*fp32", "sums": "*fp32",
+         "scale": "fp32", "heads_of_row": "i32", "num_lanes": "i32"},
+        {"QUERIES": 1, "TILE": triton_attention.TILE, "PARTS": 4, **HEADS},
+    ),
+    (
+        kernels._turn,
+        {"qkv": "*bf16", "q_norm": "*fp32", "k_norm": "*fp32", "cosines": "*fp32",
+         "sines": "*fp32", "positions": "*i64", "query": "*fp32", **CACHE, "eps": "fp32"},
+        {"NUM_HEADS": 32, "NUM_KV_HEADS": 32, "Q_NORM": True, "K_NORM": True, **HEADS},
+    ),
+    (
+        kernels._add_norm,
+        {"states": "*fp32", "delta": "*bf16", "weight": "*fp32", "out": "*bf16", "eps": "fp32"},
+        {"WIDTH": 4096, "PADDED": 4096, "ADDS": True},
+    ),
+    (kernels._gated, {"gate_up": "*bf16", "out": "*bf16", "width": "i32"}, {"SIZE": 1024}),
+]
+spills = {}
+for kernel, signature, constants in CASES:
+    names = kernel.arg_names
+    types = {name: signature.get(name, "constexpr") for name in names}
+    values = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, types, values)
+    made = compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": True})
+    spills[kernel.__name__] = ".local" in made.asm["ptx"]
+print(json.dumps(spills))
+"""
+
+
+@pytest.mark.slow
+def test_the_kernels_compile_for_an_h100_without_local_memory(tmp_path):
+    quiet = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        env=quiet | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    spills = json.loads(done.stdout)
+    assert spills == dict.fromkeys(("_attend", "_turn", "_add_norm", "_gated"), False)
