@@ -8,6 +8,7 @@ Shape suffixes: R rows, K key-value heads, E head dimension.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -50,17 +51,16 @@ def run(
         return _interpreted(rounds)
     rate = copy_bytes_per_s(device)
     measures, table = {"copy_gb_per_s": rate / 1e9}, []
-    for num_rows in rows:
-        for length in lengths:
-            shape = CacheShape(1, heads, head_dim, torch.bfloat16)
-            name = f"r{num_rows}_l{length}"
-            measures |= _timed(shape, num_rows, length, rounds=rounds, name=name)
-            share = measures[f"gb_per_s_{name}"] * 1e9 / rate
-            measures[f"share_{name}"] = share
-            table.append(
-                f"rows {num_rows:>4} length {length:>4} {measures[f'us_{name}']:>9.1f} us "
-                f"{measures[f'gb_per_s_{name}']:>8.0f} GB/s {share:>6.0%} of a copy"
-            )
+    shape = CacheShape(1, heads, head_dim, torch.bfloat16)
+    for num_rows, length in itertools.product(rows, lengths):
+        name = f"r{num_rows}_l{length}"
+        measures |= _timed(shape, num_rows, length, rounds=rounds, name=name)
+        share = measures[f"gb_per_s_{name}"] * 1e9 / rate
+        measures[f"share_{name}"] = share
+        table.append(
+            f"rows {num_rows:>4} length {length:>4} {measures[f'us_{name}']:>9.1f} us "
+            f"{measures[f'gb_per_s_{name}']:>8.0f} GB/s {share:>6.0%} of a copy"
+        )
     judged = [f"r{max(rows)}_l{length}" for length in lengths if length >= FROM_LENGTH]
     worst = min((measures[f"share_{name}"] for name in judged), default=None)
     difference = max(value for name, value in measures.items() if name.startswith("difference"))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
-from stage_rl.bench.base import BenchResult, at_least, one_thread
+from stage_rl.bench.base import BenchResult, Setting, at_least, one_thread
 from stage_rl.config import load_recipe, resolved_json
 from stage_rl.schema import Recipe
 from stage_rl.training.checkpoint import TrainerState, latest_checkpoint
@@ -29,6 +29,17 @@ STEPS = 3
 SAVED_AT = 2
 """Steps after which a checkpoint is written, for the other number of processes to go on from."""
 CPU = torch.device("cpu")
+COMMON = (
+    f"steps={STEPS}",
+    "rollout.dtype=float32",
+    "training.dtype=float32",
+    "training.device=cpu",
+    "optimizer.schedule=constant",
+    "probe.every=0",
+    # Passes of one group have the same shapes, and so the same rounding, on any rank.
+    "training.groups_per_microbatch=1",
+    "run.log_images_every=0",
+)
 
 
 class Trace(NamedTuple):
@@ -54,25 +65,18 @@ def run(
     """Three steps of the recipe shapes_geneval by one process and by several, and the last step by
     each from the checkpoint of the other. `num_prompts` is a multiple of `num_ranks`.
     """
+    settings: dict[str, Setting] = dict(locals())
     at_least(2, num_ranks=num_ranks, group_size=group_size)
     at_least(0, seed=seed)
     recipe = load_recipe(
         "shapes_geneval",
         [
-            f"steps={STEPS}",
             f"policy.path={model}",
             f"rollout.prompts_per_step={num_prompts}",
             f"rollout.group_size={group_size}",
             f"optimizer.lr={lr}",
             f"seed={seed}",
-            "rollout.dtype=float32",
-            "training.dtype=float32",
-            "training.device=cpu",
-            "optimizer.schedule=constant",
-            "probe.every=0",
-            # Passes of one group have the same shapes, and so the same rounding, on any rank.
-            "training.groups_per_microbatch=1",
-            "run.log_images_every=0",
+            *COMMON,
         ],
     )
     with tempfile.TemporaryDirectory() as folder, one_thread():
@@ -87,14 +91,7 @@ def run(
         bar=BAR,
         reached=measures["tokens_identical"] == 1
         and all(value <= LARGEST_DIFFERENCE for value in differences.values()),
-        settings={
-            "model": model,
-            "num_ranks": num_ranks,
-            "num_prompts": num_prompts,
-            "group_size": group_size,
-            "lr": lr,
-            "seed": seed,
-        },
+        settings=settings,
         measures=measures,
     )
 

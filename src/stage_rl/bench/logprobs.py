@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from stage_rl.bench.base import BenchResult, at_least, interleaved, one_thread, peak_bytes
+from stage_rl.bench.base import BenchResult, Setting, at_least, interleaved, one_thread, peak_bytes
 from stage_rl.errors import InputError
 from stage_rl.training.logprobs import head_logprobs
 
@@ -59,6 +59,7 @@ def run(
     chunks save time as long as the logits are too large for the memory allocator to keep; at 1,024
     codes they need not.
     """
+    settings: dict[str, Setting] = dict(locals())
     at_least(1, rows=rows, width=width, codebook_size=codebook_size)
     at_least(1, chunk_rows=chunk_rows, rounds=rounds)
     _check_device(device)
@@ -78,14 +79,7 @@ def run(
         reached=measures["memory_ratio"] <= MOST_MEMORY
         and measures["time_ratio"] <= MOST_TIME
         and measures["fp64_difference"] <= LARGEST_DIFFERENCE,
-        settings={
-            "rows": rows,
-            "width": width,
-            "codebook_size": codebook_size,
-            "chunk_rows": chunk_rows,
-            "rounds": rounds,
-            "device": device,
-        },
+        settings=settings,
         measures=measures,
     )
 

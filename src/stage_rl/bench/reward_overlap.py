@@ -58,6 +58,7 @@ def run(
     the policy's first. The reward only waits, so it stands for a scorer elsewhere: one on the same
     cores takes its share.
     """
+    settings: dict[str, Setting] = dict(locals())
     at_least(1, num_prompts=num_prompts, rounds=rounds)
     at_least(2, group_size=group_size)
     at_least(0, seed=seed)
@@ -79,15 +80,6 @@ def run(
             "optimizer.schedule=constant",
         ],
     )
-    settings: dict[str, Setting] = {
-        "model": model,
-        "num_prompts": num_prompts,
-        "group_size": group_size,
-        "guidance_scale": guidance_scale,
-        "dtype": dtype,
-        "rounds": rounds,
-        "seed": seed,
-    }
     return measure(recipe, lengths=lengths, rounds=rounds, settings=settings)
 
 

@@ -64,10 +64,15 @@ def decode_attention(
         num_stages=3,
         enable_fp_fusion=True,
     )
-    if num_parts == 1:
-        return out_ZHE.view(query_RKJE.shape)
+    return _joined(out_ZHE, sum_ZH).view(query_RKJE.shape)
+
+
+def _joined(out_ZHE: Tensor, sum_ZH: Tensor) -> Tensor:
+    """What the parts of each sequence read, by the logarithm to base 2 of their shares; HE."""
+    if len(out_ZHE) == 1:
+        return out_ZHE[0]
     share_ZH = sum_ZH.mul_(math.log(2)).softmax(0)
-    return (share_ZH[..., None] * out_ZHE).sum(0).view(query_RKJE.shape)
+    return (share_ZH[..., None] * out_ZHE).sum(0)
 
 
 def parts_of(num_heads: int) -> int:

@@ -82,12 +82,32 @@ def to_deepseek(config: Any, dtype: str, *, tied: bool) -> dict[str, Any]:
 
     `tied`: whether the text head is the embedding.
     """
-    text, vision, vq = config.text_config, config.vision_config, config.vq_config
-    language = {key: getattr(text, key) for key in TEXT_KEYS}
-    language |= {"model_type": "llama", "torch_dtype": dtype, "rope_theta": _rope_theta(text)}
-    language["tie_word_embeddings"] = tied
+    language = {"torch_dtype": dtype, "tie_word_embeddings": tied, **_language(config.text_config)}
+    return {
+        "architectures": ["MultiModalityCausalLM"],
+        "model_type": MODEL_TYPE,
+        "torch_dtype": dtype,
+        "language_config": language,
+        **{
+            section: {
+                "cls": CLASSES[section],
+                "model_type": section.removesuffix("_config"),
+                "params": values,
+            }
+            for section, values in _written_params(config.vision_config, config.vq_config).items()
+        },
+    }
+
+
+def _language(text: Any) -> dict[str, Any]:
+    given = {key: getattr(text, key) for key in TEXT_KEYS}
+    given |= {"model_type": "llama", "rope_theta": _rope_theta(text)}
     # transformers 4 reads no null here, and has the default -1 for it.
-    language = {key: value for key, value in language.items() if value is not None}
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def _written_params(vision: Any, vq: Any) -> dict[str, dict[str, Any]]:
+    """The `params` of every section but the decoder's; published sizes are left to the code."""
     tower = {
         "width": vision.hidden_size,
         "layers": vision.num_hidden_layers,
@@ -101,7 +121,7 @@ def to_deepseek(config: Any, dtype: str, *, tied: bool) -> dict[str, Any]:
         "num_res_blocks": vq.num_res_blocks,
         "z_channels": vq.latent_channels,
     }
-    params: dict[str, dict[str, Any]] = {
+    return {
         "vision_config": {
             "image_size": vision.image_size,
             "model_name": TOWER,
@@ -120,20 +140,6 @@ def to_deepseek(config: Any, dtype: str, *, tied: bool) -> dict[str, Any]:
             "image_token_embed": vq.projection_dim,
             "image_token_size": vq.num_embeddings,
             "n_embed": vq.image_token_embed_dim,
-        },
-    }
-    return {
-        "architectures": ["MultiModalityCausalLM"],
-        "model_type": MODEL_TYPE,
-        "torch_dtype": dtype,
-        "language_config": language,
-        **{
-            section: {
-                "cls": CLASSES[section],
-                "model_type": section.removesuffix("_config"),
-                "params": values,
-            }
-            for section, values in params.items()
         },
     }
 

@@ -71,27 +71,7 @@ def write_processor(processor: Any, pad_id: int, folder: Path) -> None:
         "image_end_tag": tokenizer.eoi_token,
         "pad_tag": pad,
     }
-    tokens = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token, "pad_token": pad}
-    tokens |= {"unk_token": tokenizer.unk_token}
-    vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())
-    special = [t["content"] for t in vocabulary["added_tokens"] if t["special"]]
-    # Batches are no property of a checkpoint; transformers sets these when it encodes one.
-    vocabulary |= {"truncation": None, "padding": None}
-    starts_with_bos = bool(tokenizer("").input_ids[:1] == [tokenizer.bos_token_id])
-    files = {
-        "tokenizer.json": vocabulary,
-        "tokenizer_config.json": {
-            **tokens,
-            "add_bos_token": starts_with_bos,
-            "add_eos_token": False,
-            "model_max_length": tokenizer.model_max_length,
-            "processor_class": "VLChatProcessor",
-            "tokenizer_class": "LlamaTokenizerFast",
-        },
-        "special_tokens_map.json": {
-            **{key: token for key, token in tokens.items() if token is not None},
-            "additional_special_tokens": [t for t in special if t not in tokens.values()],
-        },
+    files = _tokenizer_files(tokenizer, pad) | {
         "processor_config.json": {
             **tags,
             "num_image_tokens": processor.num_image_tokens,
@@ -107,6 +87,31 @@ def write_processor(processor: Any, pad_id: int, folder: Path) -> None:
     }
     for name, content in files.items():
         write_json(folder / name, content)
+
+
+def _tokenizer_files(tokenizer: Any, pad: str) -> dict[str, dict[str, Any]]:
+    tokens = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token, "pad_token": pad}
+    tokens |= {"unk_token": tokenizer.unk_token}
+    vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())
+    special = [t["content"] for t in vocabulary["added_tokens"] if t["special"]]
+    # Batches are no property of a checkpoint; transformers sets these when it encodes one.
+    vocabulary |= {"truncation": None, "padding": None}
+    starts_with_bos = bool(tokenizer("").input_ids[:1] == [tokenizer.bos_token_id])
+    return {
+        "tokenizer.json": vocabulary,
+        "tokenizer_config.json": {
+            **tokens,
+            "add_bos_token": starts_with_bos,
+            "add_eos_token": False,
+            "model_max_length": tokenizer.model_max_length,
+            "processor_class": "VLChatProcessor",
+            "tokenizer_class": "LlamaTokenizerFast",
+        },
+        "special_tokens_map.json": {
+            **{key: token for key, token in tokens.items() if token is not None},
+            "additional_special_tokens": [t for t in special if t not in tokens.values()],
+        },
+    }
 
 
 def set_prompt_format(processor: Any, style: str) -> None:
