@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from stage_rl.bench.base import BenchResult, Setting, at_least
-from stage_rl.config import load_recipe
+from stage_rl.bench.step import recipe_of
 from stage_rl.errors import InputError
 from stage_rl.rewards.base import Score
 from stage_rl.rewards.judging import Judge, WeightedReward
@@ -21,7 +21,6 @@ from stage_rl.types import Prompt
 
 BAR = ">= 80 % of a reward as long as the reference pass"
 LEAST_HIDDEN = 0.80
-RECIPE = "shapes_geneval"
 
 
 @dataclass
@@ -64,20 +63,15 @@ def run(
     at_least(0, seed=seed)
     if min(lengths) <= 0:
         raise InputError(f"--lengths: {min(lengths):g} is out of range; write numbers above 0")
-    recipe = load_recipe(
-        RECIPE,
+    recipe = recipe_of(
+        model,
         [
-            f"policy.path={model}",
             f"rollout.prompts_per_step={num_prompts}",
             f"rollout.group_size={group_size}",
             f"rollout.guidance_scale={guidance_scale}",
             f"rollout.dtype={dtype}",
             f"training.dtype={dtype}",
             f"seed={seed}",
-            # Rounds are alike: no picture, no probe, one learning rate.
-            "run.log_images_every=0",
-            "probe.every=0",
-            "optimizer.schedule=constant",
         ],
     )
     return measure(recipe, lengths=lengths, rounds=rounds, settings=settings)

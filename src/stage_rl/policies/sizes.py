@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -100,18 +100,13 @@ _PRO_1B = ModelSize(
     positions=16_384,
     others=386_213_515 + 209_715_200,
 )
-_PRO_7B = ModelSize(
+_PRO_7B = replace(
+    _PRO_1B,
     layers=30,
     width=4096,
     mlp=11_008,
     heads=32,
     kv_heads=32,
-    vocabulary=102_400,
-    codebook=16_384,
-    image_tokens=576,
-    image_side=384,
-    decoder_channels=128,
-    positions=16_384,
     others=413_501_067 + 419_430_400,
 )
 KNOWN = {
@@ -185,7 +180,7 @@ def _from_config(text: Mapping[str, Any], vq: Mapping[str, Any], folder: Path) -
         stored = (
             sum(f.stat().st_size for end in ("bin", "pt") for f in folder.glob(f"*.{end}")) // 2
         )
-    return ModelSize(**{**vars(size), "others": max(0, stored - size.total)})
+    return replace(size, others=max(0, stored - size.total))
 
 
 def _stored_parameters(file: Path) -> int:
