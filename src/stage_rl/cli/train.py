@@ -31,21 +31,21 @@ def train(
     from stage_rl import config
 
     settings = config.load_recipe(recipe, overrides or ())
-    from stage_rl.training.distributed import launched
+    from stage_rl.training.launch import launch
 
-    ranks = launched()
+    started = launch()
     if dry_run:
-        if ranks.first:
+        if started.rank == 0:
             typer.echo(f"# Run folder: {config.run_folder(settings)}")
             typer.echo(config.describe(settings), nl=False)
-            _say_needs(settings, num_processes=ranks.size)
+            _say_needs(settings, num_processes=started.size)
         return
     from stage_rl.training.loop import train as run
 
-    if ranks.first:
+    if started.rank == 0:
         _say_leaks(settings)
     folder = run(settings)
-    if not ranks.first:
+    if started.rank:
         return
     if settings.evaluation is not None:
         typer.echo(_evaluation(settings, folder))

@@ -10,7 +10,6 @@ import dataclasses
 import io
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.rendezvous import rendezvous
 
 from stage_rl.errors import RankError, RecipeError, StageError, Stopped
+from stage_rl.training.launch import launch
 
 T = TypeVar("T")
 LONGEST_WAIT = timedelta(minutes=30)
@@ -148,11 +148,8 @@ def _column(parts: Sequence[Mapping[str, Tensor]], name: str) -> list[Tensor]:
 
 
 def launched() -> Ranks:
-    """The ranks as torchrun's environment variables say; one rank without them."""
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        return ALONE
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    return Ranks(rank, size, int(os.environ.get("LOCAL_RANK", rank)))
+    """The ranks as they were started."""
+    return Ranks(*launch())
 
 
 @contextmanager
