@@ -9,7 +9,8 @@ import stage_rl
 
 ROOT = Path(stage_rl.__file__).parent
 FLOORS = {
-    "algorithm config errors health objective pictures recipe_errors registry schema settings types": 0,
+    "algorithm config errors health objective pictures recipe_errors": 0,
+    "registry schema settings types": 0,
     "policies prompts": 1,
     "rollout rewards shapes": 2,
     "training evaluation serving": 3,
