@@ -146,11 +146,11 @@ class ShardedPolicy:
 
     def reference(self, hold: Callable[[Tensor], Tensor] = torch.clone) -> Policy:
         """Shards cannot be copied: `shard_both` takes the reference that was made before."""
-        raise NotImplementedError("make the reference before its policy is sharded")
+        raise AssertionError("make the reference before its policy is sharded")
 
     def save(self, folder: str | Path) -> None:
         """A run is exported from its checkpoint, by one process."""
-        raise NotImplementedError("export the checkpoint of the run")
+        raise AssertionError("export the checkpoint of the run")
 
 
 class _ShardedCodebook:
