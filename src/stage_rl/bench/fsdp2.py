@@ -35,6 +35,7 @@ COMMON = (
     "training.dtype=float32",
     "training.device=cpu",
     "optimizer.schedule=constant",
+    "optimizer.warmup_steps=0",
     "probe.every=0",
     # Passes of one group have the same shapes, and so the same rounding, on any rank.
     "training.groups_per_microbatch=1",

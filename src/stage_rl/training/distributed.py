@@ -185,6 +185,8 @@ def joined_ranks(device: torch.device) -> Iterator[Ranks]:
         if _is_loss(error):
             raise RankError(_lost(error)) from error
         raise
+    # The first rank holds the store: it must not end while another still says goodbye.
+    dist.barrier()
     dist.destroy_process_group()
 
 
