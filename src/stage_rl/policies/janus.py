@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import JanusForConditionalGeneration, JanusProcessor
 
 from stage_rl.errors import InputError, WeightsError
-from stage_rl.policies.attention import use_fp32_causal
+from stage_rl.policies.attention import use_causal
 from stage_rl.policies.base import (
     DecoderWeights,
     LayersOnDemand,
@@ -32,14 +32,17 @@ from stage_rl.policies.lora import AdapterOff, has_adapter, merged_state, merged
 from stage_rl.policies.trainable import select_trainable
 from stage_rl.types import Prompt
 
+IMAGES_PER_CHUNK = 32
+IMAGES_PER_CHUNK_ON_CPU = 8
+"""Images that are decoded at one time; so few stay in a processor's cache."""
+
 
 class JanusCodebook:
     """The visual vocabulary of a Janus."""
 
-    def __init__(self, vqmodel: Any, *, images_per_chunk: int = 32):
+    def __init__(self, vqmodel: Any):
         self._vqmodel = vqmodel
         self._embedding: nn.Embedding = vqmodel.quantize.embedding
-        self._images_per_chunk = images_per_chunk
         self.size: int = self._embedding.num_embeddings
 
     @torch.no_grad()
@@ -51,7 +54,9 @@ class JanusCodebook:
     def decode(self, tokens_NT: Tensor) -> Tensor:
         """The images of tokens, images_NHWC uint8 on the CPU; -1 is black and 1 is white."""
         chunks = []
-        for tokens in tokens_NT.split(self._images_per_chunk):
+        on_cpu = self._embedding.weight.device.type == "cpu"
+        size = IMAGES_PER_CHUNK_ON_CPU if on_cpu else IMAGES_PER_CHUNK
+        for tokens in tokens_NT.split(size):
             pixels = self._vqmodel.decode(tokens).float().permute(0, 2, 3, 1)
             chunks.append(pixels.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu())
         return torch.cat(chunks)
@@ -75,7 +80,7 @@ class JanusPolicy:
         self.processor = processor
         select_trainable(module, trainable)
         self._trunk = module.model.language_model
-        use_fp32_causal(self._trunk)
+        use_causal(self._trunk)
         self.trunk_blocks: Sequence[nn.Module] = self._trunk.layers
         self.codebook = JanusCodebook(module.model.vqmodel)
         config: Any = module.config
@@ -267,8 +272,7 @@ def _first(*values: int | None) -> Any:
 
 def _take_slots(values_NSD: Tensor, slots_NT: Tensor) -> Tensor:
     """values_NTD: of each row the slots asked for."""
-    rows_N1 = torch.arange(values_NSD.shape[0], device=values_NSD.device)[:, None]
-    return values_NSD[rows_N1, slots_NT]
+    return torch.take_along_dim(values_NSD, slots_NT[..., None], dim=1)
 
 
 def _layer_weights(layer) -> LayerWeights:

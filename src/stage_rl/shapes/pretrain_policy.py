@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stage_rl.policies.attention import use_fp32_causal
+from stage_rl.policies.attention import use_causal
 from stage_rl.shapes.captions import pretraining_caption, pretraining_record
 from stage_rl.shapes.layouts import CUT_OFF, scene_for
 from stage_rl.shapes.pretrain_course import Progress, learning_rate, save_state, set_rate
@@ -110,7 +110,7 @@ class BaseLoss:
     def __init__(self, model: Any, num_slots: int, *, compiled: bool) -> None:
         self.model = model
         self.num_slots = num_slots
-        use_fp32_causal(model.model.language_model)
+        use_causal(model.model.language_model)
         self.decode = torch.compile(self._decode, dynamic=False) if compiled else self._decode
 
     def _decode(self, embeds_NSD: Tensor, places_NT: Tensor, tokens_NT: Tensor) -> Tensor:

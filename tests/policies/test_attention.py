@@ -1,0 +1,101 @@
+"""The attention of the training module on a CPU against torch's own in fp32."""
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from stage_rl.policies import attention
+from stage_rl.policies.attention import MOST_SLOTS, causal_attention
+
+ROWS, HEADS, SLOTS, WIDTH = 3, 4, 40, 8
+SCALE = WIDTH**-0.5
+
+
+class Module(torch.nn.Module):
+    """What transformers' attention asks of its layer."""
+
+    is_causal = True
+    num_key_value_groups = 1
+
+
+def inputs(num_slots=SLOTS, *, key_heads=HEADS):
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(num_heads):
+        # As projections leave them: slots outside heads.
+        rows = torch.randn(ROWS, num_slots, num_heads, WIDTH, generator=generator)
+        return rows.transpose(1, 2).requires_grad_()
+
+    return drawn(HEADS), drawn(key_heads), drawn(key_heads)
+
+
+def ours(*parts, mask=None, module=None):
+    out, _ = causal_attention(module or Module(), *parts, mask, scaling=SCALE, dropout=0.0)
+    return out
+
+
+def exact(*parts):
+    return scaled_dot_product_attention(*parts, is_causal=True, scale=SCALE).transpose(1, 2)
+
+
+def distance(ours, theirs):
+    return (ours.float() - theirs).norm() / theirs.norm()
+
+
+def test_without_autocast_it_is_torchs_own():
+    parts = inputs()
+    assert torch.equal(ours(*parts), exact(*parts))
+
+
+def test_in_a_mix_output_and_gradients_are_within_what_bf16_rounds():
+    # A rounding to bf16 changes a number by at most 2^-8, 0.4 %.
+    parts = inputs()
+    weights = torch.randn(ROWS, SLOTS, HEADS, WIDTH)
+    theirs = exact(*parts)
+    expected = torch.autograd.grad((theirs * weights).sum(), parts)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ours(*parts)
+    grads = torch.autograd.grad((out * weights).sum(), parts)
+    assert distance(out, theirs) < 0.01
+    for grad, wanted in zip(grads, expected, strict=True):
+        assert grad.dtype == torch.float32
+        assert distance(grad, wanted) < 0.01
+
+
+def test_without_a_gradient_the_numbers_are_the_same():
+    parts = inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        with_gradient = ours(*parts)
+        with torch.no_grad():
+            without = ours(*(part.detach() for part in parts))
+    assert torch.equal(with_gradient, without)
+
+
+def test_a_slot_sees_none_behind_it():
+    query, key, value = (part.detach() for part in inputs())
+    changed = value.clone()
+    changed[:, :, -1] += 100
+    with torch.autocast("cpu", torch.bfloat16):
+        before, after = ours(query, key, value), ours(query, key, changed)
+    assert torch.equal(before[:, :-1], after[:, :-1])
+    assert not torch.equal(before[:, -1], after[:, -1])
+
+
+@pytest.mark.parametrize("case", ["long", "mask", "grouped"])
+def test_what_the_products_do_not_cover_goes_to_torchs_own(case, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("the products were asked")
+
+    monkeypatch.setattr(attention._MixedCausal, "apply", refuse)
+    module, mask = Module(), None
+    parts = inputs(MOST_SLOTS + 1 if case == "long" else SLOTS)
+    theirs = exact(*parts)
+    if case == "mask":
+        mask = torch.ones(SLOTS, SLOTS, dtype=torch.bool).tril()[None, None]
+    if case == "grouped":
+        module.num_key_value_groups = 2
+        parts = inputs(key_heads=HEADS // 2)
+        theirs = exact(parts[0], *(part.repeat_interleave(2, 1) for part in parts[1:]))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ours(*parts, mask=mask, module=module)
+    assert distance(out, theirs) < 1e-5
