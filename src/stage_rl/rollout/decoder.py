@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, linear, scaled_dot_product_attention
 
 from stage_rl.policies.base import DecoderWeights, LayerWeights
+from stage_rl.policies.products import onednn_products
 from stage_rl.rollout.attention import CacheShape, KeyValueCache
 from stage_rl.rollout.backends import Attend, Backend, EagerBackend, HeadNorms, Heads, turned
 
@@ -162,16 +163,18 @@ class Decoder:
         attend = self.backend.attention(self.heads, cache, positions_R, num_live)
         return self._run(embeds_RD.clone(), attend, self.backend)
 
-    def logits(self, states: Tensor) -> Tensor:
-        """The image head in fp32; the last axis goes from D to V.
+    def logits(self, states_RD: Tensor, out_RV: Tensor | None = None) -> Tensor:
+        """The image head in fp32, logits_RV, into `out_RV` where it is given.
 
         On a GPU with bf16 trunk its products take TF32: next to what the trunk rounds, nothing.
         """
         *inner, (last_weight, last_bias) = self.head_layers
-        with _tf32(self.linear_dtype == torch.bfloat16):
+        with _tf32(self.linear_dtype == torch.bfloat16), onednn_products(states_RD.device):
             for weight, bias in inner:
-                states = gelu(linear(states, weight, bias))
-            return linear(states, last_weight, last_bias)
+                states_RD = gelu(linear(states_RD, weight, bias))
+            if last_bias is None:
+                return torch.mm(states_RD, last_weight.T, out=out_RV)
+            return torch.addmm(last_bias, states_RD, last_weight.T, out=out_RV)
 
     def _run(self, states_MD: Tensor, attend: Attend, backend: Backend) -> Tensor:
         """The layers over a residual stream in fp32, which is changed in place."""

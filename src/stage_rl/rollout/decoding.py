@@ -89,7 +89,7 @@ class Decoding:
             self._cache,
             num_live=num_live,
         )
-        self._logits_RV.copy_(self._decoder.logits(states_RD))
+        self._decoder.logits(states_RD, self._logits_RV)
         self._positions_R += 1
         self._step += 1
 

@@ -88,9 +88,9 @@ def draw(guided_NV: Tensor, uniforms_N: Tensor, sampling: Sampling) -> tuple[Ten
         logits_NV = _keep_top_k(logits_NV, sampling.top_k)
     if sampling.top_p < 1:
         logits_NV = _keep_top_p(logits_NV, sampling.top_p)
-    logprobs_NV = logits_NV.log_softmax(-1)
-    tokens_N = invert_cdf(logprobs_NV.exp(), uniforms_N)
-    return tokens_N, logprobs_NV.gather(1, tokens_N[:, None])[:, 0]
+    probs_NV = logits_NV.softmax(-1)
+    tokens_N = invert_cdf(probs_NV, uniforms_N)
+    return tokens_N, probs_NV.gather(1, tokens_N[:, None])[:, 0].log()
 
 
 def invert_cdf(probs_NV: Tensor, uniforms_N: Tensor) -> Tensor:
@@ -106,9 +106,10 @@ def invert_cdf(probs_NV: Tensor, uniforms_N: Tensor) -> Tensor:
 
 def conditional_statistics(cond_NV: Tensor, tokens_N: Tensor) -> tuple[Tensor, Tensor]:
     """logprobs_N of the tokens and entropy_N of the conditional distribution (nats)."""
-    logprobs_NV = cond_NV.log_softmax(-1)
-    entropy_N = -(logprobs_NV.exp() * logprobs_NV).sum(-1)
-    return logprobs_NV.gather(1, tokens_N[:, None])[:, 0], entropy_N
+    probs_NV = cond_NV.softmax(-1)
+    lse_N = cond_NV.amax(-1) - probs_NV.amax(-1).log()
+    logprobs_N = cond_NV.gather(1, tokens_N[:, None])[:, 0] - lse_N
+    return logprobs_N, lse_N - torch.linalg.vecdot(probs_NV, cond_NV)
 
 
 def _keep_top_k(logits_NV: Tensor, k: int) -> Tensor:

@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from stage_rl.policies.products import onednn_products
+
 Head = Callable[[Tensor], Tensor]
 
 
@@ -39,13 +41,14 @@ def head_logprobs(
     assert hidden_ND.ndim == 2, hidden_ND.shape
     assert tokens_N.shape == hidden_ND.shape[:1], (tokens_N.shape, hidden_ND.shape)
     assert chunk_rows > 0, chunk_rows
-    if torch.is_grad_enabled() and _has_trainable(head, hidden_ND):
-        run = _recomputed
-    elif torch.is_grad_enabled() and hidden_ND.requires_grad:
-        return _FrozenHead.apply(hidden_ND, tokens_N, head, chunk_rows, entropy_grad)
-    else:
-        run = _without_gradient
-    parts = [run(head, *chunk) for chunk in _chunks(hidden_ND, tokens_N, chunk_rows)]
+    with onednn_products(hidden_ND.device):
+        if torch.is_grad_enabled() and _has_trainable(head, hidden_ND):
+            run = _recomputed
+        elif torch.is_grad_enabled() and hidden_ND.requires_grad:
+            return _FrozenHead.apply(hidden_ND, tokens_N, head, chunk_rows, entropy_grad)
+        else:
+            run = _without_gradient
+        parts = [run(head, *chunk) for chunk in _chunks(hidden_ND, tokens_N, chunk_rows)]
     logprobs_N, entropy_N = (torch.cat(part) for part in zip(*parts, strict=True))
     return logprobs_N, entropy_N if entropy_grad else entropy_N.detach()
 
@@ -59,14 +62,28 @@ def _chunks(hidden_ND: Tensor, tokens_N: Tensor, chunk_rows: int) -> list[tuple[
     return list(zip(hidden_ND.split(chunk_rows), tokens_N.split(chunk_rows), strict=True))
 
 
-def _log_softmax(logits_NV: Tensor) -> Tensor:
-    return logits_NV.log_softmax(-1, dtype=torch.promote_types(logits_NV.dtype, torch.float32))
+def _normalized(logits_NV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits in fp32 or wider, their log-sum-exp lse_N1 and their probabilities.
+
+    The likeliest token gives the first from the second: a pass over the logits less.
+    """
+    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    probs_NV = logits_NV.softmax(-1)
+    lse_N1 = logits_NV.amax(-1, keepdim=True) - probs_NV.amax(-1, keepdim=True).log()
+    return logits_NV, lse_N1, probs_NV
+
+
+def _outputs(
+    logits_NV: Tensor, lse_N1: Tensor, probs_NV: Tensor, tokens_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    """log p_y = z_y - lse and H = lse - sum(p z)."""
+    lse_N = lse_N1.squeeze(-1)
+    logprobs_N = logits_NV.gather(-1, tokens_N[:, None]).squeeze(-1) - lse_N
+    return logprobs_N, lse_N - torch.linalg.vecdot(probs_NV, logits_NV)
 
 
 def _plain(head: Head, hidden_ND: Tensor, tokens_N: Tensor) -> tuple[Tensor, Tensor]:
-    logprobs_NV = _log_softmax(head(hidden_ND))
-    entropy_N = -torch.linalg.vecdot(logprobs_NV.exp(), logprobs_NV)
-    return logprobs_NV.gather(-1, tokens_N[:, None]).squeeze(-1), entropy_N
+    return _outputs(*_normalized(head(hidden_ND)), tokens_N)
 
 
 @torch.no_grad()
@@ -87,11 +104,8 @@ def _with_slopes(
     rows_ND = hidden_ND.detach().requires_grad_()
     with torch.enable_grad():
         logits_NV = head(rows_ND)
-    logprobs_NV = _log_softmax(logits_NV.detach())
-    probs_NV = logprobs_NV.exp()
-    entropy_N = -torch.linalg.vecdot(probs_NV, logprobs_NV)
-    index_N1 = tokens_N[:, None]
-    outputs = [logprobs_NV.gather(-1, index_N1).squeeze(-1), entropy_N]
+    wide_NV, lse_N1, probs_NV = _normalized(logits_NV.detach())
+    logprobs_N, entropy_N = _outputs(wide_NV, lse_N1, probs_NV, tokens_N)
 
     def slope(by_logits_NV: Tensor, retain_graph: bool) -> Tensor:
         grad_NV = by_logits_NV.to(logits_NV.dtype)
@@ -99,12 +113,13 @@ def _with_slopes(
 
     entropy_slopes = []
     if entropy_grad:
-        # d H / dz = -p (log p + H)
-        by_logits_NV = logprobs_NV.add_(entropy_N[:, None]).mul_(probs_NV).neg_()
+        # d H / dz = -p (log p + H), log p = z - lse
+        by_logits_NV = (lse_N1 - entropy_N[:, None] - wide_NV).mul_(probs_NV)
         entropy_slopes = [slope(by_logits_NV, True)]
     # d log p_y / dz = onehot(y) - p
-    by_logits_NV = probs_NV.neg_().scatter_add_(-1, index_N1, torch.ones_like(probs_NV[:, :1]))
-    return *outputs, slope(by_logits_NV, False), *entropy_slopes
+    ones_N1 = torch.ones_like(lse_N1)
+    by_logits_NV = probs_NV.neg_().scatter_add_(-1, tokens_N[:, None], ones_N1)
+    return logprobs_N, entropy_N, slope(by_logits_NV, False), *entropy_slopes
 
 
 class _FrozenHead(torch.autograd.Function):
