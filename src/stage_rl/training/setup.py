@@ -16,6 +16,7 @@ from stage_rl.training.blocks import prepare_blocks
 from stage_rl.training.contents import base_digest, trained_parameters
 from stage_rl.training.distributed import ALONE, Ranks
 from stage_rl.training.fitting import check_memory, gpu_memory_gb
+from stage_rl.training.heap import keep_freed_memory
 from stage_rl.training.optim import build_optimizer
 from stage_rl.training.reference import build_reference
 from stage_rl.training.sharding import shard_both
@@ -26,6 +27,8 @@ from stage_rl.types import Prompt
 def build_trainer(recipe: Recipe, prompts: tuple[Prompt, ...], ranks: Ranks = ALONE) -> Trainer:
     """Loads the model, spreads it over the ranks, and builds everything around it."""
     device = pick_device(recipe.training.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     check_memory(recipe, gpu_memory_gb(recipe), num_processes=ranks.size)
     policy = recipe.policy.build(device)
     _check_prompts(policy, prompts)
