@@ -151,7 +151,6 @@ def test_a_module_that_fails_is_named_with_its_error(tiny_recipe, source, messag
         ("run.dir='x", "run.dir: the value is not YAML; quote it"),
         ("seed=${nowhere}", "seed: Interpolation key 'nowhere' not found; write the value itself"),
         ("seed=???", "seed: Missing mandatory value: seed; write the value itself"),
-        ("training.groups_per_microbatch=9", "training.groups_per_microbatch: 9 groups, but a"),
         ("optimizer.warmup_steps=11", "optimizer.warmup_steps: 11 is more than steps (10)"),
         ("seed=9223372036854775808", "seed: 9223372036854775808 is out of range; write a number"),
         ("rewards.0.name=std", "rewards: 'std' is a metric of the summed reward; give the reward"),

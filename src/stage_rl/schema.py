@@ -180,7 +180,7 @@ class TrainingConfig(Settings):
     dtype: Literal["float32", "mixed"] = "float32"
     """Compute precision of the trunk; mixed: bf16 linear layers. Parameters stay fp32."""
     groups_per_microbatch: Count | None = None
-    """Groups that share one backward pass, a matter of memory only; null: all of a step."""
+    """Most groups that share one backward pass, a matter of memory only; null: all of a step."""
     logprob_rows: Count = 2048
     """Token rows whose image-head logits exist at one time."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
@@ -260,11 +260,6 @@ class Recipe(Settings):
         if self.optimizer.updates_per_rollout > 1 and self.algorithm.ratio == "unclipped":
             text = "unclipped is for one update per rollout; write clipped, or "
             raise complaint("algorithm.ratio", f"{text}optimizer.updates_per_rollout=1")
-        groups = self.training.groups_per_microbatch
-        if groups is not None and groups > self.rollout.prompts_per_step:
-            most = self.rollout.prompts_per_step
-            text = f"{groups} groups, but a step has {most}; write at most {most}, or null"
-            raise complaint("training.groups_per_microbatch", text)
         self._check_scoring()
         self._check_panel()
         if self.optimizer.warmup_steps > self.steps:

@@ -101,7 +101,8 @@ def test_loss_and_gradient_are_the_trainers(eager, tiny_janus):
     loss = eager.loss(rollout, REWARDS_PG, measured)
     loss.backward()
     gradient = flat(p.grad for p in trained(eager.policy))
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    # Sums of terms of the size of 1 in fp32.
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
     assert abs(loss.item()) > 1e-3
     assert (gradient - expected_gradient).norm() <= 1e-5 * expected_gradient.norm()
 

@@ -63,7 +63,10 @@ class EagerStep:
         tokens_NT = generate(
             self.policy, ids_NL, mask_NL=mask_NL, guidance_scale=settings.guidance_scale
         )
-        images_NHWC = self.policy.codebook.decode(tokens_NT)
+        module: Any = self.policy.module
+        with torch.no_grad():
+            pixels_NHWC = module.decode_image_tokens(tokens_NT).float()
+        images_NHWC = pixels_NHWC.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu()
         return Rollout(tuple(prompts), settings.group_size, tokens_NT, images_NHWC)
 
     def measure(self, policy: JanusPolicy, rollout: Rollout) -> Measured:
