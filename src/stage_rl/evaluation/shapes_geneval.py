@@ -32,7 +32,7 @@ from stage_rl.shapes.scenes import IMAGE_SIZE
 from stage_rl.types import Prompt, Rollout
 
 NAME = "shapes-geneval"
-GUIDANCE_SCALE = 2.0
+GUIDANCE_SCALE = 2.5
 MAX_IMAGES = 64
 """Images that are drawn at one time."""
 INDEX_STRIDE = 10_000

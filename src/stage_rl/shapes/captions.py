@@ -42,18 +42,18 @@ WORDS = (
 """Every word that occurs in a prompt."""
 
 PRETRAINING_SHARES = {
-    "single_object": 0.07,
-    "two_object": 0.16,
+    "single_object": 0.06,
+    "two_object": 0.17,
     "counting": 0.15,
-    "colors": 0.12,
-    "position": 0.22,
-    "color_attr": 0.18,
+    "colors": 0.08,
+    "position": 0.20,
+    "color_attr": 0.24,
     "retention": 0.10,
 }
-SWAPPED_COLORS = 0.45
+SWAPPED_COLORS = 0.1
 """Share of captions with two colours that name them the wrong way round."""
-MISCOUNTED = 0.15
-"""Share of counting captions with another number. Both kinds are a twelfth of all captions."""
+MISCOUNTED = 0.1
+"""Share of counting captions with another number. Both kinds are 4 of 100 captions."""
 EVALUATION_SIZES = dict(zip(TASKS, (8, 24, 12, 24, 48, 48), strict=True))
 """Evaluation prompts per task, out of 8, 56, 24, 72, 224 and several thousand."""
 _SPLIT_SEED = 43

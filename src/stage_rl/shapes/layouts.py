@@ -37,7 +37,7 @@ UNSEEN_PAIRS = frozenset(
 SAME_COLOR_SHARE = 0.7
 """Share of scenes in which the objects of one clause that names no colour have the same one."""
 
-CUT_OFF = 0.2
+CUT_OFF = 0.12
 """Share of pretraining pictures whose border cuts an object, as in badly framed photographs."""
 
 

@@ -15,6 +15,7 @@ from stage_rl.evaluation.benchmark import Results
 from stage_rl.evaluation.progress import progress
 from stage_rl.evaluation.results import render_table
 from stage_rl.evaluation.runner import evaluate
+from stage_rl.evaluation.shapes_geneval import GUIDANCE_SCALE
 from stage_rl.rollout.sampling import Sampling
 from stage_rl.shapes.show_regime import RegimeFigures, measure_regime
 from stage_rl.shapes.show_tokenizer import TokenizerFigures, measure_tokenizer
@@ -59,7 +60,8 @@ def main(
     *,
     model: str = "shapes",
     guidance_scales: tuple[float, ...] = (1.0, 2.0, 3.0, 5.0),
-    training_guidance: float = 2.0,
+    guidance_scale: float = GUIDANCE_SCALE,
+    training_guidance: float = 1.0,
     images_per_task: int = 100,
     regime_images: int = 2048,
     renders: int = 1000,
@@ -70,9 +72,9 @@ def main(
     """Print the scores of a shapes model, each beside its target; `missed` marks the others.
 
     --model: `shapes` (the shipped one), a folder or a run. --guidance-scales: at which GenEval is
-    measured. --training-guidance: the one that targets and regime are about. --images-per-task,
-    --regime-images, --renders: how many images each part is measured on. --json: a file for all
-    figures.
+    measured. --guidance-scale: the one that the policy's targets are about. --training-guidance: of
+    the regime. --images-per-task, --regime-images, --renders: how many images each part is measured
+    on. --json: a file for all figures.
     """
     file = Path(json_) if json_ else None
     _check(file, {"regime-images": regime_images, "renders": renders})
@@ -84,11 +86,11 @@ def main(
         scale: evaluate(
             policy, images_per_task=images_per_task, guidance_scale=scale, seed=seed, dtype=dtype
         )
-        for scale in sorted({*guidance_scales, training_guidance})
+        for scale in sorted({*guidance_scales, guidance_scale})
     }
     print(geneval_tables(results))
-    geneval = geneval_figures(results[training_guidance])
-    _section(f"base policy at guidance {training_guidance:g}, gold judge", geneval)
+    geneval = geneval_figures(results[guidance_scale])
+    _section(f"base policy at guidance {guidance_scale:g}, gold judge", geneval)
     with progress("regime", regime_images) as advance:
         regime = measure_regime(
             policy, regime_images, sampling=sampling, seed=seed, dtype=dtype, advance=advance
@@ -113,7 +115,7 @@ def tokenizer_figures(seen: TokenizerFigures) -> list[Figure]:
 
 
 def geneval_figures(results: Results) -> list[Figure]:
-    """The gold scores at training guidance beside their targets."""
+    """The gold scores beside their targets."""
     gold = results.summary("gold")
     hard = [Figure(task, gold.tasks[task].mean, 0.25) for task in HARD_TASKS]
     return [Figure("overall", gold.overall.mean, 0.45, 0.8), *hard]
