@@ -81,6 +81,14 @@ def test_a_slot_sees_none_behind_it():
     assert not torch.equal(before[:, -1], after[:, -1])
 
 
+def test_a_query_may_ask_for_more_keys_than_its_own():
+    query, key, value = (part.detach() for part in inputs())
+    with torch.autocast("cpu", torch.bfloat16):
+        last = ours(query[:, :, -1:], key, value)
+        whole = ours(query, key, value)
+    assert distance(last[:, 0], whole[:, -1].float()) < 0.01
+
+
 @pytest.mark.parametrize("case", ["long", "mask", "grouped"])
 def test_what_the_products_do_not_cover_goes_to_torchs_own(case, monkeypatch):
     def refuse(*_):

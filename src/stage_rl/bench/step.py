@@ -94,11 +94,8 @@ def recipe_of(model: str, overrides: Sequence[str], *, random: bool | None = Non
     if model in SIZES if random is None else random:
         parts += [f"policy.kind={RANDOM_JANUS}", f"rewards=[{{kind: '{RANDOM_REWARD}'}}]"]
         parts += ["training.groups_per_microbatch=null", "training.logprob_rows=2048"]
-    alike = [
-        *("run.log_images_every=0", "probe.every=0", "probe.mismatch_images=0"),
-        "optimizer.schedule=constant",
-    ]
-    return load_recipe(RECIPE, [*parts, *alike, *overrides])
+    shown = ["run.log_images_every=0", "probe.every=0", "probe.mismatch_images=0"]
+    return load_recipe(RECIPE, [*parts, *shown, "optimizer.schedule=constant", *overrides])
 
 
 def compare(recipe: Recipe, *, rounds: int, settings: Mapping[str, Setting]) -> BenchResult:

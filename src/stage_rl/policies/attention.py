@@ -52,12 +52,11 @@ def causal_attention(
 def _in_products(
     query_NASD: Tensor, key_NASD: Tensor, attention_mask: Tensor | None, options: dict[str, Any]
 ) -> bool:
-    """Whether plain products take this attention."""
+    """Whether plain products take this attention: of whole sequences, as many heads as queries."""
     if not torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return False
     plain = attention_mask is None and not options.get("dropout")
-    _, num_heads, num_slots, _ = query_NASD.shape
-    return plain and num_heads == key_NASD.shape[1] and num_slots <= MOST_SLOTS
+    return plain and query_NASD.shape == key_NASD.shape and query_NASD.shape[2] <= MOST_SLOTS
 
 
 class _MixedCausal(torch.autograd.Function):
@@ -78,12 +77,13 @@ class _MixedCausal(torch.autograd.Function):
         weights_ANSS = value_NASD.new_empty(num_kept, num_rows, num_slots, num_slots)
         out_ANSD = value_NASD.new_empty(num_heads, num_rows, num_slots, width)
         scores_NSS = torch.empty(num_rows, num_slots, num_slots)
-        for head, (query, key) in enumerate(zip(queries, keys, strict=True)):
-            unseen_SS, weights_NSS = _unseen(num_slots), weights_ANSS[head % num_kept]
-            with onednn_products(query.device):
+        unseen_SS = _unseen(num_slots)
+        with onednn_products(value_NASD.device):
+            for head, (query, key) in enumerate(zip(queries, keys, strict=True)):
+                weights_NSS = weights_ANSS[head % num_kept]
                 torch.baddbmm(unseen_SS, query, key.transpose(1, 2), alpha=scale, out=scores_NSS)
-            weights_NSS.copy_(torch.softmax(scores_NSS, -1, out=scores_NSS))
-            torch.bmm(weights_NSS, value_NASD[:, head], out=out_ANSD[head])
+                weights_NSS.copy_(torch.softmax(scores_NSS, -1, out=scores_NSS))
+                torch.bmm(weights_NSS, value_NASD[:, head], out=out_ANSD[head])
         ctx.save_for_backward(query_NASD.bfloat16(), key_NASD.bfloat16(), value_NASD, weights_ANSS)
         ctx.scale = scale
         return out_ANSD.transpose(0, 1)

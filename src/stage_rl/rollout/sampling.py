@@ -106,10 +106,9 @@ def invert_cdf(probs_NV: Tensor, uniforms_N: Tensor) -> Tensor:
 
 def conditional_statistics(cond_NV: Tensor, tokens_N: Tensor) -> tuple[Tensor, Tensor]:
     """logprobs_N of the tokens and entropy_N of the conditional distribution (nats)."""
-    probs_NV = cond_NV.softmax(-1)
-    lse_N = cond_NV.amax(-1) - probs_NV.amax(-1).log()
-    logprobs_N = cond_NV.gather(1, tokens_N[:, None])[:, 0] - lse_N
-    return logprobs_N, lse_N - torch.linalg.vecdot(probs_NV, cond_NV)
+    logprobs_NV = cond_NV.log_softmax(-1)
+    entropy_N = -torch.linalg.vecdot(cond_NV.softmax(-1), logprobs_NV)
+    return logprobs_NV.gather(1, tokens_N[:, None])[:, 0], entropy_N
 
 
 def _keep_top_k(logits_NV: Tensor, k: int) -> Tensor:

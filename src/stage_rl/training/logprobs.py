@@ -62,28 +62,16 @@ def _chunks(hidden_ND: Tensor, tokens_N: Tensor, chunk_rows: int) -> list[tuple[
     return list(zip(hidden_ND.split(chunk_rows), tokens_N.split(chunk_rows), strict=True))
 
 
-def _normalized(logits_NV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits in fp32 or wider, their log-sum-exp lse_N1 and their probabilities.
-
-    The likeliest token gives the first from the second: a pass over the logits less.
-    """
-    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
-    probs_NV = logits_NV.softmax(-1)
-    lse_N1 = logits_NV.amax(-1, keepdim=True) - probs_NV.amax(-1, keepdim=True).log()
-    return logits_NV, lse_N1, probs_NV
-
-
-def _outputs(
-    logits_NV: Tensor, lse_N1: Tensor, probs_NV: Tensor, tokens_N: Tensor
-) -> tuple[Tensor, Tensor]:
-    """log p_y = z_y - lse and H = lse - sum(p z)."""
-    lse_N = lse_N1.squeeze(-1)
-    logprobs_N = logits_NV.gather(-1, tokens_N[:, None]).squeeze(-1) - lse_N
-    return logprobs_N, lse_N - torch.linalg.vecdot(probs_NV, logits_NV)
+def _distributions(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and probabilities; on a CPU a second softmax is faster than exp."""
+    dtype = torch.promote_types(logits_NV.dtype, torch.float32)
+    return logits_NV.log_softmax(-1, dtype=dtype), logits_NV.softmax(-1, dtype=dtype)
 
 
 def _plain(head: Head, hidden_ND: Tensor, tokens_N: Tensor) -> tuple[Tensor, Tensor]:
-    return _outputs(*_normalized(head(hidden_ND)), tokens_N)
+    logprobs_NV, probs_NV = _distributions(head(hidden_ND))
+    entropy_N = -torch.linalg.vecdot(probs_NV, logprobs_NV)
+    return logprobs_NV.gather(-1, tokens_N[:, None]).squeeze(-1), entropy_N
 
 
 @torch.no_grad()
@@ -104,8 +92,10 @@ def _with_slopes(
     rows_ND = hidden_ND.detach().requires_grad_()
     with torch.enable_grad():
         logits_NV = head(rows_ND)
-    wide_NV, lse_N1, probs_NV = _normalized(logits_NV.detach())
-    logprobs_N, entropy_N = _outputs(wide_NV, lse_N1, probs_NV, tokens_N)
+    logprobs_NV, probs_NV = _distributions(logits_NV.detach())
+    entropy_N = -torch.linalg.vecdot(probs_NV, logprobs_NV)
+    index_N1 = tokens_N[:, None]
+    outputs = [logprobs_NV.gather(-1, index_N1).squeeze(-1), entropy_N]
 
     def slope(by_logits_NV: Tensor, retain_graph: bool) -> Tensor:
         grad_NV = by_logits_NV.to(logits_NV.dtype)
@@ -113,13 +103,12 @@ def _with_slopes(
 
     entropy_slopes = []
     if entropy_grad:
-        # d H / dz = -p (log p + H), log p = z - lse
-        by_logits_NV = (lse_N1 - entropy_N[:, None] - wide_NV).mul_(probs_NV)
+        # d H / dz = -p (log p + H)
+        by_logits_NV = logprobs_NV.add_(entropy_N[:, None]).mul_(probs_NV).neg_()
         entropy_slopes = [slope(by_logits_NV, True)]
     # d log p_y / dz = onehot(y) - p
-    ones_N1 = torch.ones_like(lse_N1)
-    by_logits_NV = probs_NV.neg_().scatter_add_(-1, tokens_N[:, None], ones_N1)
-    return logprobs_N, entropy_N, slope(by_logits_NV, False), *entropy_slopes
+    by_logits_NV = probs_NV.neg_().scatter_add_(-1, index_N1, torch.ones_like(probs_NV[:, :1]))
+    return *outputs, slope(by_logits_NV, False), *entropy_slopes
 
 
 class _FrozenHead(torch.autograd.Function):

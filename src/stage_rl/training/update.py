@@ -34,7 +34,7 @@ class Precision:
     """How the forward passes are computed."""
 
     mixed: bool = False
-    """Linear layers of the trunk in bf16; attention, norms and the image head stay fp32."""
+    """Products of the trunk in bf16; norms, softmax and the image head stay fp32."""
     round_to_bf16: bool = False
     """Log-probabilities and entropies as bf16 holds them, like the released code."""
     logprob_rows: int = 2048
