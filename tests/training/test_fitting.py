@@ -6,8 +6,10 @@ import pytest
 
 from stage_rl.config import load_recipe
 from stage_rl.errors import RecipeError
+from stage_rl.policies import attention, janus
 from stage_rl.policies.config import JanusConfig
 from stage_rl.policies.sizes import KNOWN
+from stage_rl.training import memory
 from stage_rl.training.fitting import (
     GB,
     check_memory,
@@ -64,6 +66,12 @@ def test_moments_in_8_bits_take_a_quarter():
     )
     ratio = gb(other, "learn", "moments") / gb(one, "learn", "moments")
     assert ratio == pytest.approx((1 + 4 / 256) / 4)
+
+
+def test_the_plan_counts_what_the_model_does():
+    assert memory.SHORT_SLOTS == attention.MOST_SLOTS
+    assert memory.IMAGES_DECODED == janus.IMAGES_PER_CHUNK
+    assert memory.IMAGES_DECODED_ON_CPU == janus.IMAGES_PER_CHUNK_ON_CPU
 
 
 def test_a_layer_of_7b_keeps_what_bf16_on_a_gpu_leaves():

@@ -23,7 +23,10 @@ PROMPT_SLOTS = 32
 CACHE_BLOCK = 32
 """Slots of the key-value cache come in blocks."""
 IMAGES_DECODED = 32
+IMAGES_DECODED_ON_CPU = 8
 """Images that the image decoder takes at one time."""
+SHORT_SLOTS = 256
+"""Slots up to which bf16 attention on a CPU keeps its weights."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +212,8 @@ def _cache(work: Work, images: int) -> float:
 def _images(work: Work, images: int) -> float:
     """The image decoder: three maps of its first width at full resolution are alive at one time."""
     size = work.size
-    maps = 3 * min(images, IMAGES_DECODED) * size.decoder_channels * size.image_side**2
+    at_once = IMAGES_DECODED if work.on_gpu else IMAGES_DECODED_ON_CPU
+    maps = 3 * min(images, at_once) * size.decoder_channels * size.image_side**2
     return maps * work.parameter_bytes
 
 
@@ -268,9 +272,13 @@ def layer_bytes(work: Work, checkpointing: str) -> float:
     if checkpointing == "full":
         return 4 * width
     adapted = work.policy.lora is not None
-    # Attention keeps what it reads and its result; on a CPU in fp32, with a copy in bf16.
-    in_bf16 = work.mixed and work.on_gpu
+    slots = work.prompt_slots + work.size.image_tokens - 1
+    keeps_weights = work.mixed and not work.on_gpu and slots <= SHORT_SLOTS
+    # Attention keeps what it reads and its result; on a CPU in fp32, with a copy in bf16, or of
+    # short sequences all in bf16.
+    in_bf16 = work.mixed and (work.on_gpu or keeps_weights)
     attended = (2 if in_bf16 else 4) * (width + 2 * kv)
+    attended += 2 * work.size.heads * slots if keeps_weights else 0
     mixed_out = 2 * width if in_bf16 else 4 * width + (2 * width if work.mixed else 0)
     if checkpointing == "none":
         # Residual stream before each norm, what the norms' weights read, inputs of the matrices.
