@@ -109,6 +109,7 @@ def test_the_shipped_tokenizer_keeps_the_objects():
     ("options", "message"),
     [
         ({"json_": "none/show.json"}, "--json none/show.json: no folder 'none'"),
+        ({"images_per_task": 0}, "--images-per-task: 0 is out of range; write at least 1"),
         ({"renders": 0}, "--renders: 0 is out of range; write at least 1"),
         ({"training_guidance": -1.0}, "guidance_scale: -1.0 is out of range"),
         ({"model": "./none"}, "no such folder"),

@@ -53,7 +53,7 @@ PRETRAINING_SHARES = {
 SWAPPED_COLORS = 0.1
 """Share of captions with two colours that name them the wrong way round."""
 MISCOUNTED = 0.1
-"""Share of counting captions with another number. Both kinds are 4 of 100 captions."""
+"""Share of counting captions with another number. Both kinds are 3 of 100 captions."""
 EVALUATION_SIZES = dict(zip(TASKS, (8, 24, 12, 24, 48, 48), strict=True))
 """Evaluation prompts per task, out of 8, 56, 24, 72, 224 and several thousand."""
 _SPLIT_SEED = 43

@@ -77,7 +77,8 @@ def main(
     on. --json: a file for all figures.
     """
     file = Path(json_) if json_ else None
-    _check(file, {"regime-images": regime_images, "renders": renders})
+    counts = {"images-per-task": images_per_task, "regime-images": regime_images}
+    _check(file, {**counts, "renders": renders})
     sampling = Sampling(guidance_scale=training_guidance)
     policy = load_policy(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     tokenizer = measure_tokenizer(policy, renders, seed=seed)
