@@ -14,6 +14,11 @@ def test_checkpoints_are_told_by_their_whole_name_and_ordered_by_number(tmp_path
     assert found == ["step_1000000", "step_000010", "step_000009"]
 
 
+def test_a_manifest_that_lists_nothing_is_damage(tmp_path):
+    (tmp_path / "manifest.json").write_text("{}")
+    assert checkpoint_module.damage(tmp_path) == "manifest.json lists no state.json"
+
+
 def test_a_damaged_checkpoint_does_not_count_among_those_that_are_kept(recipe, caplog):
     every = ("run.save_every=1", "run.keep_checkpoints=2", "optimizer.schedule=constant")
     run = train(recipe("steps=3", *every))

@@ -35,6 +35,16 @@ def test_a_start_that_failed_before_its_first_step_leaves_the_folder_to_any_reci
     assert saved["training"]["groups_per_microbatch"] == 1
 
 
+def test_a_run_that_was_moved_goes_on(recipe, tmp_path):
+    train(recipe("steps=1", "optimizer.schedule=constant"))
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    moved = train(
+        recipe("steps=2", "optimizer.schedule=constant", f"run.dir={tmp_path}/elsewhere/")
+    )
+    assert moved == tmp_path / "elsewhere"
+    assert len((moved / "metrics.jsonl").read_text().splitlines()) == 2
+
+
 def test_fewer_steps_than_a_run_has_write_nothing(recipe, capsys):
     run = train(recipe("steps=2"))
     before = (run / "recipe.json").read_bytes()

@@ -185,6 +185,8 @@ def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, by its manifest; None when it is whole."""
     try:
         sums = json.loads((folder / MANIFEST).read_text())
+        if "state.json" not in sums:
+            return f"{MANIFEST} lists no state.json"
         return next(
             (
                 f"{name} is damaged"

@@ -117,7 +117,10 @@ class Liveness:
         rewards_PG = judged.rewards_PG[judged.kept_P]
         equal = len(rewards_PG) > 0 and bool(equal_reward_groups(rewards_PG).all())
         signs = {
-            "failed_reward_steps": (not judged.kept_P.all(), "a reward failed on some group"),
+            "failed_reward_steps": (
+                not judged.kept_P.all(),
+                f"a reward failed on some group (at last: {_failure(judged)})",
+            ),
             # One number for all images is the narrower sign: it is named first.
             "constant_reward_steps": (
                 equal and bool(rewards_PG.max() == rewards_PG.min()),
@@ -131,9 +134,15 @@ class Liveness:
             self.counters[name] = self.counters.get(name, 0) + 1 if seen else 0
             if limit and self.counters[name] >= limit:
                 raise DivergedError(
-                    f"for {limit} steps in a row {words}; look at the reasons in images/, "
-                    f"or raise liveness.{name}"
+                    f"for {limit} steps in a row {words}; mend the cause, or raise liveness.{name}"
                 )
+
+
+def _failure(judged: Judged) -> str:
+    """The reason of a group that left the step; empty where none did."""
+    group_size = len(judged.reasons) // len(judged.kept_P)
+    lost = (~judged.kept_P).nonzero().flatten().tolist()
+    return judged.reasons[lost[0] * group_size] if lost else ""
 
 
 def _mean(credits: Sequence[Credit], name: str) -> float:

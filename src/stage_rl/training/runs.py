@@ -125,7 +125,9 @@ def check_run(recipe: Recipe) -> RunFolder:
         return run
     if not saved.exists():
         raise InputError(f"{run.path}: holds a run without recipe.json; give another run.dir")
-    differing = [key for key in diff_recipes(load_recipe(saved), recipe) if key != "steps"]
+    # A run may be moved, and go on for longer.
+    changed = diff_recipes(load_recipe(saved), recipe)
+    differing = [key for key in changed if key not in ("steps", "run.dir")]
     if differing:
         raise InputError(
             f"{run.path}: holds a run of another recipe (differs in {', '.join(differing)}); "
