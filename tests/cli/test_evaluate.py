@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 import pytest
 
+from stage_rl.cli.evaluate import PUBLISHED
+from stage_rl.evaluation.suites import SUITES
+
 
 @dataclass
 class Scores:
@@ -112,6 +115,25 @@ def test_eval_smoke_takes_the_shapes_policy_and_every_benchmark(suites, runner, 
     assert suites["model"] == "shapes"
     assert suites["names"] == ["all"]
     assert runner["images_per_task"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["geneval.threshold=1"], "settings: shapes-geneval does not take it; leave it out"),
+        (["--out", "x"], "--out: shapes-geneval does not take it; leave it out"),
+        (["--benchmark", "ocr", "--images-per-task", "3"], "--images-per-task: ocr does not take"),
+        (["--benchmark", "shapes_geneval"], "--benchmark: unknown 'shapes_geneval'; did you mean"),
+    ],
+)
+def test_eval_refuses_what_it_would_drop_and_names_that_are_none(arguments, line, run_main):
+    code, printed = run_main("eval", "shapes", *arguments)
+    assert (code, printed.count("\n")) == (2, 1)
+    assert printed.startswith(f"error: {line}")
+
+
+def test_eval_knows_every_published_benchmark():
+    assert set(PUBLISHED) == set(SUITES)
 
 
 def test_eval_without_anything_to_score_is_one_line(tmp_path, run_main):

@@ -46,4 +46,5 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
+        print("stopped; the same command starts again", file=sys.stderr)
         sys.exit(130)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -11,6 +11,7 @@ import typer
 
 from stage_rl.cli.options import check_writable, finite, write_json
 from stage_rl.errors import InputError
+from stage_rl.settings import near_or_all
 
 if TYPE_CHECKING:
     from stage_rl.evaluation.runner import Comparison, Request, Results
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
     Outcome = Results | Comparison
 
 SHAPES = "shapes-geneval"
-NAMES = f"geneval, t2i-compbench, hps, drawbench, ocr, diversity, all, or {SHAPES}"
+PUBLISHED = ("geneval", "t2i-compbench", "hps", "drawbench", "ocr", "diversity")
+NAMES = f"{', '.join(PUBLISHED)}, all, or {SHAPES}"
 
 
 def evaluate(
@@ -50,7 +52,9 @@ def evaluate(
     images_per_prompt: Annotated[
         int | None, typer.Option(min=1, help="Default: the benchmark's own.")
     ] = None,
-    images_per_task: Annotated[int, typer.Option(min=1, help=f"For {SHAPES}.")] = 400,
+    images_per_task: Annotated[
+        int | None, typer.Option(min=1, help=f"For {SHAPES}.", show_default="400")
+    ] = None,
     guidance_scale: Annotated[
         float | None, typer.Option(min=0, callback=finite, help="Default: the benchmark's own.")
     ] = None,
@@ -91,13 +95,29 @@ def evaluate(
         scorers=parse_overrides(settings or ()),
     )
     published = [name for name in names if name != SHAPES]
+    given = {
+        "settings": settings,
+        "--out": out,
+        "--images-per-prompt": images_per_prompt,
+    }
+    _refuse(given if not published else {}, SHAPES)
+    with_shapes = published != names or (smoke and "all" in names and images is None)
+    _refuse({"--images-per-task": images_per_task} if not with_shapes else {}, ", ".join(names))
     outcomes: dict[str, Outcome] = {}
-    if published != names or (smoke and "all" in names and images is None):
-        outcomes[SHAPES] = _shapes(str(model), against, request, 2 if smoke else images_per_task)
+    if with_shapes:
+        num_images = 2 if smoke else images_per_task or 400
+        outcomes[SHAPES] = _shapes(str(model), against, request, num_images)
     if published:
         outcomes |= _published(model, against, published, request)
     figures = {name: outcome.to_json() for name, outcome in outcomes.items()}
     write_json(json_file, figures if len(figures) > 1 else next(iter(figures.values())))
+
+
+def _refuse(given: Mapping[str, object], name: str) -> None:
+    """An InputError for the first option that a benchmark would drop."""
+    for option, value in given.items():
+        if value:
+            raise InputError(f"{option}: {name} does not take it; leave it out")
 
 
 def _names(
@@ -106,6 +126,10 @@ def _names(
     """The benchmarks; an InputError where there is nothing to score, or images that do not fit."""
     if model is None and images is None:
         raise InputError("MODEL: is missing; write one, or --images FOLDER")
+    for name in names:
+        if name not in (SHAPES, "all", *PUBLISHED):
+            known = near_or_all(name, (SHAPES, "all", *PUBLISHED))
+            raise InputError(f"--benchmark: unknown '{name}'; {known}")
     if images is not None and SHAPES in names:
         raise InputError(f"--images: {SHAPES} draws its own; write another --benchmark: {NAMES}")
     if images is not None and against is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from stage_rl.prompts import validate_metadata
 from stage_rl.prompts.geneval import plural, with_article
@@ -97,6 +97,7 @@ def judge(
     count below 0 and adds 1 after a missed relation; `clip_count` sets the first of these apart.
     Metadata that is not GenEval's is an `InputError`.
     """
+    assert compat in get_args(Compat), compat
     record = validate_metadata(metadata, where="GenEval metadata")
     found = _confident(
         detections,

@@ -144,14 +144,27 @@ def _numbered(prompts: str | Sequence[str | Prompt]) -> list[Prompt]:
     listed = [prompts] if isinstance(prompts, str) else list(prompts)
     if not listed:
         raise InputError("prompts: there are none; write at least one")
+    for prompt in listed:
+        if not isinstance(prompt, str | Prompt):
+            raise InputError(f"prompts: {prompt!r} is no text; write texts or Prompt objects")
     return [Prompt(p, index) if isinstance(p, str) else p for index, p in enumerate(listed)]
+
+
+def _device(name: str | torch.device) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device: unknown '{name}'; write cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("device: no GPU is visible here; write cpu")
+    return device
 
 
 def _policy_on(model: str | Path | Policy, device: str | torch.device | None) -> Policy:
     if isinstance(model, str | Path):
         best = "cuda" if torch.cuda.is_available() else "cpu"
         config = JanusConfig(path=str(model), trainable=())
-        return config.build(torch.device(device if device is not None else best))
+        return config.build(_device(device if device is not None else best))
     if device is not None and torch.device(device).type != model.device.type:
         raise InputError(f"device: the policy is on {model.device}; leave device out, or move it")
     return model
