@@ -44,6 +44,30 @@ def test_wrong_usage_exits_with_2(arguments, stage):
     assert stage(*arguments).exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trian"], "did you mean 'train'"),
+        (["train"], "missing argument 'recipe'"),
+        (["train", "shapes_geneval", "--steps=5"], "; a setting is written key=value"),
+        (["sample", "shapes", "a star", "--images", "0"], "invalid value for '--images'"),
+    ],
+)
+def test_wrong_usage_is_one_line(arguments, words, run_main):
+    code, printed = run_main(*arguments)
+    assert (code, printed.count("\n")) == (2, 1)
+    assert printed.startswith("error: ")
+    assert words in printed.lower()
+
+
+def test_an_interrupt_says_how_to_go_on(monkeypatch, run_main):
+    def interrupted(*_args, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("stage_rl.config.load_recipe", interrupted)
+    assert run_main("train", "x") == (130, "stopped; the same command starts again\n")
+
+
 def test_a_dry_run_prints_the_resolved_recipe(tiny_recipe, tmp_path, stage):
     done = stage("train", tiny_recipe, "steps=3", "--dry-run")
     assert done.exit_code == 0

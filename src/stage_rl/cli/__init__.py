@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 import typer
 
@@ -33,12 +34,22 @@ app.add_typer(bench.app, name="bench")
 app.add_typer(shapes.app, name="shapes")
 
 
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+"""What a wrong command line raises, in the click that typer brings or in click itself."""
+
+
 def main() -> None:
     """Runs the command line; exit codes: 0 done, 1 failed, 2 wrong input, 130 / 143 stopped."""
     # A recipe may name a module:Class that lies in the working directory.
     sys.path.append(os.getcwd())
     try:
-        app()
+        code = app(standalone_mode=False)
+        if code == 130:
+            print("stopped; the same command starts again", file=sys.stderr)
+        sys.exit(code)
+    except UsageError as error:
+        _say_usage(error)
+        sys.exit(2)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(stopped.exit_code)
@@ -46,5 +57,15 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("stopped; the same command starts again", file=sys.stderr)
         sys.exit(130)
+
+
+def _say_usage(error: Any) -> None:
+    """One line; the help of a command without arguments as it is."""
+    message = error.format_message()
+    if "\n" in message:
+        error.show()
+        return
+    if message.startswith("No such option") and sys.argv[1:2] == ["train"]:
+        message += "; a setting is written key=value"
+    print(f"error: {message}", file=sys.stderr)
