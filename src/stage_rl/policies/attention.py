@@ -52,7 +52,7 @@ def causal_attention(
 def _in_products(
     query_NASD: Tensor, key_NASD: Tensor, attention_mask: Tensor | None, options: dict[str, Any]
 ) -> bool:
-    """Whether plain products take this attention: of whole sequences, as many heads as queries."""
+    """Whether plain products take it: a short whole sequence, no mask, no grouped heads."""
     if not torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return False
     plain = attention_mask is None and not options.get("dropout")
