@@ -20,16 +20,16 @@ def test_everything_is_printed_beside_its_target(tiny_shapes_folder, tmp_path, m
     file = tmp_path / "show.json"
     show.main(
         model=str(tiny_shapes_folder),
-        guidance_scales=(1.0, 2.0),
-        training_guidance=2.0,
+        guidance_scales=(1.0,),
+        guidance_scale=2.0,
         images_per_task=1,
         regime_images=8,
         renders=2,
         json_=str(file),
     )
     printed = capsys.readouterr().out
-    assert "guidance 1" in printed
-    assert "guidance 2" in printed
+    assert "base policy at guidance 2, gold judge" in printed
+    assert "regime at guidance 1, 8 images" in printed
     assert "renders that stay right after encode and decode" in printed
     missed = [line for line in printed.splitlines() if line.endswith("missed")]
     assert any(line.strip().startswith("overall") for line in missed)  # random weights draw nothing
