@@ -18,8 +18,8 @@ def onednn_products(device: torch.device) -> Iterator[None]:
     """Lets oneDNN multiply matrices inside the block, in fp32.
 
     Torch asks oneDNN for fp32 products only where bf16 is allowed for them. A processor without
-    matrix units for bf16 computes them in fp32 all the same, on AMD's in half of MKL's time; on any
-    other processor or device the block changes nothing. The setting is the process's: products of
+    matrix units for bf16 computes them in fp32 all the same, on AMD's faster than MKL; on any other
+    processor or device the block changes nothing. The setting is the process's: products of
     other threads meanwhile may differ in the last bit.
     """
     if device.type != "cpu" or not _in_fp32():

@@ -18,7 +18,7 @@ def keep_freed_memory() -> bool:
     """Stops the C library from giving freed memory back at once; whether it can.
 
     A step on a CPU frees and takes the same tensors again and again. Each time, the system would
-    have to clear their pages anew, which takes a tenth of a step. Only the GNU library can be told.
+    have to clear their pages anew, which takes time. Only the GNU library can be told.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:
