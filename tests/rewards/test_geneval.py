@@ -207,6 +207,21 @@ def test_the_reward_scores_each_image_with_its_verdicts():
     assert "found 0" in dark.why
 
 
+def test_the_score_may_be_a_verdict():
+    # One dog too many; the official rules take the most confident one.
+    two_dogs = torch.full((1, 4, 4, 3), 200, dtype=torch.uint8)
+    values = {
+        kind: GenEvalReward(lambda *_: [dogs(0.8, 0.7)], score=kind)(two_dogs, PROMPTS[:1])[0]
+        for kind in ("soft", "correct", "strict")
+    }
+    assert {kind: score.value for kind, score in values.items()} == {
+        "soft": 0,  # 1 - |1 - 2| / 1
+        "correct": 1,
+        "strict": 0,
+    }
+    assert values["correct"].extras == {"soft": 0.0, "correct": 1.0, "strict": 0.0}
+
+
 def test_the_recipe_sets_detector_and_thresholds():
     fields = {"detector": BrightnessDetectorConfig(), "threshold": 0.85}
     config = GenEvalRewardConfig.model_validate(fields)

@@ -25,6 +25,9 @@ class GenEvalRewardConfig(RewardConfig):
 
     detector: DetectorConfig = Mask2FormerConfig()
     """What finds the objects and their colours."""
+    score: Literal["soft", "correct", "strict"] = "soft"
+    """soft: the mean over the terms; correct: the official verdict, 0 or 1; strict: the same with
+    exact counts."""
     compat: Literal["fixed", "release"] = "fixed"
     """release: the released score, which adds 1 to a missed relation."""
     clip_count: bool | None = None
@@ -48,7 +51,7 @@ class GenEvalRewardConfig(RewardConfig):
             counting_threshold=self.counting_threshold,
             max_objects=self.max_objects,
         )
-        return GenEvalReward(self.detector.build(device), rules)
+        return GenEvalReward(self.detector.build(device), rules, self.score)
 
     def objection(self, prompt: Prompt) -> str | None:
         """Also what the detector cannot find."""

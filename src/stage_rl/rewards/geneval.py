@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 Compat = Literal["fixed", "release"]
+ScoreKind = Literal["soft", "correct", "strict"]
 Box = tuple[float, float, float, float]
 
 POSITION_MARGIN = 0.1
@@ -243,16 +244,23 @@ class GenEvalReward:
     detector: Detector
     judge: Callable[[Sequence[Detection], Mapping[str, Any]], Verdict] = judge
     """From detections and metadata to a verdict: `judge`, or with coefficients of its own."""
+    score: ScoreKind = "soft"
+    """Which number of the verdict is the score."""
 
     def __call__(self, images_NHWC: Tensor, prompts: list[Prompt]) -> list[Score]:
-        """The soft score of each image; the extras are the official and the strict verdict."""
+        """The score of each image; the extras are the official and the strict verdict, and the soft
+        score where it is not the score itself.
+        """
         assert len(images_NHWC) == len(prompts)
         detections = self.detector(images_NHWC, prompts)
         verdicts = [
             self.judge(found, prompt.metadata)
             for found, prompt in zip(detections, prompts, strict=True)
         ]
-        return [
-            Score(one.reward, one.why, {"correct": float(one.correct), "strict": float(one.strict)})
-            for one in verdicts
-        ]
+        return [self._scored(verdict) for verdict in verdicts]
+
+    def _scored(self, verdict: Verdict) -> Score:
+        numbers = {"correct": float(verdict.correct), "strict": float(verdict.strict)}
+        if self.score == "soft":
+            return Score(verdict.reward, verdict.why, numbers)
+        return Score(numbers[self.score], verdict.why, {"soft": verdict.reward, **numbers})
