@@ -248,7 +248,7 @@ def test_two_recipes_differ_in_dotted_keys(tiny_recipe):
 
 def test_a_preset_sets_what_a_recipe_does_not():
     assert AlgorithmConfig().preset == "default"
-    assert AlgorithmConfig().advantage_std_floor == 0.05
+    assert AlgorithmConfig().advantage_std_floor == 0.0
     paper = AlgorithmConfig(preset="paper", advantage_std_floor=0.01)
     assert (paper.mask_normalization, paper.self_similarity) == ("none", 1)
     assert paper.advantage_std_floor == 0.01

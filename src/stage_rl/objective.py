@@ -19,12 +19,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "mask_normalization": "none",
         "self_similarity": 1,
-        "advantage_std_floor": 0.0,
     },
     "release": {
         "self_similarity": 0,
         "equal_group_similarity": 1.0,
-        "advantage_std_floor": 0.0,
         "ratio": "unclipped",
         "logprob_dtype": "bfloat16",
         "entropy": {"centred": True},
@@ -40,7 +38,9 @@ class EntropyConfig(Settings):
     mode: Literal["reward", "loss", "none"] = "reward"
     """reward: equations 11 and 12; loss: the penalty of equations 13 and 14; none: neither."""
     scale: NonNegative = 0.4
-    """lambda of equations 12 and 14."""
+    """lambda of equation 12."""
+    penalty_scale: NonNegative = 0.01
+    """Factor of the penalty of equation 14; as in the released code."""
     scope: Literal["best", "all"] = "best"
     """Which samples of a group get the bonus: those that share its best reward, or all."""
     centred: bool = False
@@ -82,8 +82,9 @@ class AlgorithmConfig(Settings):
     """Equation 4, or exp(logprob - its detached self) without clip; the same for one update."""
     advantage_eps: Annotated[float, Field(gt=0)] = 1e-4
     """Added to the standard deviation of equation 2."""
-    advantage_std_floor: NonNegative = 0.05
-    """Least standard deviation in equation 2, so that a tiny difference stays tiny."""
+    advantage_std_floor: NonNegative = 0.0
+    """Least standard deviation in equation 2; above 0 it silences small differences, those of the
+    entropy reward among them."""
     reweight: Literal["both", "advantages", "kl", "none"] = "both"
     """What the similarity weighs: advantages (equation 8) and beta, one of them, or nothing."""
     mask_normalization: Literal["group_mean", "none"] = "group_mean"

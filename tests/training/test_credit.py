@@ -54,6 +54,12 @@ def test_each_half_of_the_reweighting_can_be_left_out(reweight, masked, weighted
     assert (result.kl_weight_PGT != 1).any() == weighted
 
 
+def test_in_a_group_of_equal_rewards_the_entropy_reward_decides():
+    result = credits(((1.0, 1.0),), entropies=((2.0, 2.05),), advantage_eps=1e-4, reweight="none")
+    # bonuses 0.4 and 0.4 / 1.0025, std 7.05e-4: (4.99e-4) / (7.05e-4 + 1e-4) = 0.619
+    assert result.advantages_PGT.abs().mean() > 0.5
+
+
 def test_the_entropy_bonus_goes_to_the_best_of_the_group():
     result = credits(entropies=((3.0, 3.0),))
     # 1 / (1 + 1) x 0.4 on the sample with reward 1 alone

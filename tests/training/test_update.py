@@ -167,7 +167,7 @@ def test_entropy_as_a_loss_moves_the_entropy_towards_the_reference(policy):
         means = [measure(p, batch, Precision()).entropy_NT.mean(1) for p in (policy, reference)]
         return (means[0] - means[1]).square().mean().item()
 
-    settings = {"beta": 0.0, "entropy": {"mode": "loss", "scale": 1.0}}
+    settings = {"beta": 0.0, "entropy": {"mode": "loss", "penalty_scale": 1.0}}
     equal = Judged(torch.zeros(3, SIZE), torch.ones(3, dtype=torch.bool), {}, ())
     _, _ = learned(policy, judged=equal, lr=0.0, **settings)  # moves the policy away by 1 %
     optimizer = torch.optim.SGD([p for p in policy.module.parameters() if p.requires_grad])

@@ -271,7 +271,9 @@ def _losses(
             algorithm.completion_entropy(batch.by_group(measured.entropy_NT)) * kept_P1
             for measured in (now, ref)
         )
-        penalty = algorithm.entropy_penalty(entropy_PG, ref_entropy_PG, settings.entropy.scale)
+        penalty = algorithm.entropy_penalty(
+            entropy_PG, ref_entropy_PG, settings.entropy.penalty_scale
+        )
     return Losses(
         total=grpo.total + penalty,
         policy=grpo.policy,
