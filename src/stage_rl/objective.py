@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from stage_rl.settings import Settings, complaint
+from stage_rl.settings import NonNegative, Settings, complaint
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -28,9 +28,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "entropy": {"centred": True},
     },
 }
-
-NonNegative = Annotated[float, Field(ge=0)]
-
 
 class EntropyConfig(Settings):
     """How the policy is held to the reference's entropy."""

@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 
 from stage_rl.errors import WeightsError
 
-SHAPES = "shapes"
+SHIPPED_MODEL = "shapes"
 EXAMPLE = "deepseek-community/Janus-Pro-1B"
 DESCRIPTIONS = ("*.json", "*.jinja")
 """Configuration, tokenizer and processor: small, and enough to refuse what is no Janus."""
@@ -70,7 +70,7 @@ class HubFolder:
         except (RepositoryNotFoundError, GatedRepoError) as error:
             raise WeightsError(
                 f"{self.name}: neither a folder nor a model of the hub that you may read; write "
-                f"a folder with a Janus checkpoint, a hub id such as {EXAMPLE}, or {SHAPES}; "
+                f"a folder with a Janus checkpoint, a hub id such as {EXAMPLE}, or {SHIPPED_MODEL}; "
                 "for a gated model log in with `hf auth login`"
             ) from error
         except RevisionNotFoundError as error:
@@ -96,7 +96,7 @@ def find(path: str | Path) -> Source:
     Of a hub model only the descriptions are fetched. What names nothing is a `WeightsError`.
     """
     name = str(path)
-    if name == SHAPES:
+    if name == SHIPPED_MODEL:
         return Source(name, _shapes_folder())
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -107,7 +107,7 @@ def find(path: str | Path) -> Source:
     if match is None or name[0] in "./~" or ".." in name.split("/"):
         raise WeightsError(
             f"{path}: no such folder; write a folder with a Janus checkpoint, "
-            f"a hub id such as {EXAMPLE}, or {SHAPES}"
+            f"a hub id such as {EXAMPLE}, or {SHIPPED_MODEL}"
         )
     hub = HubFolder(name, match[1], match[2].strip("/"), match[3])
     return Source(name, hub.download(DESCRIPTIONS), hub)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoProcessor,
     GenerationConfig,
-    JanusConfig,
+    JanusConfig as HfJanusConfig,
     JanusForConditionalGeneration,
     JanusProcessor,
 )
@@ -64,7 +64,7 @@ def original_folder(path: str | Path) -> Path | None:
 def check_kind(source: Source) -> bool:
     """Whether a Janus is in DeepSeek's layout; what is no Janus is a `WeightsError`."""
     try:
-        config, _ = JanusConfig.get_config_dict(source.folder)
+        config, _ = HfJanusConfig.get_config_dict(source.folder)
     except (OSError, ValueError) as error:
         raise WeightsError(f"{source.name}: no model there: {one_line(error)}") from error
     kind = config.get("model_type")
@@ -74,7 +74,7 @@ def check_kind(source: Source) -> bool:
             "on the hub as OWNER/NAME or OWNER/NAME/FOLDER"
         )
     original = deepseek.is_deepseek(config)
-    if kind != JanusConfig.model_type and not original:
+    if kind != HfJanusConfig.model_type and not original:
         raise WeightsError(f"{source.name}: model_type is '{kind}'; write a model of type 'janus'")
     return original
 
@@ -99,7 +99,7 @@ def check_structure(source: str, config: Any) -> None:
 def _describe(source: Source) -> tuple[Any, JanusProcessor, GenerationConfig | None]:
     """Configuration and processor; the generation settings come with the weights."""
     try:
-        config = JanusConfig.from_pretrained(source.folder)
+        config = HfJanusConfig.from_pretrained(source.folder)
     except LOADING_ERRORS as error:
         raise WeightsError(f"{source.name}: config.json: {one_line(error)}") from error
     return config, _load_processor(source), None

@@ -59,13 +59,13 @@ def noun_phrases(text: str) -> list[str]:
 def _of_clause(words: list[str]) -> list[str]:
     phrases: list[str] = []
     current: list[str] = []
-    for word, after in zip(words, [*words[1:], ""], strict=False):
-        ends = _is_outside(word, after, open_phrase=bool(current))
-        if (ends or word in DETERMINERS) and current:
+    for spoken, after in zip(words, [*words[1:], ""], strict=False):
+        ends = _is_outside(spoken, after, open_phrase=bool(current))
+        if (ends or spoken in DETERMINERS) and current:
             phrases.append(" ".join(current))
             current = []
         if not ends:
-            current.append(word)
+            current.append(spoken)
     phrases += [" ".join(current)] if current else []
     # A determiner alone, as in "this is", names nothing.
     return [phrase for phrase in phrases if phrase not in DETERMINERS]

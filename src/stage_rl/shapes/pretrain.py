@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError
 
 from stage_rl.errors import CheckpointError, InputError
-from stage_rl.policies.hub import SHAPES
+from stage_rl.policies.hub import SHIPPED_MODEL
 from stage_rl.policies.weights import load_janus
 from stage_rl.shapes.captions import WORDS
 from stage_rl.shapes.detector import WEIGHTS
@@ -192,7 +192,7 @@ def _settings(plan: Plan) -> dict[str, Any]:
 def _start(plan: Plan) -> tuple[Any, Any]:
     """The model as training finds it, and its processor."""
     if plan.start_from:
-        return load_janus(SHAPES)
+        return load_janus(SHIPPED_MODEL)
     return build_janus(plan.size, words=WORDS, seed=plan.seed)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from stage_rl.config import load_recipe
 from stage_rl.errors import InputError, StageError
 from stage_rl.policies.base import Policy
-from stage_rl.policies.hub import SHAPES, find
+from stage_rl.policies.hub import SHIPPED_MODEL, find
 from stage_rl.policies.janus import JanusPolicy
 from stage_rl.policies.lora import has_adapter, save_adapter
 from stage_rl.policies.weights import DTYPES, original_folder, quiet
@@ -104,7 +104,7 @@ def _write(policy: Policy, folder: Path, *, base: str, layout: Layout, adapter: 
 
 def _absolute(base: str) -> str:
     """A base as it can be found from another working directory: a hub id, or a whole path."""
-    local = base == SHAPES or Path(base).expanduser().is_dir()
+    local = base == SHIPPED_MODEL or Path(base).expanduser().is_dir()
     return str(find(base).folder.absolute()) if local else base
 
 
