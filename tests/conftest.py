@@ -107,7 +107,7 @@ def tiny_janus(tiny_janus_folder: Path):
     """A fresh policy of that folder, on the CPU, with the default trainable part."""
     import torch
 
-    from stage_rl.policies.config import JanusConfig
+    from stage_rl.policies.janus import JanusConfig
 
     return JanusConfig(path=str(tiny_janus_folder)).build(torch.device("cpu"))
 
@@ -115,8 +115,8 @@ def tiny_janus(tiny_janus_folder: Path):
 @pytest.fixture(scope="session")
 def tiny_shapes_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Janus folder that knows the words of the shapes world and draws 48 x 48; random weights."""
-    from stage_rl.shapes.captions import WORDS
     from stage_rl.shapes.model import JanusSize, build_janus, save_janus
+    from stage_rl.shapes.prompts import WORDS
 
     size = JanusSize(width=16, layers=1, heads=2, mlp=16, codebook_size=32)
     folder = tmp_path_factory.mktemp("shapes")
@@ -129,7 +129,7 @@ def tiny_shapes(tiny_shapes_folder: Path):
     """The policy of that folder, on the CPU; nothing changes it."""
     import torch
 
-    from stage_rl.policies.config import JanusConfig
+    from stage_rl.policies.janus import JanusConfig
 
     return JanusConfig(path=str(tiny_shapes_folder), trainable=()).build(torch.device("cpu"))
 

@@ -11,8 +11,7 @@ import torch
 from torch.testing import assert_close
 
 from stage_rl.policies.base import Policy
-from stage_rl.rollout.decoding import Generated
-from stage_rl.rollout.engine import Engine
+from stage_rl.rollout.engine import Engine, Generated
 from stage_rl.rollout.sampling import Sampling, image_uniforms
 from stage_rl.types import Prompt
 

@@ -16,8 +16,8 @@ from stage_rl.config import (
     run_hash8,
 )
 from stage_rl.errors import RecipeError
-from stage_rl.objective import AlgorithmConfig
-from stage_rl.schema import RewardConfig, RolloutConfig
+from stage_rl.recipe import AlgorithmConfig, RolloutConfig
+from stage_rl.rewards.base import RewardConfig
 
 BRIGHTNESS = '''
 from stage_rl import RewardConfig, Score

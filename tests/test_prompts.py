@@ -10,23 +10,26 @@ import pytest
 from pydantic import ValidationError
 
 from stage_rl.errors import InputError, RecipeError
-from stage_rl.prompts import (
+from stage_rl.prompts.files import (
+    as_prompts,
+    load_prompts,
+    prompt_order,
+    prompts_of_step,
+    validate_metadata,
+)
+from stage_rl.prompts.geneval import (
     CLASSES,
     COLORS,
     GENEVAL,
     MIXES,
     TASKS,
     Vocabulary,
-    as_prompts,
     geneval_prompts,
-    load_prompts,
-    prompt_order,
-    prompts_of_step,
+    record_at,
+    space,
     training_mix,
-    validate_metadata,
 )
-from stage_rl.prompts.config import GenEvalPromptsConfig
-from stage_rl.prompts.mix import record_at, space
+from stage_rl.prompts.sets import GenEvalPromptsConfig
 from stage_rl.types import Prompt
 
 PUBLISHED = Path(__file__).parent / "data" / "geneval" / "evaluation_metadata.jsonl"

@@ -7,8 +7,8 @@ import torch
 
 from stage_rl.config import describe, diff_recipes, list_recipes, load_recipe, resolved_json
 from stage_rl.policies.sizes import size_of
-from stage_rl.rewards.judging import check_fields
-from stage_rl.training.fitting import check_memory
+from stage_rl.rewards.judge import check_fields
+from stage_rl.training.memory import check_memory
 
 RECIPES = sorted(list_recipes())
 SHAPES = [name for name in RECIPES if name.startswith("shapes_")]

@@ -4,8 +4,7 @@ import math
 import time
 from typing import ClassVar
 
-from stage_rl.rewards.base import Score
-from stage_rl.schema import RewardConfig
+from stage_rl.rewards.base import RewardConfig, Score
 
 NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 

@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from stage_rl import algorithm
     from stage_rl.config import load_recipe
     from stage_rl.errors import StageError
-    from stage_rl.evaluation.runner import evaluate
-    from stage_rl.policies.base import Policy
-    from stage_rl.rewards.base import Reward, Score
+    from stage_rl.evaluation.run import evaluate
+    from stage_rl.policies.base import Policy, PolicyConfig
+    from stage_rl.recipe import Recipe
+    from stage_rl.rewards.base import Reward, RewardConfig, Score
     from stage_rl.rollout.sample import sample
-    from stage_rl.schema import PolicyConfig, Recipe, RewardConfig
     from stage_rl.training.loop import train
     from stage_rl.types import Prompt, Rollout
 
@@ -39,15 +39,15 @@ __all__ = [
 
 _HOMES = {
     "Policy": "stage_rl.policies.base",
-    "PolicyConfig": "stage_rl.schema",
+    "PolicyConfig": "stage_rl.recipe",
     "Prompt": "stage_rl.types",
-    "Recipe": "stage_rl.schema",
+    "Recipe": "stage_rl.recipe",
     "Reward": "stage_rl.rewards.base",
-    "RewardConfig": "stage_rl.schema",
+    "RewardConfig": "stage_rl.recipe",
     "Rollout": "stage_rl.types",
     "Score": "stage_rl.rewards.base",
     "StageError": "stage_rl.errors",
-    "evaluate": "stage_rl.evaluation.runner",
+    "evaluate": "stage_rl.evaluation.run",
     "load_recipe": "stage_rl.config",
     "sample": "stage_rl.rollout.sample",
     "train": "stage_rl.training.loop",

@@ -8,6 +8,8 @@ built-in name or `module:Class`; the class behind the kind validates the rest of
 from __future__ import annotations
 
 import difflib
+import importlib
+import re
 from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Self
 
@@ -21,14 +23,18 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from stage_rl import registry
 from stage_rl.errors import RecipeError
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
+
 Positive = Annotated[float, Field(gt=0)]
+
 NonNegative = Annotated[float, Field(ge=0)]
+
 Count = Annotated[int, Field(ge=1)]
+
 Every = Annotated[int, Field(ge=0)]
+
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 
 
@@ -83,7 +89,7 @@ class Component(Settings):
     @property
     def kind(self) -> str:
         """The built-in name of this class, else module:Class."""
-        return registry.name_of(self.family, type(self))
+        return name_of(self.family, type(self))
 
     @model_validator(mode="wrap")
     @classmethod
@@ -94,12 +100,86 @@ class Component(Settings):
         fields = dict(data)
         kind = fields.pop("kind", None)
         if not isinstance(kind, str):
-            names = ", ".join(registry.BUILT_IN[cls.family])
+            names = ", ".join(BUILT_IN[cls.family])
             raise complaint("kind", f"is required; write one of: {names}, or module:Class")
         try:
-            picked = registry.resolve(cls.family, kind)
+            picked = resolve(cls.family, kind)
         except RecipeError as error:
             raise complaint("kind", str(error)) from error
         if not (isinstance(picked, type) and issubclass(picked, cls)):
             raise complaint("kind", f"'{kind}' is no {cls.__name__}; name a subclass of it")
         return picked.model_validate(fields)
+
+
+# Components by short built-in name or by `module:Class`.
+
+
+BUILT_IN = {
+    "policy": {"janus": "stage_rl.policies.janus:JanusConfig"},
+    "prompts": {
+        "geneval": "stage_rl.prompts.sets:GenEvalPromptsConfig",
+        "t2i_r1": "stage_rl.prompts.sets:T2IR1PromptsConfig",
+        "t2i_compbench": "stage_rl.prompts.sets:T2ICompBenchPromptsConfig",
+        "ocr": "stage_rl.prompts.sets:OcrPromptsConfig",
+        "drawbench": "stage_rl.prompts.sets:DrawBenchPromptsConfig",
+        "hps": "stage_rl.prompts.sets:HpsPromptsConfig",
+        "file": "stage_rl.prompts.sets:FilePromptsConfig",
+        "shapes": "stage_rl.shapes.prompts:ShapesPromptsConfig",
+    },
+    "reward": {
+        "geneval": "stage_rl.rewards.geneval:GenEvalRewardConfig",
+        "hps": "stage_rl.rewards.clip:HpsConfig",
+        "pickscore": "stage_rl.rewards.clip:PickScoreConfig",
+        "clip_score": "stage_rl.rewards.clip:ClipScoreConfig",
+        "image_reward": "stage_rl.rewards.image_reward:ImageRewardConfig",
+        "aesthetic": "stage_rl.rewards.clip:AestheticConfig",
+        "grounding_dino": "stage_rl.rewards.grounding_dino:GroundingDinoRewardConfig",
+        "git": "stage_rl.rewards.vqa:GitRewardConfig",
+        "yes_no": "stage_rl.rewards.vqa:YesNoRewardConfig",
+        "ocr": "stage_rl.rewards.ocr:OcrRewardConfig",
+        "external": "stage_rl.rewards.external:ExternalRewardConfig",
+        "remote": "stage_rl.rewards.remote:RemoteRewardConfig",
+        "compbench_attributes": "stage_rl.rewards.compbench:AttributesConfig",
+        "compbench_spatial": "stage_rl.rewards.compbench:PlaneConfig",
+        "compbench_depth": "stage_rl.rewards.compbench:DepthConfig",
+        "compbench_numeracy": "stage_rl.rewards.compbench:NumeracyConfig",
+        "variety": "stage_rl.rewards.clip:VarietyConfig",
+    },
+    "detector": {
+        "shapes": "stage_rl.shapes.detector:ShapesDetectorConfig",
+        "mask2former": "stage_rl.rewards.mask2former:Mask2FormerConfig",
+        "grounding_dino": "stage_rl.rewards.grounding_dino:GroundingDinoDetectorConfig",
+    },
+}
+
+
+def resolve(family: str, name: str) -> Any:
+    """The class behind a name of a family (policy, prompts, reward, detector)."""
+    target = BUILT_IN[family].get(name, name)
+    module_name, _, class_name = target.partition(":")
+    if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", target):
+        near = difflib.get_close_matches(name, BUILT_IN[family], n=1)
+        known = ", ".join(BUILT_IN[family])
+        hint = f"did you mean '{near[0]}'?" if near else f"write one of: {known}, or module:Class"
+        raise RecipeError(f"unknown {family} kind '{name}'; {hint}")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise RecipeError(
+            f"cannot import '{module_name}' ({error}); write an importable module:Class"
+        ) from error
+    # The module may be anyone's, and so may what it raises.
+    except Exception as error:
+        what = " ".join(str(error).split())
+        raise RecipeError(
+            f"cannot import '{module_name}' ({type(error).__name__}: {what}); put the module right"
+        ) from error
+    if not hasattr(module, class_name):
+        raise RecipeError(f"'{module_name}' has no '{class_name}'; write the name of a class in it")
+    return getattr(module, class_name)
+
+
+def name_of(family: str, component: type) -> str:
+    """The name by which `resolve` finds a class: the short one where there is one."""
+    target = f"{component.__module__}:{component.__qualname__}"
+    return next((name for name, known in BUILT_IN[family].items() if known == target), target)

@@ -7,15 +7,14 @@ import copy
 import pytest
 import torch
 
-from stage_rl.bench.eager import EagerStep, padded_ids, plain
 from stage_rl.bench.rollout import generate
+from stage_rl.bench.step import EagerStep, padded_ids, plain
 from stage_rl.config import load_recipe
-from stage_rl.rewards.judging import Judge
+from stage_rl.rewards.judge import Judge
 from stage_rl.rollout.engine import Engine
 from stage_rl.rollout.sample import rollout as sample_rollout
 from stage_rl.rollout.sampling import Sampling
-from stage_rl.training.batches import micro_batches
-from stage_rl.training.update import Precision, Update, learn, measure_all
+from stage_rl.training.update import Precision, Update, learn, measure_all, micro_batches
 from stage_rl.types import Judged, Prompt, Rollout
 
 PROMPTS = [

@@ -8,7 +8,7 @@ import torch
 from stage_rl.bench import gradient_signal
 from stage_rl.bench.gradient_signal import headline, mean_cosine, step_gradient
 from stage_rl.config import load_recipe
-from stage_rl.training.setup import build_trainer
+from stage_rl.training.trainer import build_trainer
 
 SMALL = "rollout.prompts_per_step=2 rollout.group_size=4"
 

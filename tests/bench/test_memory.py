@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from stage_rl.bench import memory
-from stage_rl.shapes.captions import WORDS
 from stage_rl.shapes.model import JanusSize, build_janus, save_janus
+from stage_rl.shapes.prompts import WORDS
 
 
 @pytest.fixture(scope="module")

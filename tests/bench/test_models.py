@@ -6,8 +6,8 @@ from torch.testing import assert_close
 
 from stage_rl.bench.models import LONG_TEXT, SIZES, RandomJanusConfig, policy_of
 from stage_rl.errors import RecipeError
-from stage_rl.shapes.captions import WORDS
 from stage_rl.shapes.model import build_janus
+from stage_rl.shapes.prompts import WORDS
 from stage_rl.types import Prompt
 
 CPU = torch.device("cpu")

@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 
-from stage_rl.bench import growing, limits, rollout
-from stage_rl.bench.limits import Work
-from stage_rl.policies.config import JanusConfig
+from stage_rl.bench import base as limits
+from stage_rl.bench import rollout
+from stage_rl.bench import rollout as growing
+from stage_rl.bench.base import Work
+from stage_rl.policies.janus import JanusConfig
 from stage_rl.rollout.engine import Engine
 from stage_rl.types import Prompt
 

@@ -37,7 +37,7 @@ def runner(monkeypatch):
         seen.update(options, benchmark=benchmark)
         return Scores(f"{model} against {base}")
 
-    module = importlib.import_module("stage_rl.evaluation.runner")
+    module = importlib.import_module("stage_rl.evaluation.run")
     monkeypatch.setattr(module, "evaluate", evaluate)
     monkeypatch.setattr(module, "evaluate_against", evaluate_against)
     return seen
@@ -80,7 +80,7 @@ def suites(monkeypatch):
         seen.update(model=model, names=names, request=request)
         return [Scores(str(model), name) for name in names]
 
-    module = importlib.import_module("stage_rl.evaluation.runner")
+    module = importlib.import_module("stage_rl.evaluation.run")
     monkeypatch.setattr(module, "evaluate_suites", evaluate_suites)
     return seen
 

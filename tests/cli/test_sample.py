@@ -7,8 +7,7 @@ from PIL import Image
 
 import stage_rl
 from stage_rl.config import load_recipe, resolved_json
-from stage_rl.training.checkpoint import TrainerState, save_checkpoint
-from stage_rl.training.contents import Contents
+from stage_rl.training.checkpoint import Contents, TrainerState, save_checkpoint
 
 
 @pytest.fixture

@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from stage_rl.evaluation.benchmark import Results, Setup, compare
-from stage_rl.evaluation.results import ImageScore
+from stage_rl.evaluation.results import ImageScore, Results, Setup, compare
 
 SETUP = Setup("shapes-geneval", 2, 3.0, 0, "mixed")
 

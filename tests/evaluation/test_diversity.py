@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from stage_rl.evaluation.diversity import group_diversity, object_cells
+from stage_rl.evaluation.results import group_diversity, object_cells
 
 
 def test_a_cell_is_an_objects_where_most_of_it_is_foreground():

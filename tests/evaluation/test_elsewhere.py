@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from stage_rl.errors import InputError
-from stage_rl.evaluation.elsewhere import find_images
+from stage_rl.evaluation.images import find_images
 from stage_rl.types import Prompt
 
 PROMPTS = tuple(

@@ -4,9 +4,8 @@ import pytest
 
 from stage_rl.evaluation.published import Conditions, comparable, statements
 from stage_rl.evaluation.suites import SUITES, chosen, more_figures
-from stage_rl.rewards.base import Score
-from stage_rl.rewards.config_scorers import HpsConfig
-from stage_rl.schema import RewardConfig
+from stage_rl.rewards.base import RewardConfig, Score
+from stage_rl.rewards.clip import HpsConfig
 from stage_rl.types import Prompt
 
 HPS = {"hps": HpsConfig.model_validate({"jpeg_quality": 75})}

@@ -11,12 +11,12 @@ import pytest
 from PIL import Image
 
 from stage_rl.errors import InputError, RewardError, Stopped
-from stage_rl.evaluation import generate, run_suites, scoring
-from stage_rl.evaluation.run_suites import Request
-from stage_rl.evaluation.scorers import parse_overrides
-from stage_rl.evaluation.suites import SUITES
-from stage_rl.rewards.base import Score
-from stage_rl.schema import RewardConfig
+from stage_rl.evaluation import run as generate
+from stage_rl.evaluation import run as run_suites
+from stage_rl.evaluation import run as scoring
+from stage_rl.evaluation.run import Request
+from stage_rl.evaluation.suites import SUITES, parse_overrides
+from stage_rl.rewards.base import RewardConfig, Score
 
 PER_PROMPT = {
     "geneval": 12 * 2,

@@ -7,14 +7,14 @@ import pytest
 from PIL import Image
 
 import stage_rl
+from stage_rl import console as progress_module
+from stage_rl.console import progress
 from stage_rl.errors import CheckpointError, InputError
-from stage_rl.evaluation import progress as progress_module
-from stage_rl.evaluation import shapes_geneval
-from stage_rl.evaluation.progress import progress
-from stage_rl.evaluation.runner import evaluate, evaluate_against, evaluate_run
-from stage_rl.prompts import TASKS
-from stage_rl.schema import EvaluationConfig
-from stage_rl.shapes.captions import evaluation_records
+from stage_rl.evaluation.run import evaluate, evaluate_against, evaluate_run
+from stage_rl.prompts.geneval import TASKS
+from stage_rl.recipe import EvaluationConfig
+from stage_rl.shapes import suite as shapes_geneval
+from stage_rl.shapes.prompts import evaluation_records
 from stage_rl.types import Prompt
 
 SETS = (*TASKS, "retention", "transfer")

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from stage_rl.policies import attention
-from stage_rl.policies.attention import MOST_SLOTS, causal_attention
+from stage_rl.policies import trunk as attention
+from stage_rl.policies.trunk import MOST_SLOTS, causal_attention
 
 ROWS, HEADS, SLOTS, WIDTH = 3, 4, 40, 8
 SCALE = WIDTH**-0.5

@@ -7,9 +7,9 @@ from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from stage_rl.errors import WeightsError
-from stage_rl.policies import hub
-from stage_rl.policies.hub import find
-from stage_rl.policies.weights import load_janus
+from stage_rl.policies import loading as hub
+from stage_rl.policies.janus import load_janus
+from stage_rl.policies.loading import find
 
 
 @pytest.fixture

@@ -9,8 +9,7 @@ from torch.testing import assert_close
 from transformers import AutoProcessor, JanusForConditionalGeneration
 
 from stage_rl.errors import InputError, RecipeError, WeightsError
-from stage_rl.policies.config import JanusConfig
-from stage_rl.policies.janus import JanusPolicy
+from stage_rl.policies.janus import JanusConfig, JanusPolicy
 from stage_rl.types import Prompt
 
 SHORT = Prompt("a red square", 0)

@@ -11,10 +11,10 @@ from torch.testing import assert_close
 from transformers import JanusForConditionalGeneration
 
 from stage_rl.errors import RecipeError
-from stage_rl.policies.config import JanusConfig
+from stage_rl.policies.janus import JanusConfig
 from stage_rl.policies.lora import has_adapter, merged_weight, save_adapter
 from stage_rl.rollout.engine import Engine
-from stage_rl.training.contents import trained_parameters
+from stage_rl.training.checkpoint import trained_parameters
 from stage_rl.types import Prompt
 
 pytestmark = pytest.mark.skipif(

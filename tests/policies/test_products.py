@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from stage_rl.policies import products
-from stage_rl.policies.products import onednn_products
+from stage_rl.policies import trunk as products
+from stage_rl.policies.trunk import onednn_products
 
 CPU = torch.device("cpu")
 

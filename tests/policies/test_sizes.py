@@ -13,7 +13,7 @@ from transformers import (
     LlamaConfig,
 )
 
-from stage_rl.policies.config import JanusConfig as JanusPolicyConfig
+from stage_rl.policies.janus import JanusConfig as JanusPolicyConfig
 from stage_rl.policies.sizes import KNOWN, size_of
 
 

@@ -7,20 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from stage_rl.prompts import (
-    CLASSES,
-    COLORS,
-    as_prompts,
-    find_leaks,
-    geneval_prompts,
+from stage_rl.prompts.files import as_prompts, load_prompts
+from stage_rl.prompts.geneval import CLASSES, COLORS, geneval_prompts
+from stage_rl.prompts.leakage import find_leaks
+from stage_rl.prompts.sets import (
+    CATEGORIES,
     load_drawbench,
     load_file,
     load_ocr,
-    load_prompts,
     load_t2i_compbench,
     load_t2i_r1,
 )
-from stage_rl.prompts.t2i_compbench import CATEGORIES
 from stage_rl.rewards.t2i_r1 import SIDES
 
 FOLDER = os.environ.get("STAGE_PROMPT_DATA")

@@ -5,24 +5,20 @@ import json
 import pytest
 from pydantic import ValidationError
 
-from stage_rl import registry
 from stage_rl.errors import InputError
-from stage_rl.prompts import (
-    as_prompts,
-    evaluation_texts,
-    find_leaks,
-    geneval_prompts,
+from stage_rl.prompts.files import PromptsConfig, as_prompts
+from stage_rl.prompts.geneval import evaluation_texts, geneval_prompts, training_mix
+from stage_rl.prompts.leakage import find_leaks, sentence
+from stage_rl.prompts.sets import (
     load_drawbench,
     load_file,
     load_hps,
     load_ocr,
     load_t2i_compbench,
     load_t2i_r1,
-    training_mix,
+    noun_phrases,
 )
-from stage_rl.prompts.leakage import sentence
-from stage_rl.prompts.phrases import noun_phrases
-from stage_rl.schema import PromptsConfig
+from stage_rl.settings import resolve
 from stage_rl.types import Prompt
 
 FILES = {
@@ -198,7 +194,7 @@ def test_a_wrong_ocr_line_is_named(tmp_path, name, text, message):
 
 
 def test_synthetic_ocr_prompts_say_so_and_depend_on_the_seed():
-    kind = registry.resolve("prompts", "ocr")
+    kind = resolve("prompts", "ocr")
     prompts = kind.model_validate({"synthetic": 20, "seed": 3}).build()
     assert len(prompts) == 20
     assert all(prompt.metadata["synthetic"] for prompt in prompts)

@@ -7,9 +7,8 @@ import torch
 
 from stage_rl.config import load_reward
 from stage_rl.errors import RecipeError, WeightsError
-from stage_rl.rewards.aesthetic import AestheticReward, load_head
-from stage_rl.rewards.affine_head import AffineHead
-from stage_rl.rewards.clip import load_clip
+from stage_rl.rewards.clip import AestheticReward, load_clip, load_head
+from stage_rl.rewards.pretrained import AffineHead
 from stage_rl.rewards.tiny import tiny_clip, tiny_clip_tokenizer
 from stage_rl.types import Prompt
 

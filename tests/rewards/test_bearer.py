@@ -3,7 +3,7 @@
 import pytest
 
 from stage_rl.errors import InputError
-from stage_rl.rewards.bearer import TOKEN_ENV, read_token
+from stage_rl.rewards.protocol import TOKEN_ENV, read_token
 
 TOKEN = "0123456789abcdef"
 

@@ -7,9 +7,8 @@ from transformers import CLIPConfig, CLIPModel
 
 from stage_rl.config import load_reward
 from stage_rl.errors import RecipeError, WeightsError
-from stage_rl.rewards.clip import fitted_pixels, load_clip, load_open_clip
-from stage_rl.rewards.open_clip import open_clip_names
-from stage_rl.rewards.pixels import CLIP_MEAN, CLIP_STD
+from stage_rl.rewards.clip import fitted_pixels, load_clip, load_open_clip, open_clip_names
+from stage_rl.rewards.pretrained import CLIP_MEAN, CLIP_STD
 from stage_rl.rewards.tiny import tiny_clip, tiny_clip_tokenizer
 from stage_rl.types import Prompt
 

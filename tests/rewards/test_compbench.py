@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from stage_rl.rewards.base import Detection
+from stage_rl.rewards.base import Detection, RewardConfig
 from stage_rl.rewards.compbench import (
     attribute_score,
     depth_score,
@@ -13,7 +13,6 @@ from stage_rl.rewards.compbench import (
     plane_score,
     question_of,
 )
-from stage_rl.schema import RewardConfig
 from stage_rl.types import Prompt
 
 LEFT = {"obj1": "dog", "obj2": "cat", "locality": "on the left of"}
@@ -168,7 +167,7 @@ def test_tiny_models_run_through_the_whole_reward(config, prompt):
 
 
 def test_a_question_is_answered_alone_as_among_longer_ones():
-    from stage_rl.rewards.blip_vqa import load_blip_vqa
+    from stage_rl.rewards.compbench import load_blip_vqa
 
     model = load_blip_vqa("tiny", side=48)
     images_NHWC = torch.randint(

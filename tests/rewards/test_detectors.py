@@ -5,15 +5,18 @@ import torch
 
 from stage_rl.config import load_reward
 from stage_rl.errors import WeightsError
-from stage_rl.prompts import CLASSES, COLORS, colors_record, single_object_record
+from stage_rl.prompts.geneval import CLASSES, COLORS, colors_record, single_object_record
 from stage_rl.rewards.base import Detection
-from stage_rl.rewards.clip import Clip, load_clip
-from stage_rl.rewards.colors import ColorClassifier, cut_out, sentences_of
-from stage_rl.rewards.config_detectors import Mask2FormerConfig
-from stage_rl.rewards.config_scorers import CLIP_L14
-from stage_rl.rewards.detectors import load_mask2former
+from stage_rl.rewards.clip import CLIP_L14, Clip, load_clip
 from stage_rl.rewards.geneval import GenEvalReward
-from stage_rl.rewards.instances import Instance
+from stage_rl.rewards.mask2former import (
+    ColorClassifier,
+    Instance,
+    Mask2FormerConfig,
+    cut_out,
+    load_mask2former,
+    sentences_of,
+)
 from stage_rl.rewards.selftest import check_reward
 from stage_rl.rewards.tiny import tiny_clip, tiny_clip_tokenizer, tiny_mask2former
 from stage_rl.types import Prompt

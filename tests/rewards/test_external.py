@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from stage_rl.errors import InputError, RewardError
-from stage_rl.rewards import line_process
-from stage_rl.rewards.config_external import ExternalRewardConfig
+from stage_rl.rewards import external as line_process
+from stage_rl.rewards.external import ExternalRewardConfig
 from stage_rl.types import Prompt
 
 CPU = torch.device("cpu")

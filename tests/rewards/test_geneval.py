@@ -5,10 +5,9 @@ import pytest
 import torch
 
 from stage_rl.errors import InputError
-from stage_rl.prompts import counting_record, position_record, single_object_record
-from stage_rl.rewards.config import GenEvalRewardConfig
-from stage_rl.rewards.geneval import Detection, GenEvalReward, judge, relative_position
-from stage_rl.schema import DetectorConfig
+from stage_rl.prompts.geneval import counting_record, position_record, single_object_record
+from stage_rl.rewards.base import Detection, DetectorConfig
+from stage_rl.rewards.geneval import GenEvalReward, GenEvalRewardConfig, judge, relative_position
 from stage_rl.types import Prompt
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "data/geneval/golden_scoring.json").read_text())

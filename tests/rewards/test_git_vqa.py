@@ -7,11 +7,17 @@ import torch
 from transformers import BertTokenizer
 
 from stage_rl.errors import WeightsError
-from stage_rl.rewards.answers import Answer, answers_from, tokens_of
-from stage_rl.rewards.config_scenes import GitRewardConfig
-from stage_rl.rewards.git_vqa import load_git, questions_of, score_answers
-from stage_rl.rewards.pixels import clip_pixels
-from stage_rl.rewards.tiny_scenes import tiny_git, tiny_scene_tokenizer
+from stage_rl.rewards.pretrained import clip_pixels
+from stage_rl.rewards.tiny import tiny_git, tiny_scene_tokenizer
+from stage_rl.rewards.vqa import (
+    Answer,
+    GitRewardConfig,
+    answers_from,
+    load_git,
+    questions_of,
+    score_answers,
+    tokens_of,
+)
 from stage_rl.types import Prompt
 
 CPU = torch.device("cpu")

@@ -4,16 +4,17 @@ import pytest
 import torch
 
 from stage_rl.errors import RewardError, WeightsError
-from stage_rl.rewards.config_scenes import GroundingDinoDetectorConfig, GroundingDinoRewardConfig
 from stage_rl.rewards.grounding_dino import (
+    GroundingDinoDetectorConfig,
+    GroundingDinoRewardConfig,
     SceneReward,
     corners,
     load_grounding_dino,
     token_weights,
 )
-from stage_rl.rewards.pixels import detr_pixels
+from stage_rl.rewards.pretrained import detr_pixels
 from stage_rl.rewards.t2i_r1 import caption_of, judge_scene
-from stage_rl.rewards.tiny_scenes import tiny_grounding_dino, tiny_scene_tokenizer
+from stage_rl.rewards.tiny import tiny_grounding_dino, tiny_scene_tokenizer
 from stage_rl.types import Prompt
 
 SMALL = {"shortest_side": 96, "longest_side": 128, "min_score": 0.3}

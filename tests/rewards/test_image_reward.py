@@ -9,7 +9,6 @@ from transformers import BlipTextConfig, BlipTextModel, BlipVisionModel
 
 from stage_rl.config import load_reward
 from stage_rl.errors import WeightsError
-from stage_rl.rewards.affine_head import AffineHead
 from stage_rl.rewards.image_reward import (
     MEAN,
     STD,
@@ -22,7 +21,7 @@ from stage_rl.rewards.image_reward import (
     load_image_reward,
     tiny_image_reward,
 )
-from stage_rl.rewards.pixels import clip_pixels
+from stage_rl.rewards.pretrained import AffineHead, clip_pixels
 from stage_rl.rewards.tiny import tiny_bert_tokenizer, tiny_blip_configs
 from stage_rl.types import Prompt
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stage_rl.rewards.instances import find_instances, tight_box
+from stage_rl.rewards.mask2former import find_instances, tight_box
 
 SIZES = {"padded": (96, 96), "resized": (96, 96), "image": (48, 48)}
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from stage_rl.config import load_reward
-from stage_rl.rewards.jpeg import as_jpeg
+from stage_rl.rewards.selftest import as_jpeg
 from stage_rl.types import Prompt
 
 

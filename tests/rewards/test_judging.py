@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from stage_rl.errors import InputError, RewardError
-from stage_rl.rewards.base import Score
-from stage_rl.rewards.judging import Judge, WeightedReward, check_fields
-from stage_rl.schema import RewardConfig
+from stage_rl.rewards.base import RewardConfig, Score
+from stage_rl.rewards.judge import Judge, WeightedReward, check_fields
 from stage_rl.types import Prompt, Rollout
 
 

@@ -16,13 +16,22 @@ import pytest
 import torch
 
 from stage_rl.errors import InputError
-from stage_rl.rewards import ocr_engines
-from stage_rl.rewards.config_text import OcrRewardConfig
-from stage_rl.rewards.ocr import OcrReward, edit_distance, similarity, target_of, text_of
-from stage_rl.rewards.ocr_engines import Line, PaddleOcr, RapidOcr
+from stage_rl.rewards import ocr as ocr_engines
+from stage_rl.rewards.ocr import (
+    Line,
+    OcrReward,
+    OcrRewardConfig,
+    PaddleOcr,
+    ParallelReader,
+    RapidOcr,
+    edit_distance,
+    garbled,
+    similarity,
+    target_of,
+    text_image,
+    text_of,
+)
 from stage_rl.rewards.selftest import check_reward
-from stage_rl.rewards.worker_processes import ParallelReader
-from stage_rl.rewards.written import garbled, text_image
 from stage_rl.types import Prompt
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ from transformers.models.grounding_dino.image_processing_pil_grounding_dino impo
     GroundingDinoImageProcessorPil,
 )
 
-from stage_rl.rewards.pixels import clip_pixels, detr_pixels, shortest_side_size
+from stage_rl.rewards.pretrained import clip_pixels, detr_pixels, shortest_side_size
 
 LEVEL = 1 / 255 / 0.224
 """One step of 8 bits on the smallest standard deviation of ImageNet."""

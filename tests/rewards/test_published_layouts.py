@@ -11,14 +11,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stage_rl.errors import WeightsError
-from stage_rl.rewards.blip_vqa import load_blip_vqa, tiny_blip_vqa
 from stage_rl.rewards.clip import load_clip
-from stage_rl.rewards.depth import load_depth, tiny_depth
-from stage_rl.rewards.detectors import load_mask2former
-from stage_rl.rewards.git_vqa import load_git
+from stage_rl.rewards.compbench import load_blip_vqa, load_depth, tiny_blip_vqa, tiny_depth
 from stage_rl.rewards.grounding_dino import load_grounding_dino
-from stage_rl.rewards.tiny import tiny_clip, tiny_clip_tokenizer, tiny_mask2former
-from stage_rl.rewards.tiny_scenes import tiny_git, tiny_grounding_dino, tiny_scene_tokenizer
+from stage_rl.rewards.mask2former import load_mask2former
+from stage_rl.rewards.tiny import (
+    tiny_clip,
+    tiny_clip_tokenizer,
+    tiny_git,
+    tiny_grounding_dino,
+    tiny_mask2former,
+    tiny_scene_tokenizer,
+)
+from stage_rl.rewards.vqa import load_git
 
 IMAGES = torch.randint(
     256, (2, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)

@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from stage_rl.errors import RewardError
-from stage_rl.rewards.base import Score
-from stage_rl.rewards.config import GenEvalRewardConfig
+from stage_rl.rewards.base import RewardConfig, Score
+from stage_rl.rewards.geneval import GenEvalRewardConfig
 from stage_rl.rewards.selftest import check_reward, require_order, shape_cases, shape_image
-from stage_rl.schema import RewardConfig
-from stage_rl.shapes.config import ShapesDetectorConfig
+from stage_rl.shapes.detector import ShapesDetectorConfig
 
 
 class ColourConfig(RewardConfig):

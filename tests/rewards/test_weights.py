@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, BertTokenizer
 
 from stage_rl.errors import WeightsError
-from stage_rl.rewards.weights import load_model, load_tokenizer
+from stage_rl.rewards.pretrained import load_model, load_tokenizer
 
 SMALL = BertConfig(
     vocab_size=20,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from stage_rl.rewards.base import Score
-from stage_rl.rewards.wire import answer_json, question_json, read_answer
+from stage_rl.rewards.protocol import answer_json, question_json, read_answer
 from stage_rl.types import Prompt
 
 IMAGE = np.zeros((1, 2, 2, 3), np.uint8)

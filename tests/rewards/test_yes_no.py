@@ -5,9 +5,8 @@ import torch
 from PIL import Image
 
 from stage_rl.errors import WeightsError
-from stage_rl.rewards.config_scenes import YesNoRewardConfig
-from stage_rl.rewards.tiny_scenes import tiny_vlm
-from stage_rl.rewards.yes_no import load_yes_no
+from stage_rl.rewards.tiny import tiny_vlm
+from stage_rl.rewards.vqa import YesNoRewardConfig, load_yes_no
 from stage_rl.types import Prompt
 
 CPU = torch.device("cpu")

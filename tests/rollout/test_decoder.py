@@ -6,7 +6,7 @@ from torch.testing import assert_close
 from transformers import Qwen2Config, Qwen2Model, Qwen3Config, Qwen3Model
 
 from stage_rl.policies.base import DecoderWeights, LayerWeights
-from stage_rl.rollout.backends import EagerBackend
+from stage_rl.rollout.attention import EagerBackend
 from stage_rl.rollout.decoder import Decoder
 
 SIZE = {

@@ -8,8 +8,7 @@ from torch.testing import assert_close
 from stage_rl.errors import InputError
 from stage_rl.policies.base import Prefix
 from stage_rl.rollout import attention, engine
-from stage_rl.rollout.cuda_graphs import Captured
-from stage_rl.rollout.engine import Engine
+from stage_rl.rollout.engine import Captured, Engine
 from stage_rl.rollout.sample import _even, rollout, sample
 from stage_rl.rollout.sampling import Sampling
 from stage_rl.types import Prompt

@@ -12,9 +12,15 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from stage_rl.rollout.attention import CacheShape, KeyValueCache, live_bias
+from stage_rl.rollout.attention import (
+    CacheShape,
+    EagerBackend,
+    HeadNorms,
+    Heads,
+    KeyValueCache,
+    live_bias,
+)
 from stage_rl.rollout.attention import decode_attention as eager_attention
-from stage_rl.rollout.backends import EagerBackend, HeadNorms, Heads
 from stage_rl.rollout.engine import Engine
 from stage_rl.rollout.sample import rollout
 from stage_rl.rollout.sampling import Sampling
@@ -54,7 +60,7 @@ def filled_cache(shape: CacheShape, num_rows: int, num_slots: int) -> KeyValueCa
     ("dtype", "num_parts"), [(torch.float32, 1), (torch.float32, 3), (torch.bfloat16, 1)]
 )
 def test_attention_at_every_length_in_one_batch_of_all_lengths(dtype, num_parts):
-    from stage_rl.rollout.triton_attention import decode_attention
+    from stage_rl.rollout.kernels import decode_attention
 
     torch.manual_seed(0)
     # Row r has r + 1 live slots: within a tile of 64, across tiles and blocks of 32, up to the end.
@@ -70,7 +76,7 @@ def test_attention_at_every_length_in_one_batch_of_all_lengths(dtype, num_parts)
 
 @kernels
 def test_attention_of_grouped_queries_with_an_odd_head_dimension():
-    from stage_rl.rollout.triton_attention import decode_attention
+    from stage_rl.rollout.kernels import decode_attention
 
     torch.manual_seed(0)
     cache = filled_cache(CacheShape(1, 2, 12), 3, 100)
@@ -87,7 +93,7 @@ def test_attention_of_grouped_queries_with_an_odd_head_dimension():
     ("num_heads", "parts"), [(4096, 1), (1024, 1), (512, 2), (500, 2), (128, 8), (32, 16), (1, 16)]
 )
 def test_a_sequence_is_split_where_rows_and_heads_are_few(num_heads, parts):
-    from stage_rl.rollout.triton_attention import parts_of
+    from stage_rl.rollout.kernels import parts_of
 
     # 1024 programs keep a GPU busy; a sequence has at most 16 parts.
     assert parts_of(num_heads) == parts

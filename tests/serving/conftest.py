@@ -8,9 +8,8 @@ import httpx2
 import pytest
 import torch
 
-from stage_rl.rewards.config_remote import RemoteRewardConfig
-from stage_rl.serving.address import Serving, listening
-from stage_rl.serving.server import Server, build_front
+from stage_rl.rewards.remote import RemoteRewardConfig
+from stage_rl.serving.server import Server, Serving, build_front, listening
 from stage_rl.types import Prompt
 
 CPU = torch.device("cpu")

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from stage_rl.serving.answers import RECORD_BYTES, Answers
+from stage_rl.serving.app import RECORD_BYTES, Answers
 from stage_rl.serving.limits import Limits, Refusal
 
 

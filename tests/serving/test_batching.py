@@ -7,7 +7,7 @@ import pytest
 
 from stage_rl.errors import InputError, RewardError
 from stage_rl.rewards.base import Score
-from stage_rl.serving.batching import Batcher
+from stage_rl.serving.service import Batcher
 from stage_rl.types import Prompt
 
 

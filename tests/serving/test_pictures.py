@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stage_rl.rewards.wire import Drawing
+from stage_rl.rewards.protocol import Drawing
 from stage_rl.serving.limits import Limits, Refusal
-from stage_rl.serving.pictures import decode, png_files
+from stage_rl.serving.service import decode, png_files
 
 LIMITS = Limits(image_pixels=100, request_pixels=150)
 PIXELS_HWC = np.random.default_rng(0).integers(0, 256, (10, 10, 3), np.uint8)

@@ -15,13 +15,12 @@ from toy_reward import Crowd, Toy, expected
 from stage_rl.cli import rewards
 from stage_rl.config import load_recipe
 from stage_rl.errors import InputError, RewardError
-from stage_rl.rewards import patient
-from stage_rl.rewards.config_remote import RemoteRewardConfig
-from stage_rl.rewards.judging import Judge, WeightedReward
-from stage_rl.rewards.wire import KEY_HEADER, question_json
-from stage_rl.serving.address import Serving, check_reach, listening
+from stage_rl.rewards import remote as patient
+from stage_rl.rewards.judge import Judge, WeightedReward
+from stage_rl.rewards.protocol import KEY_HEADER, question_json
+from stage_rl.rewards.remote import RemoteRewardConfig
 from stage_rl.serving.limits import Limits, limits
-from stage_rl.serving.server import serve
+from stage_rl.serving.server import Serving, check_reach, listening, serve
 from stage_rl.types import Prompt, Rollout
 
 CPU = torch.device("cpu")
@@ -417,7 +416,8 @@ def test_a_signal_is_a_drain_and_a_second_one_is_at_once(serve):
 def test_a_wrong_order_of_reference_images_is_not_served(serve):
     class Blind(Toy):
         def reference_cases(self):
-            from stage_rl.rewards.selftest import ReferenceCase, shape_image
+            from stage_rl.rewards.base import ReferenceCase
+            from stage_rl.rewards.selftest import shape_image
 
             image = shape_image("square", "red")
             return (ReferenceCase(Prompt("a", 0, {"place": 0}), image, image, "the same twice"),)

@@ -5,14 +5,19 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from stage_rl.prompts import MIXES, TASKS, as_prompts, find_leaks, validate_metadata
+from stage_rl.prompts.files import as_prompts, validate_metadata
+from stage_rl.prompts.geneval import MIXES, TASKS
+from stage_rl.prompts.leakage import find_leaks
 from stage_rl.rewards.geneval import judge
-from stage_rl.shapes import captions
-from stage_rl.shapes.captions import (
+from stage_rl.shapes import prompts as captions
+from stage_rl.shapes.detector import ShapesDetectorConfig
+from stage_rl.shapes.gold import gold_detections
+from stage_rl.shapes.prompts import (
     EVALUATION_SIZES,
     PRETRAINING_SHARES,
     VOCABULARY,
     WORDS,
+    ShapesPromptsConfig,
     evaluation_records,
     held_out_sets,
     names_unseen_pair,
@@ -21,10 +26,7 @@ from stage_rl.shapes.captions import (
     training_records,
     transfer_record,
 )
-from stage_rl.shapes.config import ShapesDetectorConfig, ShapesPromptsConfig
-from stage_rl.shapes.gold import gold_detections
-from stage_rl.shapes.layouts import scene_for
-from stage_rl.shapes.scenes import render
+from stage_rl.shapes.scenes import render, scene_for
 
 
 def texts(records):
@@ -185,6 +187,6 @@ def test_a_file_replaces_the_mix(tmp_path):
 
 
 def test_the_short_name_of_the_detector_is_found():
-    from stage_rl.schema import DetectorConfig
+    from stage_rl.rewards.base import DetectorConfig
 
     assert isinstance(DetectorConfig.model_validate({"kind": "shapes"}), ShapesDetectorConfig)

@@ -5,12 +5,16 @@ import pytest
 import torch
 
 from stage_rl.errors import WeightsError
-from stage_rl.shapes.config import ShapesDetectorConfig
-from stage_rl.shapes.detector import CELL, DetectorNet, DetectorOutput, ShapesDetector
+from stage_rl.shapes.detector import (
+    CELL,
+    DetectorNet,
+    DetectorOutput,
+    ShapesDetector,
+    ShapesDetectorConfig,
+)
 from stage_rl.shapes.gold import matches_scene
-from stage_rl.shapes.layouts import random_scene
-from stage_rl.shapes.pretrain_detector import detector_loss, targets, train_detector
-from stage_rl.shapes.scenes import COLORS, SHAPES, Background, Object, Scene, render
+from stage_rl.shapes.pretrain import detector_loss, targets, train_detector
+from stage_rl.shapes.scenes import COLORS, SHAPES, Background, Object, Scene, random_scene, render
 
 CPU = torch.device("cpu")
 PLAIN = Background("grey", "plain", 0.0, 0.0, (0.0, 0.0), (0.0,) * 49)

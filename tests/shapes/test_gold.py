@@ -5,9 +5,8 @@ import pytest
 from scipy import ndimage
 
 from stage_rl.rewards.base import Detection
-from stage_rl.shapes.captions import retention_record
 from stage_rl.shapes.gold import gold_detections, inspect, looks_right, matches_scene, structure
-from stage_rl.shapes.layouts import random_scene, scene_for
+from stage_rl.shapes.prompts import retention_record
 from stage_rl.shapes.scenes import (
     COLORS,
     SHAPES,
@@ -17,7 +16,9 @@ from stage_rl.shapes.scenes import (
     Object,
     Scene,
     coverage,
+    random_scene,
     render,
+    scene_for,
 )
 
 PLAIN = Background("grey", "plain", 0.0, 0.0, (0.0, 0.0), (0.0,) * 49)

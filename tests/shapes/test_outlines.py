@@ -3,10 +3,8 @@
 import numpy as np
 import pytest
 
-from stage_rl.shapes.inspection import Part, inspect
-from stage_rl.shapes.layouts import scene_for
-from stage_rl.shapes.outlines import fit_outlines
-from stage_rl.shapes.scenes import SHAPES, render, template
+from stage_rl.shapes.gold import Part, fit_outlines, inspect
+from stage_rl.shapes.scenes import SHAPES, render, scene_for, template
 
 
 def window(shape, radius):

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from stage_rl.errors import CheckpointError, InputError
-from stage_rl.policies.config import JanusConfig
+from stage_rl.policies.janus import JanusConfig
 from stage_rl.shapes import pretrain
 from stage_rl.shapes.detector import WEIGHTS, ShapesDetector
 from stage_rl.shapes.model import JanusSize

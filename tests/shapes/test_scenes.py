@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from stage_rl.shapes.layouts import UNSEEN_PAIRS, random_scene, scene_for
 from stage_rl.shapes.scenes import (
     COLORS,
     GAP,
@@ -13,12 +12,15 @@ from stage_rl.shapes.scenes import (
     SIZES,
     TEXTURES,
     TONES,
+    UNSEEN_PAIRS,
     Background,
     Object,
     Scene,
     apart,
     coverage,
+    random_scene,
     render,
+    scene_for,
     template,
 )
 

@@ -6,12 +6,17 @@ import pytest
 import torch
 
 from stage_rl.errors import InputError
-from stage_rl.evaluation import shapes_geneval
 from stage_rl.rollout.sampling import Sampling
 from stage_rl.shapes import show
-from stage_rl.shapes.show import Figure
-from stage_rl.shapes.show_regime import RegimeFigures, _figures, _Seen, measure_regime
-from stage_rl.shapes.show_tokenizer import measure_tokenizer
+from stage_rl.shapes import suite as shapes_geneval
+from stage_rl.shapes.show import (
+    Figure,
+    RegimeFigures,
+    _figures,
+    _Seen,
+    measure_regime,
+    measure_tokenizer,
+)
 
 
 def test_everything_is_printed_beside_its_target(tiny_shapes_folder, tmp_path, monkeypatch, capsys):
@@ -97,7 +102,7 @@ def test_a_tokenizer_with_random_weights_keeps_nothing(tiny_shapes):
 
 
 def test_the_shipped_tokenizer_keeps_the_objects():
-    from stage_rl.policies.config import JanusConfig
+    from stage_rl.policies.janus import JanusConfig
 
     policy = JanusConfig(path="shapes", trainable=()).build(torch.device("cpu"))
     found = measure_tokenizer(policy, 40, seed=0)

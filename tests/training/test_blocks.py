@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stage_rl.bench.base import peak_bytes
-from stage_rl.training.blocks import prepare_blocks
+from stage_rl.training.parallelize import prepare_blocks
 from stage_rl.training.update import MicroBatch, Precision, measure
 from stage_rl.types import Prompt
 

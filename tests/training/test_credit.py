@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from stage_rl.objective import AlgorithmConfig
-from stage_rl.training.credit import credit
+from stage_rl.recipe import AlgorithmConfig
+from stage_rl.training.update import credit
 
 # A group of two with rewards 1 and 0 and two tokens: equal codes, then opposite ones.
 CODES = torch.tensor([[[[1.0, 0.0], [1.0, 0.0]], [[1.0, 0.0], [-1.0, 0.0]]]])

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from stage_rl.bench import fsdp2
 from stage_rl.config import resolved_json
+from stage_rl.distributed import ALONE, Ranks, joined, launched
 from stage_rl.errors import RecipeError
 from stage_rl.training.checkpoint import checkpoints, damage
-from stage_rl.training.distributed import ALONE, Ranks, joined, launched
 from stage_rl.training.loop import train, train_on
 from stage_rl.training.metrics import over_ranks
-from stage_rl.training.models import load_policy
+from stage_rl.training.run import load_policy
 
 EQUAL = {"tokens_identical": 1.0}
 

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 from run_files import steps_of
 
-from stage_rl.evaluation.benchmark import Results
-from stage_rl.evaluation.results import ImageScore
-from stage_rl.training import panel
+from stage_rl.evaluation.results import ImageScore, Results
+from stage_rl.training import monitor as panel
 from stage_rl.training.loop import train
 
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"

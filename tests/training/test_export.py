@@ -9,14 +9,14 @@ import yaml
 from torch.testing import assert_close
 from transformers import JanusForConditionalGeneration
 
-from stage_rl import sample
 from stage_rl.config import load_recipe, resolved_json
 from stage_rl.errors import InputError, StageError
-from stage_rl.policies.tensor_files import read_tensors
+from stage_rl.policies.loading import read_tensors
+from stage_rl.rollout.sample import sample
 from stage_rl.training import export as export_module
 from stage_rl.training.export import export
 from stage_rl.training.loop import train
-from stage_rl.training.models import load_policy
+from stage_rl.training.run import load_policy
 from stage_rl.types import Prompt
 
 CPU = torch.device("cpu")

@@ -6,20 +6,23 @@ import pytest
 
 from stage_rl.config import load_recipe
 from stage_rl.errors import RecipeError
-from stage_rl.policies import attention, janus
-from stage_rl.policies.config import JanusConfig
+from stage_rl.policies import janus
+from stage_rl.policies import trunk as attention
+from stage_rl.policies.janus import JanusConfig
 from stage_rl.policies.sizes import KNOWN
 from stage_rl.training import memory
-from stage_rl.training.fitting import (
+from stage_rl.training.memory import (
     GB,
+    Work,
     check_memory,
+    layer_bytes,
     plan_of,
+    predict,
     report,
     savings,
     with_overrides,
 )
-from stage_rl.training.memory import Work, layer_bytes, predict
-from stage_rl.training.setup import build_trainer
+from stage_rl.training.trainer import build_trainer
 
 SMALLEST = ("training.groups_per_microbatch=1", "training.activation_checkpointing=full")
 SIZE_7B = KNOWN["deepseek-community/Janus-Pro-7B"]

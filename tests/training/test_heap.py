@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from stage_rl.training.heap import keep_freed_memory
+from stage_rl.training.memory import keep_freed_memory
 
 # Four buffers of 8 MB, taken and freed twenty times: 2,000 pages each of 4 KB.
 FAULTS = """

@@ -15,9 +15,9 @@ from stage_rl.config import run_folder
 from stage_rl.errors import CheckpointError, DivergedError, InputError, RecipeError, Stopped
 from stage_rl.policies.janus import JanusPolicy
 from stage_rl.training import checkpoint as checkpoint_module
-from stage_rl.training import contents
+from stage_rl.training import checkpoint as contents
 from stage_rl.training.loop import check_prompts, train
-from stage_rl.training.models import load_policy
+from stage_rl.training.run import load_policy
 from stage_rl.types import Prompt
 
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from stage_rl.training.loop import train
-from stage_rl.training.models import load_policy
+from stage_rl.training.run import load_policy
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("peft") is None, reason="needs the extra lora"

@@ -8,15 +8,14 @@ from run_files import steps_of
 
 from stage_rl.algorithm import truncated_importance
 from stage_rl.errors import RecipeError
-from stage_rl.objective import AlgorithmConfig
+from stage_rl.recipe import AlgorithmConfig
 from stage_rl.rollout.engine import Engine
 from stage_rl.rollout.sample import rollout
 from stage_rl.rollout.sampling import Sampling
-from stage_rl.training.batches import micro_batches
+from stage_rl.training.logprobs import scoring_of
 from stage_rl.training.loop import train
-from stage_rl.training.mismatch import mismatch_metrics, trained_mismatch, untrained_mismatch
-from stage_rl.training.scoring import scoring_of
-from stage_rl.training.update import Precision
+from stage_rl.training.metrics import mismatch_metrics, trained_mismatch, untrained_mismatch
+from stage_rl.training.update import Precision, micro_batches
 from stage_rl.types import Measured, Prompt, Rollout
 
 CPU = torch.device("cpu")

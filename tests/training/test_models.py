@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stage_rl.errors import CheckpointError, InputError
-from stage_rl.training.contents import base_digest
+from stage_rl.policies.base import base_digest
 from stage_rl.training.loop import train
-from stage_rl.training.models import load_policy
+from stage_rl.training.run import load_policy
 
 CPU = torch.device("cpu")
 

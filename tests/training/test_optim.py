@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from stage_rl.errors import RecipeError
-from stage_rl.schema import OptimizerConfig
+from stage_rl.recipe import OptimizerConfig
 from stage_rl.training.optim import apply_gradient, build_optimizer
 
 

@@ -4,11 +4,10 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from stage_rl.policies import attention
-from stage_rl.policies.config import JanusConfig
-from stage_rl.training.batches import MicroBatch
+from stage_rl.policies import trunk as attention
+from stage_rl.policies.janus import JanusConfig
 from stage_rl.training.reference import build_reference, held_copy
-from stage_rl.training.update import Precision, measure
+from stage_rl.training.update import MicroBatch, Precision, measure
 from stage_rl.types import Prompt
 
 SHARED = (Prompt("a red circle", 0),)

@@ -7,12 +7,11 @@ import pytest
 import torch
 
 from stage_rl.errors import RecipeError
-from stage_rl.policies.config import JanusConfig
+from stage_rl.policies.janus import JanusConfig
 from stage_rl.rollout.engine import Engine
-from stage_rl.training.batches import MicroBatch
 from stage_rl.training.reference import LayerStream, build_reference, held_copy
-from stage_rl.training.setup import build_trainer
-from stage_rl.training.update import Precision, measure
+from stage_rl.training.trainer import build_trainer
+from stage_rl.training.update import MicroBatch, Precision, measure
 from stage_rl.types import Prompt
 
 PROMPTS = (Prompt("a red circle", 0), Prompt("the photo of two blue square", 1))

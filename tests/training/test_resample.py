@@ -8,8 +8,7 @@ from run_files import parameters_of, steps_of, untimed
 
 from stage_rl.training.loop import train
 from stage_rl.training.resample import ATTEMPT_STRIDE, redraw_equal_groups
-from stage_rl.training.setup import build_trainer
-from stage_rl.training.trainer import PROBE_STEP
+from stage_rl.training.trainer import PROBE_STEP, build_trainer
 from stage_rl.types import Judged, Prompt, Rollout
 
 TEXTS = ("a", "b", "c")

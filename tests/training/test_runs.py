@@ -6,9 +6,10 @@ import pytest
 
 from stage_rl.config import run_folder
 from stage_rl.errors import CheckpointError, InputError, StageError
+from stage_rl.files import replace_file
 from stage_rl.training import loop
 from stage_rl.training.loop import train
-from stage_rl.training.runs import RunFolder, check_run, open_run, replace_file
+from stage_rl.training.run import RunFolder, check_run, open_run
 
 
 def test_a_recipe_that_is_refused_leaves_no_folder(recipe, tmp_path):

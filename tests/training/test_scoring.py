@@ -7,11 +7,9 @@ from torch import nn
 from stage_rl.rollout.engine import Engine
 from stage_rl.rollout.sample import rollout
 from stage_rl.rollout.sampling import Sampling
-from stage_rl.training.batches import micro_batches
-from stage_rl.training.logprobs import head_logprobs
-from stage_rl.training.probe import measure_drift
-from stage_rl.training.scoring import CONDITIONAL, Scoring, scoring_of
-from stage_rl.training.update import Precision, measure, trunk_states
+from stage_rl.training.logprobs import CONDITIONAL, Scoring, head_logprobs, scoring_of
+from stage_rl.training.monitor import measure_drift
+from stage_rl.training.update import Precision, measure, micro_batches, trunk_states
 from stage_rl.types import Prompt, Rollout
 
 ROWS, WIDTH, CODES = 11, 5, 7

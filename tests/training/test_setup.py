@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stage_rl.errors import InputError, RecipeError, RewardError
-from stage_rl.training.setup import build_trainer
+from stage_rl.training.trainer import build_trainer
 from stage_rl.types import Prompt
 
 

@@ -8,9 +8,9 @@ import torch
 from stage_rl.rollout.engine import DrawnPass, Engine
 from stage_rl.rollout.sample import rollout
 from stage_rl.rollout.sampling import Sampling
-from stage_rl.training.clock import Clock
-from stage_rl.training.scoring import Scoring
-from stage_rl.training.throughput import (
+from stage_rl.training.logprobs import Scoring
+from stage_rl.training.metrics import (
+    Clock,
     DecoderSize,
     Drawn,
     overall_rates,

@@ -4,10 +4,9 @@ import pytest
 from run_files import steps_of
 
 from stage_rl.errors import DivergedError, RecipeError
-from stage_rl.health import TripwiresConfig
+from stage_rl.recipe import TripwiresConfig
 from stage_rl.training.loop import train
-from stage_rl.training.panel import Best
-from stage_rl.training.tripwires import Tripwires
+from stage_rl.training.monitor import Best, Tripwires
 
 
 def wires(counters=None, **settings):

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from stage_rl.errors import DivergedError
-from stage_rl.objective import AlgorithmConfig
+from stage_rl.recipe import AlgorithmConfig
 from stage_rl.training import update
-from stage_rl.training.batches import micro_batches
-from stage_rl.training.update import Precision, Update, learn, measure, measure_all
+from stage_rl.training.update import Precision, Update, learn, measure, measure_all, micro_batches
 from stage_rl.types import Judged, Prompt, Rollout
 
 TEXTS = ("a red circle", "the photo of two blue square and three green star", "a star")

@@ -5,13 +5,12 @@ import torch
 from run_files import parameters_of, steps_of
 
 from stage_rl.errors import DivergedError, InputError
-from stage_rl.evaluation.benchmark import Results
-from stage_rl.evaluation.results import ImageScore
-from stage_rl.training import panel
+from stage_rl.evaluation.results import ImageScore, Results
+from stage_rl.training import monitor as panel
 from stage_rl.training.checkpoint import checkpoints, step_of
 from stage_rl.training.loop import train
-from stage_rl.training.models import load_policy
-from stage_rl.training.panel import Best, best_of
+from stage_rl.training.monitor import Best, best_of
+from stage_rl.training.run import load_policy
 
 NORM = "model.language_model.norm.weight"
 
@@ -103,7 +102,7 @@ def test_of_equal_panels_the_earlier_is_the_best():
 
 
 def test_the_shapes_panel_draws_with_the_engine_it_is_given(tiny_shapes):
-    from stage_rl.health import EvaluationConfig
+    from stage_rl.recipe import EvaluationConfig
     from stage_rl.rollout.engine import Engine
 
     settings = EvaluationConfig(every=1, panel_images_per_task=1)

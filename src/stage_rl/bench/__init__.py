@@ -1,1 +1,0 @@
-"""Benchmarks that ship: `stage bench NAME`."""

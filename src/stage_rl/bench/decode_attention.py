@@ -17,8 +17,7 @@ from importlib.util import find_spec
 
 import torch
 
-from stage_rl.bench.base import BenchResult, at_least, interleaved
-from stage_rl.bench.limits import copy_bytes_per_s
+from stage_rl.bench.base import BenchResult, at_least, copy_bytes_per_s, interleaved
 from stage_rl.bench.models import bench_device
 from stage_rl.errors import InputError
 from stage_rl.rollout.attention import CacheShape, KeyValueCache, live_bias
@@ -118,7 +117,7 @@ def _timed(
     shape: CacheShape, num_rows: int, length: int, *, rounds: int, name: str
 ) -> dict[str, float]:
     """Time, bytes a second and difference from torch at one length."""
-    from stage_rl.rollout.triton_attention import decode_attention
+    from stage_rl.rollout.kernels import decode_attention
 
     query, cache, positions_R = _inputs(shape, num_rows, length)
     keys, values = cache.keys[0], cache.values[0]
@@ -135,7 +134,7 @@ def _timed(
 
 def _difference(shape: CacheShape, num_rows: int, length: int) -> float:
     """Largest difference of the kernel, whole and split, from torch."""
-    from stage_rl.rollout.triton_attention import decode_attention
+    from stage_rl.rollout.kernels import decode_attention
 
     query, cache, positions_R = _inputs(shape, num_rows, length)
     keys, values = cache.keys[0], cache.values[0]

@@ -15,13 +15,12 @@ from torch.multiprocessing.spawn import spawn
 
 from stage_rl.bench.base import BenchResult, Setting, at_least, one_thread
 from stage_rl.config import load_recipe, resolved_json
-from stage_rl.schema import Recipe
-from stage_rl.training.checkpoint import TrainerState, latest_checkpoint
-from stage_rl.training.contents import trained_parameters
-from stage_rl.training.distributed import ALONE, Ranks, joined_ranks
+from stage_rl.distributed import ALONE, Ranks, joined_ranks
+from stage_rl.recipe import Recipe
+from stage_rl.training.checkpoint import TrainerState, latest_checkpoint, trained_parameters
 from stage_rl.training.loop import train_step
-from stage_rl.training.setup import build_trainer
-from stage_rl.training.sharding import whole
+from stage_rl.training.parallelize import whole
+from stage_rl.training.trainer import build_trainer
 
 BAR = "tokens identical, gradients <= 1e-6 relative, parameters <= 1e-6 after 3 steps and resumed"
 LARGEST_DIFFERENCE = 1e-6

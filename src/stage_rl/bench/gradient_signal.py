@@ -16,8 +16,7 @@ from torch import Tensor
 
 from stage_rl.bench.base import BenchResult, at_least
 from stage_rl.config import load_recipe
-from stage_rl.training.setup import build_trainer
-from stage_rl.training.trainer import Trainer
+from stage_rl.training.trainer import Trainer, build_trainer
 from stage_rl.training.update import measure_all
 
 BAR = "a cosine above 0 by two standard errors"

@@ -17,9 +17,8 @@ from stage_rl.policies.janus import JanusPolicy
 from stage_rl.rollout.engine import Engine
 from stage_rl.rollout.sample import rollout
 from stage_rl.rollout.sampling import Sampling
-from stage_rl.training.batches import micro_batches
-from stage_rl.training.scoring import CONDITIONAL, scoring_of
-from stage_rl.training.update import Precision, measure
+from stage_rl.training.logprobs import CONDITIONAL, scoring_of
+from stage_rl.training.update import Precision, measure, micro_batches
 from stage_rl.types import Prompt, Rollout
 
 BAR = "conditional log-probabilities: largest difference <= 1e-4 in fp32, mean <= 0.03 mixed"

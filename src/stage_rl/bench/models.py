@@ -11,13 +11,10 @@ from torch import Tensor, nn
 from transformers import JanusForConditionalGeneration, JanusProcessor
 
 from stage_rl.errors import RecipeError
-from stage_rl.policies.config import JanusConfig
-from stage_rl.policies.janus import JanusPolicy
-from stage_rl.policies.weights import DTYPES
-from stage_rl.rewards.base import Score
-from stage_rl.schema import RewardConfig
-from stage_rl.shapes.captions import WORDS
+from stage_rl.policies.janus import DTYPES, JanusConfig, JanusPolicy
+from stage_rl.rewards.base import RewardConfig, Score
 from stage_rl.shapes.model import JanusSize, build_janus
+from stage_rl.shapes.prompts import WORDS
 from stage_rl.types import Prompt
 
 MAX_POSITIONS = 16384

@@ -12,11 +12,11 @@ from torch import Tensor
 from stage_rl.bench.base import BenchResult, Setting, at_least
 from stage_rl.bench.step import recipe_of
 from stage_rl.errors import InputError
+from stage_rl.recipe import Recipe
 from stage_rl.rewards.base import Score
-from stage_rl.rewards.judging import Judge, WeightedReward
-from stage_rl.schema import Recipe
+from stage_rl.rewards.judge import Judge, WeightedReward
 from stage_rl.training.loop import train_step
-from stage_rl.training.setup import build_trainer
+from stage_rl.training.trainer import build_trainer
 from stage_rl.types import Prompt
 
 BAR = ">= 80 % of a reward as long as the reference pass"

@@ -11,7 +11,7 @@ import torch
 from stage_rl.bench.base import BenchResult, at_least, check_guided
 from stage_rl.bench.models import bench_device
 from stage_rl.bench.step import PHASES, recipe_of, trainer_form
-from stage_rl.training.setup import build_trainer
+from stage_rl.training.trainer import build_trainer
 
 BAR = "per image at G = 16 <= 0.92 of G = 8 (GPU; on a CPU reported)"
 MOST_OF_G8 = 0.92

@@ -30,8 +30,8 @@ def geneval(
     ] = False,
 ) -> None:
     """Write a GenEval training set without any evaluation prompt, as a file to look at or share."""
-    from stage_rl.prompts import geneval_prompts
-    from stage_rl.prompts.config import GenEvalPromptsConfig
+    from stage_rl.prompts.geneval import geneval_prompts
+    from stage_rl.prompts.sets import GenEvalPromptsConfig
 
     records = geneval_prompts()
     if not evaluation:
@@ -68,15 +68,15 @@ def check(
 def _prompts(source: str) -> tuple[Prompt, ...]:
     from pydantic import ValidationError
 
-    from stage_rl import registry
-    from stage_rl.prompts import as_prompts, geneval_prompts
-    from stage_rl.recipe_errors import explain
-    from stage_rl.schema import PromptsConfig
+    from stage_rl.config import explain
+    from stage_rl.prompts.files import PromptsConfig, as_prompts
+    from stage_rl.prompts.geneval import geneval_prompts
+    from stage_rl.settings import BUILT_IN
 
     if source == BUILT_IN:
         return as_prompts(geneval_prompts())
     kind, colon, path = source.partition(":")
-    if not colon or kind not in registry.BUILT_IN["prompts"]:
+    if not colon or kind not in BUILT_IN["prompts"]:
         kind, path = "file", source
     try:
         return PromptsConfig.model_validate({"kind": kind, "path": path}).build()

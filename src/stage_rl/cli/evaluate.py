@@ -14,7 +14,8 @@ from stage_rl.errors import InputError
 from stage_rl.settings import near_or_all
 
 if TYPE_CHECKING:
-    from stage_rl.evaluation.runner import Comparison, Request, Results
+    from stage_rl.evaluation.results import Comparison, Results
+    from stage_rl.evaluation.run import Request
 
     Outcome = Results | Comparison
 
@@ -74,7 +75,8 @@ def evaluate(
     ] = False,
 ) -> None:
     """Score a model, or images made elsewhere, on benchmarks."""
-    from stage_rl.evaluation.runner import Request, parse_overrides
+    from stage_rl.evaluation.run import Request
+    from stage_rl.evaluation.suites import parse_overrides
 
     check_writable(json_file)
     if images is not None and model is not None:
@@ -140,7 +142,7 @@ def _names(
 
 
 def _shapes(model: str, against: str | None, request: Request, images_per_task: int) -> Outcome:
-    from stage_rl.evaluation import runner
+    from stage_rl.evaluation import run as runner
 
     score = (
         functools.partial(runner.evaluate, model)
@@ -161,7 +163,7 @@ def _shapes(model: str, against: str | None, request: Request, images_per_task: 
 def _published(
     model: str | None, against: str | None, names: Sequence[str], request: Request
 ) -> dict[str, Outcome]:
-    from stage_rl.evaluation import runner
+    from stage_rl.evaluation import run as runner
 
     outcomes: Sequence[Outcome]
     if against is not None and model is not None:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stage_rl import registry
 from stage_rl.cli.options import finite
 from stage_rl.errors import InputError, RewardError
-from stage_rl.rewards.bearer import TOKEN_ENV, read_token
+from stage_rl.rewards.protocol import TOKEN_ENV, read_token
+from stage_rl.settings import BUILT_IN
 
 if TYPE_CHECKING:
-    from stage_rl.schema import RewardConfig
+    from stage_rl.rewards.base import RewardConfig
 
 Name = Annotated[
     str, typer.Argument(help="Kind of a reward, module:Class, a built-in recipe or YAML file.")
@@ -45,7 +45,7 @@ def check(
 ) -> None:
     """Score reference images of known order; exit with 1 where the order is wrong."""
     configs = _rewards(name, overrides or [])
-    from stage_rl.training.setup import pick_device
+    from stage_rl.training.trainer import pick_device
 
     place = pick_device(device)
     wrong = 0
@@ -85,8 +85,8 @@ def serve(
     configs = _rewards(name, overrides or [])
     token = read_token(token_file, token_env)
     _require_server()
-    from stage_rl.serving.address import Serving, check_reach
     from stage_rl.serving.limits import limits
+    from stage_rl.serving.server import Serving, check_reach
 
     serving = Serving(
         host=host,
@@ -99,7 +99,7 @@ def serve(
     )
     check_reach(serving)
     from stage_rl.serving.server import serve
-    from stage_rl.training.setup import pick_device
+    from stage_rl.training.trainer import pick_device
 
     serve(configs, serving, pick_device(device))
 
@@ -115,7 +115,7 @@ def _rewards(name: str, overrides: list[str]) -> tuple[RewardConfig, ...]:
     """The rewards behind a reward's kind or a recipe; an InputError for a name that is neither."""
     from stage_rl.config import FILE_SUFFIXES, list_recipes, load_recipe, load_reward
 
-    kinds = registry.BUILT_IN["reward"]
+    kinds = BUILT_IN["reward"]
     if name in kinds or ":" in name:
         return (load_reward(name, overrides),)
     recipes = list_recipes()

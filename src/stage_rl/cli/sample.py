@@ -31,7 +31,7 @@ def sample(
 
     from stage_rl.pictures import image_grid
     from stage_rl.rollout.sample import sample as draw
-    from stage_rl.training.models import load_policy
+    from stage_rl.training.run import load_policy
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rollout = draw(

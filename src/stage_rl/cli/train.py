@@ -13,7 +13,7 @@ import typer
 from stage_rl.errors import Stopped
 
 if TYPE_CHECKING:
-    from stage_rl.schema import Recipe
+    from stage_rl.recipe import Recipe
 
 
 def train(
@@ -31,7 +31,7 @@ def train(
     from stage_rl import config
 
     settings = config.load_recipe(recipe, overrides or ())
-    from stage_rl.training.launch import launch
+    from stage_rl.distributed import launch
 
     started = launch()
     if dry_run:
@@ -57,7 +57,7 @@ def _say_needs(settings: Recipe, *, num_processes: int) -> None:
 
     Nothing is loaded.
     """
-    from stage_rl.training.fitting import check_memory, gpu_memory_gb, plan_of, report
+    from stage_rl.training.memory import check_memory, gpu_memory_gb, plan_of, report
 
     memory_gb = gpu_memory_gb(settings) if plan_of(settings) else None
     for line in report(settings, memory_gb, num_processes=num_processes):
@@ -69,7 +69,7 @@ def _say_leaks(settings: Recipe) -> None:
     """Says on stderr which prompts of the evaluation are training prompts too."""
     if settings.evaluation is None:
         return
-    from stage_rl.evaluation.runner import evaluation_prompts
+    from stage_rl.evaluation.run import evaluation_prompts
     from stage_rl.prompts.leakage import find_leaks, sentence
 
     held_out = evaluation_prompts(settings.evaluation.benchmark)
@@ -83,11 +83,11 @@ def _evaluation(settings: Recipe, folder: Path) -> str:
 
     A stop signal is a `Stopped`, and the same command goes on from here.
     """
-    from stage_rl.evaluation.runner import evaluate_run
+    from stage_rl.evaluation.run import evaluate_run
+    from stage_rl.files import replace_text
     from stage_rl.training.checkpoint import latest_checkpoint
-    from stage_rl.training.models import load_policy
-    from stage_rl.training.runs import RunFolder, replace_text
-    from stage_rl.training.setup import pick_device
+    from stage_rl.training.run import RunFolder, load_policy
+    from stage_rl.training.trainer import pick_device
 
     saved = latest_checkpoint(RunFolder(folder).checkpoints)
     assert settings.evaluation is not None

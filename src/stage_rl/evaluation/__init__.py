@@ -1,1 +1,0 @@
-"""Benchmarks, and what their scores say."""

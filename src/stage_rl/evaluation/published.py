@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from stage_rl.schema import RewardConfig
+from stage_rl.rewards.base import RewardConfig
 
 SOURCE = "STAGE, arXiv 2509.25027"
 GUIDANCE_SCALE = 5.0

@@ -13,19 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stage_rl.prompts import TASKS, Record, as_prompts
-from stage_rl.prompts.ocr import level_of
-from stage_rl.prompts.sets import HPS_STYLES
-from stage_rl.prompts.t2i_compbench import CATEGORIES
-from stage_rl.schema import RewardConfig
+from stage_rl.prompts.files import as_prompts
+from stage_rl.prompts.geneval import TASKS, Record
+from stage_rl.prompts.sets import CATEGORIES, HPS_STYLES, level_of
+from stage_rl.rewards.base import RewardConfig
 from stage_rl.types import Prompt
 
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from stage_rl.rewards.ocr import OcrReward
-    from stage_rl.rewards.ocr_engines import Line
+    from stage_rl.rewards.ocr import Line, OcrReward
 
 PER_ROW = 2
 """Prompts of each row of a table."""
@@ -52,7 +50,7 @@ def smoke_prompts(prompt_set: str) -> tuple[Prompt, ...]:
 
 
 def _of_task(task: str, number: int = PER_ROW) -> list[Record]:
-    from stage_rl.shapes.captions import evaluation_records
+    from stage_rl.shapes.prompts import evaluation_records
 
     return [record for record in evaluation_records() if record["tag"] == task][:number]
 
@@ -125,7 +123,7 @@ class _TinyReader:
 
     def read(self, pictures: Sequence[NDArray[np.uint8]]) -> list[list[Line]]:
         """One line per picture."""
-        from stage_rl.rewards.ocr_engines import Line
+        from stage_rl.rewards.ocr import Line
 
         texts = []
         for picture_HWC in pictures:

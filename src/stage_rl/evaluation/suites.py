@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
+from yaml import YAMLError
+
+from stage_rl.config import explain
 from stage_rl.errors import InputError
-from stage_rl.rewards.base import Score
+from stage_rl.evaluation.images import numbered
+from stage_rl.evaluation.smoke import smoke_prompts
+from stage_rl.prompts.files import as_prompts
+from stage_rl.prompts.geneval import geneval_prompts
+from stage_rl.prompts.sets import NOUN_LIST, load_drawbench, load_hps, load_ocr, load_t2i_compbench
+from stage_rl.rewards.base import RewardConfig, Score
+from stage_rl.settings import near_or_all
 from stage_rl.types import Prompt
 
 Scores = Mapping[str, Score]
@@ -97,11 +110,15 @@ def _is_placed(prompt: Prompt) -> bool:
 
 
 TINY_OCR = "stage_rl.evaluation.smoke:TinyOcrConfig"
+
 GROUNDED = {"detector": {"kind": "grounding_dino"}}
+
 TINY_GROUNDED = {"detector": {"kind": "grounding_dino", "path": "tiny", "shortest_side": 128}}
+
 TINY_GENEVAL = {
     "detector": {"kind": "mask2former", "path": "tiny", "clip": "tiny", "shortest_side": 64}
 }
+
 COMPBENCH_SCORERS = {
     "attributes": Scorer(
         {"kind": "compbench_attributes"},
@@ -119,6 +136,7 @@ COMPBENCH_SCORERS = {
     ),
     "clip": Scorer({"kind": "clip_score"}, _category("non_spatial", not_part="spatial")),
 }
+
 SUITES = {
     suite.name: suite
     for suite in (
@@ -234,3 +252,134 @@ def chosen(names: Iterable[str]) -> list[Suite]:
             raise InputError(f"benchmark: unknown '{name}'; write one of: {', '.join(SUITES)}, all")
         picked |= SUITES if name == "all" else {name: SUITES[name]}
     return list(picked.values())
+
+
+# The prompts of the published benchmarks, by what the user has of them on disk.
+
+
+INDEX_STRIDE = 100_000
+"""Index of the first prompt of the second set, and so on: sets share no random stream."""
+
+WHERE = {
+    "geneval": "",
+    "t2i_compbench": "t2i_compbench",
+    "hps": "hps",
+    "drawbench": "drawbench/prompts.csv",
+    "ocr": "ocr/test.txt",
+}
+"""Where the files of a set are below the folder of prompt sets; GenEval's are built."""
+
+LOADERS = {
+    "t2i_compbench": load_t2i_compbench,
+    "hps": load_hps,
+    "drawbench": load_drawbench,
+    "ocr": load_ocr,
+}
+
+
+def prompts_of(prompt_set: str, data: Path | None, *, smoke: bool = False) -> tuple[Prompt, ...]:
+    """The prompts of a set, with indices of their own; what is missing is an `InputError`."""
+    if smoke:
+        prompts = smoke_prompts(prompt_set)
+    elif prompt_set == "geneval":
+        prompts = as_prompts(geneval_prompts())
+    else:
+        prompts = LOADERS[prompt_set](_find(prompt_set, data))
+    return numbered(prompts, list(WHERE).index(prompt_set) * INDEX_STRIDE)
+
+
+def is_there(prompt_set: str, data: Path | None) -> bool:
+    """Whether the files of a set can be found."""
+    return prompt_set == "geneval" or _candidate(prompt_set, data) is not None
+
+
+def _find(prompt_set: str, data: Path | None) -> Path:
+    found = _candidate(prompt_set, data)
+    if found is None:
+        given = f"{data}: has no {WHERE[prompt_set]}" if data else "is not given"
+        raise InputError(
+            f"--data {given}; write the folder with {WHERE[prompt_set]}, or the set itself"
+        )
+    return found
+
+
+def _candidate(prompt_set: str, data: Path | None) -> Path | None:
+    """Below the folder of all sets, or the given path itself."""
+    if data is None:
+        return None
+    below = data / WHERE[prompt_set]
+    if below.exists():
+        return below
+    is_set = {
+        "t2i_compbench": (data / NOUN_LIST).exists(),
+        "hps": (data / "anime.json").exists() or data.suffix == ".json",
+        "drawbench": data.suffix == ".csv",
+        "ocr": (data.is_file() and data.suffix != ".csv") or data.name == "length_buckets.csv",
+    }
+    return data if data.exists() and is_set[prompt_set] else None
+
+
+# The rewards of a benchmark with what the command line says of them.
+
+
+Overrides = Mapping[str, Mapping[str, Any] | None]
+"""Settings by the name of a scorer; None leaves the scorer out."""
+
+
+def parse_overrides(texts: Sequence[str]) -> Overrides:
+    """SCORER.key=value as a tree; SCORER=null leaves a scorer out. Else an `InputError`."""
+    for text in texts:
+        key, equals, _ = text.partition("=")
+        if not equals or not all(key.split(".")):
+            raise InputError(f"{text}: is no setting of a scorer; write SCORER.key=value")
+    try:
+        tree = OmegaConf.to_container(OmegaConf.from_dotlist(list(texts)))
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise InputError(f"{' '.join(texts)}: the value is not YAML; quote it") from error
+    assert isinstance(tree, dict)
+    for name, settings in tree.items():
+        if settings is not None and not isinstance(settings, dict):
+            raise InputError(f"{name}: write {name}.key=value, or {name}=null to leave it out")
+    return {str(name): settings for name, settings in tree.items()}
+
+
+def check_names(suites: Sequence[Suite], overrides: Overrides) -> None:
+    """Refuses settings of a scorer that no chosen benchmark has, but for new ones with a kind."""
+    known = {name for suite in suites for name in suite.scorers}
+    for name, settings in overrides.items():
+        if name not in known and not (settings and "kind" in settings):
+            hint = near_or_all(name, sorted(known))
+            raise InputError(f"{name}: no scorer of that name; {hint}, or add one: {name}.kind=...")
+
+
+def scorers_of(
+    suite: Suite, overrides: Overrides, *, tiny: bool
+) -> dict[str, tuple[Scorer, RewardConfig]]:
+    """The scorers of a benchmark with their settings; a wrong setting is an `InputError`.
+
+    A scorer that the settings add is asked about every prompt.
+    """
+    added = {name: Scorer({}) for name, own in overrides.items() if own and "kind" in own}
+    scorers = {}
+    for name, scorer in {**added, **suite.scorers}.items():
+        own = overrides.get(name, {})
+        if own is None:
+            continue
+        settings = _merged(scorer.settings, scorer.tiny if tiny and scorer.settings else {})
+        try:
+            config = RewardConfig.model_validate({**_merged(settings, own), "name": name})
+        except ValidationError as error:
+            told = f"{suite.name}: {name}.{explain(error)}"
+            raise InputError(f"{told}; {name}=null leaves it out") from error
+        scorers[name] = (scorer, config)
+    return scorers
+
+
+def _merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Both trees as one; the other's leaves win."""
+    merged = dict(one)
+    for key, value in other.items():
+        old = merged.get(key)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        merged[key] = _merged(old, value) if both else value  # type: ignore[arg-type]
+    return merged

@@ -1,1 +1,0 @@
-"""Model families: what the trainer and the engine see of them."""

@@ -6,14 +6,19 @@ C codebook channels, V codebook size, H x W pixels.
 
 from __future__ import annotations
 
+import hashlib
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from stage_rl.settings import (
+    Component,
+)
 from stage_rl.types import Prompt
 
 
@@ -197,3 +202,26 @@ class Policy(Protocol):
     def save(self, folder: str | Path) -> None:
         """Writes the model in the layout it was loaded from."""
         ...
+
+
+class PolicyConfig(Component):
+    """Base of the model families."""
+
+    family: ClassVar[str] = "policy"
+
+    trainable: tuple[str, ...] = ("*",)
+    """Name patterns of the parameters that train, in the spelling of `fnmatch`."""
+
+    @abstractmethod
+    def build(self, device: torch.device) -> Policy:
+        """The policy with its weights on a device."""
+
+
+def base_digest(module: nn.Module) -> str:
+    """SHA-256 over all parameters as they were loaded: names in order, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(module.named_parameters()):
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)};".encode())
+        values = parameter.detach().cpu().contiguous().flatten()
+        digest.update(values.view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from stage_rl.errors import RecipeError
@@ -24,10 +25,12 @@ from stage_rl.policies.base import (
     Prefix,
     TokenLayout,
 )
+from stage_rl.settings import Count, Positive, Settings
 from stage_rl.types import Prompt
 
 NAME = "default"
 """PEFT's name of the one adapter."""
+
 PATTERN = f"*.lora_[AB].{NAME}.weight"
 """The parameters of an adapter, in the spelling of `fnmatch`."""
 
@@ -220,3 +223,19 @@ def _peft() -> Any:
             "policy.lora: needs PEFT, which is not installed; pip install 'stage-rl[lora]'"
         ) from error
     return peft
+
+
+class LoraConfig(Settings):
+    """A low-rank adapter on the decoder layers; it alone trains, in fp32 (PEFT; `[lora]`)."""
+
+    rank: Count = 64
+    """Rank of the product that is added to each weight."""
+    alpha: Positive = 64.0
+    """The product is multiplied by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, le=0)
+    """0: with dropout no two passes would give one log-probability."""
+    targets: tuple[str, ...] = Field(
+        default=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        min_length=1,
+    )
+    """Names of the linear layers that get an adapter, in every decoder layer."""

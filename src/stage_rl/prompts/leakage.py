@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from stage_rl.prompts.mix import INVERSE
+from stage_rl.prompts.geneval import INVERSE
 from stage_rl.types import Prompt
 
 NAMED = 3

@@ -1,1 +1,0 @@
-"""Rewards: what scores an image, by rule or by model."""

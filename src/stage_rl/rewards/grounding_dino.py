@@ -5,24 +5,31 @@ Shape suffixes: N images, H x W pixels, C colour channels, Q queries, K nouns, L
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import GroundingDinoForObjectDetection
 
 from stage_rl.errors import RewardError
-from stage_rl.rewards.base import Detection, Detector, Score
-from stage_rl.rewards.pixels import detr_pixels
+from stage_rl.rewards.base import (
+    Detection,
+    Detector,
+    DetectorConfig,
+    ReferenceCase,
+    RewardConfig,
+    Score,
+)
+from stage_rl.rewards.pretrained import SWIN_UNREAD, TINY, detr_pixels, load_model, load_tokenizer
+from stage_rl.rewards.selftest import PAIR, _asking
 from stage_rl.rewards.t2i_r1 import Span, caption_of
-from stage_rl.rewards.tiny import TINY
-from stage_rl.rewards.tiny_scenes import tiny_grounding_dino, tiny_scene_tokenizer
-from stage_rl.rewards.weights import SWIN_UNREAD, load_model, load_tokenizer
-
-if TYPE_CHECKING:
-    from stage_rl.types import Prompt
+from stage_rl.rewards.tiny import tiny_grounding_dino, tiny_scene_tokenizer
+from stage_rl.settings import Count, complaint
+from stage_rl.types import Prompt
 
 
 @dataclass(frozen=True)
@@ -164,3 +171,81 @@ def _detections(
         box = cast("tuple[float, float, float, float]", tuple(boxes_Q4[query].tolist()))
         found.append(Detection(nouns[int(row)], scores_KQ[row, query].item(), box))
     return sorted(found, key=lambda detection: -detection.score)
+
+
+# What a recipe says of the rewards that look for objects and ask questions; free of torch.
+
+
+class GroundingDinoDetectorConfig(DetectorConfig):
+    """GroundingDINO asked for the nouns of each prompt."""
+
+    path: str = "IDEA-Research/grounding-dino-tiny"
+    """Folder or hub id; tiny: random weights, for smoke runs."""
+    shortest_side: Count = 800
+    """Pixels that the shorter side of an image is scaled to."""
+    longest_side: Count = 1333
+    """Most pixels along the longer side."""
+    batch_size: Count = 8
+    """Images at a time."""
+    min_score: float = Field(default=0.05, ge=0, lt=1)
+    """Boxes of at most this confidence are left out."""
+
+    def build(self, device: torch.device) -> GroundingDino:
+        """The detector with its weights on a device."""
+
+        return load_grounding_dino(
+            self.path,
+            device=device,
+            shortest_side=self.shortest_side,
+            longest_side=self.longest_side,
+            batch_size=self.batch_size,
+            min_score=self.min_score,
+        )
+
+
+class GroundingDinoRewardConfig(RewardConfig):
+    """The T2I-R1 rules on the objects that a detector finds."""
+
+    required_fields: ClassVar[tuple[str, ...]] = ("task_type", "nouns")
+
+    detector: DetectorConfig = GroundingDinoDetectorConfig()
+    """What finds the nouns of a prompt."""
+    compat: Literal["fixed", "release"] = "fixed"
+    """release: the released score, in which relations such as above never count."""
+    threshold: float = Field(default=0.3, ge=0, lt=1)
+    """Confidence above which an object counts."""
+
+    @model_validator(mode="after")
+    def _sees_what_counts(self) -> Self:
+        detector = self.detector
+        if (
+            isinstance(detector, GroundingDinoDetectorConfig)
+            and detector.min_score > self.threshold
+        ):
+            text = f"{detector.min_score} leaves out what the threshold of {self.threshold} counts"
+            raise complaint("detector.min_score", f"{text}; write at most {self.threshold}")
+        return self
+
+    def objection(self, prompt: Prompt) -> str | None:
+        """Also why a spatial or a numeracy prompt cannot be judged."""
+        from stage_rl.rewards.t2i_r1 import scene_objection
+
+        missing = super().objection(prompt)
+        return missing or scene_objection(prompt.metadata, compat=self.compat)
+
+    def build(self, device: torch.device) -> SceneReward:
+        """The reward with its detector on a device."""
+        from stage_rl.rewards.t2i_r1 import judge_scene
+
+        rules = functools.partial(judge_scene, compat=self.compat, threshold=self.threshold)
+        return SceneReward(self.detector.build(device), rules)
+
+    def reference_cases(self) -> tuple[ReferenceCase, ...]:
+        """Photographs against noise, for who asks for a cat or a cup; none for random weights."""
+        from stage_rl.rewards.selftest import photograph_cases
+
+        detector = self.detector
+        if not isinstance(detector, GroundingDinoDetectorConfig) or detector.path == TINY:
+            return ()
+        pairs = zip(photograph_cases(), PAIR, strict=True)
+        return tuple(_asking(case, noun) for case, noun in pairs)

@@ -24,18 +24,30 @@ from transformers import (
 )
 
 from stage_rl.errors import WeightsError
-from stage_rl.rewards.affine_head import PLACES, AffineHead
-from stage_rl.rewards.base import Score
-from stage_rl.rewards.conversion import fill, fill_part, find_file, read_tensors, rename
-from stage_rl.rewards.pixels import clip_pixels
-from stage_rl.rewards.tiny import TINY, random_model, tiny_bert_tokenizer, tiny_blip_configs
-from stage_rl.rewards.weights import load_part
+from stage_rl.rewards.base import Reward, Score
+from stage_rl.rewards.pretrained import (
+    PLACES,
+    TINY,
+    AffineHead,
+    ScorerConfig,
+    clip_pixels,
+    fill,
+    fill_part,
+    find_file,
+    load_part,
+    read_tensors,
+    rename,
+)
+from stage_rl.rewards.tiny import random_model, tiny_bert_tokenizer, tiny_blip_configs
 from stage_rl.types import Prompt
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 """Of the head's output over the authors' data; the reward is standardised by them."""
+
 MAX_TOKENS = 35
+
 WEIGHTS_FILE, TEXT_FILE = "ImageReward.pt", "med_config.json"
+
 VIT_L16 = BlipVisionConfig(
     hidden_size=1024,
     intermediate_size=4096,
@@ -45,11 +57,13 @@ VIT_L16 = BlipVisionConfig(
     patch_size=16,
     layer_norm_eps=1e-6,
 )
+
 UNUSED = (
     "blip.text_encoder.embeddings.position_ids",
     *(f"blip.{side}_proj.{kind}" for side in ("vision", "text") for kind in ("weight", "bias")),
 )
 """What the published file may hold beside the model: a table, and the heads of BLIP's training."""
+
 TEXT_SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "max_position_embeddings", "layer_norm_eps", "hidden_act"),
@@ -203,3 +217,18 @@ def _with_bias(theirs: str, ours: str) -> dict[str, str]:
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+class ImageRewardConfig(ScorerConfig):
+    """ImageReward: human preference by a BLIP that reads image and prompt, about -2 to 2."""
+
+    path: str = "THUDM/ImageReward"
+    """Folder or hub id with ImageReward.pt and med_config.json; tiny: random weights."""
+    tokenizer: str = "google-bert/bert-base-uncased"
+    """Folder or hub id of the tokenizer."""
+
+    def build_scorer(self, device: torch.device) -> Reward:
+        """The reward."""
+
+        model = load_image_reward(self.path, tokenizer=self.tokenizer, device=device)
+        return ImageReward(model, self.batch_size)

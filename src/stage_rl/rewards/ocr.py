@@ -6,17 +6,31 @@ C colour channels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import importlib.metadata
+import importlib.util
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal, Protocol
 
-from stage_rl.rewards.base import Score
-from stage_rl.rewards.ocr_engines import Line, OcrReader
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from pydantic import Field
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from stage_rl.types import Prompt
+from stage_rl.errors import InputError
+from stage_rl.rewards.base import ReferenceCase, RewardConfig, Score
+from stage_rl.rewards.selftest import IMAGE_SIZE
+from stage_rl.settings import Count
+from stage_rl.types import Prompt
 
 Compat = Literal["fixed", "release"]
 
@@ -90,3 +104,256 @@ def edit_distance(a: str, b: str) -> int:
 
 def _plain(text: str) -> str:
     return text.replace(" ", "").lower()
+
+
+# OCR engines behind one call; free of torch, so that worker processes start fast and small.
+
+
+Picture = NDArray[np.uint8]
+
+DETECTION_SIDE = 960
+"""Pixels above which the longer side is scaled down to find lines, as PaddleOCR does."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of text that an engine read."""
+
+    text: str
+    confidence: float
+    """In [0, 1]."""
+
+
+class OcrReader(Protocol):
+    """Reads pictures."""
+
+    def read(self, pictures: Sequence[Picture]) -> list[list[Line]]:
+        """The lines of each picture (H x W x 3, uint8, blue first) in reading order."""
+        ...
+
+
+class RapidOcr:
+    """RapidOCR on ONNX Runtime. Its models come with its wheel: nothing is downloaded."""
+
+    def __init__(self, *, threads: int = 1) -> None:
+        _require("rapidocr", "onnxruntime", extra="ocr")
+        from rapidocr import RapidOCR
+
+        runtime = "EngineConfig.onnxruntime"
+        self._engine: Any = RapidOCR(
+            params={
+                "Global.text_score": 0.0,  # the reward has a threshold of its own
+                "Global.use_cls": False,  # no text upside down, as the released code
+                "Global.log_level": "error",  # an image without text is no warning
+                "Det.limit_side_len": DETECTION_SIDE,
+                "Det.limit_type": "max",
+                f"{runtime}.intra_op_num_threads": threads,
+                f"{runtime}.inter_op_num_threads": 1,
+            }
+        )
+
+    def read(self, pictures: Sequence[Picture]) -> list[list[Line]]:
+        """The lines of each picture."""
+        results = (self._engine(picture) for picture in pictures)
+        # Both are None where nothing was found.
+        return [_lines(result.txts or (), result.scores or ()) for result in results]
+
+
+class PaddleOcr:
+    """PaddleOCR 2 or 3, installed by the user; it downloads its models on first use."""
+
+    def __init__(self, *, language: str = "en", threads: int = 1) -> None:
+        _require("paddleocr", "paddle", extra=None)
+        from paddleocr import PaddleOCR  # pyright: ignore[reportMissingImports]
+
+        self._is_old = importlib.metadata.version("paddleocr").startswith("2.")
+        options: dict[str, Any] = {"lang": language}
+        if self._is_old:
+            options |= {"use_angle_cls": False, "use_gpu": False, "show_log": False}
+        else:
+            options |= {"use_textline_orientation": False, "use_doc_unwarping": False}
+            options |= {"use_doc_orientation_classify": False, "device": "cpu"}
+        self._engine: Any = PaddleOCR(cpu_threads=threads, **options)
+
+    def read(self, pictures: Sequence[Picture]) -> list[list[Line]]:
+        """The lines of each picture."""
+        return [self._read_one(picture) for picture in pictures]
+
+    def _read_one(self, picture: Picture) -> list[Line]:
+        if self._is_old:
+            # A list of pages, each a list of (box, (text, confidence)), or None without text.
+            (page,) = self._engine.ocr(picture, cls=False)
+            return [Line(text, float(confidence)) for _, (text, confidence) in page or ()]
+        (page,) = self._engine.predict(picture)
+        return _lines(page["rec_texts"], page["rec_scores"])
+
+
+def _lines(texts: Sequence[str], confidences: Sequence[float]) -> list[Line]:
+    pairs = zip(texts, confidences, strict=True)
+    return [Line(text, float(confidence)) for text, confidence in pairs]
+
+
+def _require(*modules: str, extra: str | None) -> None:
+    """An InputError that says what to install where a module is missing."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        what = f"'stage-rl[{extra}]'" if extra else "paddleocr paddlepaddle"
+        raise InputError(f"reward 'ocr': {missing[0]} is not installed; run pip install {what}")
+
+
+# Several processes for scorers that keep a CPU core busy each.
+
+
+_reader: OcrReader | None = None
+"""The engine of a worker process; there is none in the trainer's own."""
+
+
+class ParallelReader:
+    """A reader whose pictures are read by several processes, each with an engine of its own."""
+
+    def __init__(self, make: Callable[[], OcrReader], *, processes: int) -> None:
+        assert processes > 1, processes
+        self._make = make
+        self._processes = processes
+        self._executor: ProcessPoolExecutor | None = None
+
+    def read(self, pictures: Sequence[Any]) -> list[list[Line]]:
+        """The lines of each picture; a RuntimeError where a worker died, new ones follow."""
+        executor = self._executor or self._start()
+        # One picture a task: pictures differ in how long they take.
+        try:
+            return list(executor.map(_read_one, pictures))
+        except BrokenProcessPool as error:
+            self.close()
+            raise RuntimeError(
+                "a worker process of the OCR reward died, for want of memory, or because a script "
+                "that trains lacks `if __name__ == '__main__':`; write processes: 1 to do without"
+            ) from error
+
+    def close(self) -> None:
+        """Ends the processes; the next call starts new ones."""
+        if self._executor is not None:
+            self._executor.shutdown(cancel_futures=True)
+        self._executor = None
+
+    def _start(self) -> ProcessPoolExecutor:
+        self._executor = ProcessPoolExecutor(
+            self._processes,
+            # A fork would copy the trainer's threads and GPU as they are.
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_begin,
+            initargs=(self._make,),
+        )
+        return self._executor
+
+
+def _begin(make: Callable[[], OcrReader]) -> None:
+    """In a worker: builds its engine. Ctrl-C is the trainer's to answer."""
+    global _reader
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _reader = make()
+
+
+def _end_with_parent() -> None:
+    """Workers hold each other's pipes open, so none would see that the trainer was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "not in a worker process"
+    parent.join()
+    os._exit(1)
+
+
+def _read_one(picture: Any) -> list[Line]:
+    assert _reader is not None, "not in a worker process"
+    return _reader.read([picture])[0]
+
+
+# Images of written text, legible and not, whose OCR scores are known.
+
+
+WORDS = ("STAGE", "Open Today")
+
+
+def text_image(text: str, *, size: int = IMAGE_SIZE, color: str = "black") -> Image.Image:
+    """A text in one line across the middle of a white image, as large as fits up to an eighth."""
+    image = Image.new("RGB", (size, size), "white")
+    draw = ImageDraw.Draw(image)
+    font = ImageFont.load_default(size=size / 8)
+    width = draw.textlength(text, font=font)
+    if width > 0.9 * size:
+        font = ImageFont.load_default(size=size / 8 * 0.9 * size / width)
+    left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
+    place = ((size - right - left) / 2, (size - bottom - top) / 2)
+    draw.text(place, text, font=font, fill=color)
+    return image
+
+
+def garbled(image: Image.Image, num_strips: int = 48) -> Image.Image:
+    """An image whose upright strips are in another order, always the same: strokes, no letters."""
+    width, height = image.size
+    strip = width // num_strips
+    order = [(i * 19) % num_strips for i in range(num_strips)]  # 19 has no divisor in common
+    mixed = Image.new("RGB", image.size, "white")
+    for place, source in enumerate(order):
+        part = image.crop((source * strip, 0, (source + 1) * strip, height))
+        mixed.paste(part, (place * strip, 0))
+    return mixed
+
+
+def written_cases() -> tuple[ReferenceCase, ...]:
+    """Words that can be read against their strokes in disorder."""
+    return tuple(
+        ReferenceCase(
+            Prompt(f'a sign that says "{word}"', index),
+            text_image(word),
+            garbled(text_image(word)),
+            f"'{word}' against its strokes in disorder",
+        )
+        for index, word in enumerate(WORDS)
+    )
+
+
+# What a recipe says of the OCR reward; free of torch.
+
+
+class OcrRewardConfig(RewardConfig):
+    """How much of the text that a prompt quotes can be read in its image."""
+
+    engine: Literal["rapidocr", "paddleocr"] = "rapidocr"
+    """What reads: rapidocr has its models with it; paddleocr is the released code's."""
+    language: str = "en"
+    """Language of PaddleOCR's model; RapidOCR's reads Latin and Chinese script."""
+    compat: Literal["fixed", "release"] = "fixed"
+    """release: the engine is given red in the place of blue."""
+    allow_more: bool = True
+    """A target inside a longer text scores 1, as released; false: as in the paper."""
+    min_confidence: float = Field(default=0.0, ge=0, lt=1)
+    """Confidence above which a line counts."""
+    processes: Count = 1
+    """Processes that read, each with an engine of its own; 1: the trainer's."""
+    threads: Count = 1
+    """Threads of one engine."""
+
+    def objection(self, prompt: Prompt) -> str | None:
+        """Also that a prompt has no text to be read."""
+
+        try:
+            target_of(prompt)
+        except ValueError as error:
+            return str(error)
+        return super().objection(prompt)
+
+    def build(self, device: torch.device) -> OcrReward:
+        """The reward with its engine, on the CPU; an InputError where that is not installed."""
+
+        make = functools.partial(RapidOcr, threads=self.threads)
+        if self.engine == "paddleocr":
+            make = functools.partial(PaddleOcr, language=self.language, threads=self.threads)
+        several = self.processes > 1
+        reader = ParallelReader(make, processes=self.processes) if several else make()
+        return OcrReward(reader, self.compat, self.min_confidence, self.allow_more)
+
+    def reference_cases(self) -> tuple[ReferenceCase, ...]:
+        """Legible words against the same letters cut up."""
+
+        return written_cases()

@@ -8,39 +8,25 @@ Shape suffixes: N images, H x W pixels, C colour channels.
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib import resources
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
-from stage_rl.errors import RewardError
-from stage_rl.rewards.base import Reward, Score
-from stage_rl.schema import RewardConfig
+from stage_rl.errors import RewardError, WeightsError
+from stage_rl.prompts.geneval import Record, colors_record, single_object_record
+from stage_rl.rewards.base import ReferenceCase, Reward, RewardConfig, Score
 from stage_rl.types import Prompt
 
 IMAGE_SIZE = 384
 """Pixels along a side of the images drawn here, the size that Janus draws."""
-
-
-@dataclass(frozen=True)
-class ReferenceCase:
-    """Two images of one size, the first of which suits the prompt better beyond doubt."""
-
-    prompt: Prompt
-    """With all metadata that the reward requires."""
-    better_image: Image.Image
-    worse_image: Image.Image
-    what: str
-    """The two images in words, such as: a red square against a blue one."""
-
-    def images_NHWC(self) -> Tensor:
-        """The better and the worse image as a reward gets them: RGB, uint8, on the CPU."""
-        pair = (self.better_image, self.worse_image)
-        return torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in pair]))
 
 
 @dataclass(frozen=True)
@@ -134,3 +120,115 @@ def _number(score: Score) -> float:
 
 def _written(score: Score) -> str:
     return f"no score ({score.why})" if score.value is None else f"{score.value:.4f}"
+
+
+# Reference cases for what drawings are no fair test of: two photographs under CC0.
+
+
+def photograph(name: str) -> Image.Image:
+    """The photograph of a cat or a cup, 384 x 256."""
+    file = resources.files("stage_rl") / "rewards" / "reference" / f"{name}.jpg"
+    if not file.is_file():
+        raise WeightsError(f"{file}: this copy of the package lacks it; reinstall the package")
+    with file.open("rb") as stream:
+        return Image.open(stream).convert("RGB")
+
+
+def noise(size: tuple[int, int]) -> Image.Image:
+    """Independent random pixels, the same each time; the size is width and height."""
+    width, height = size
+    values = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def tinted(image: Image.Image, color: str) -> Image.Image:
+    """The image in shades of one colour."""
+    return ImageOps.colorize(image.convert("L"), black="black", mid=color, white="white")
+
+
+def photograph_cases() -> tuple[ReferenceCase, ...]:
+    """Photographs against noise, for rewards that rate the image alone."""
+    return tuple(
+        ReferenceCase(
+            Prompt(f"a photo of a {name}", index),
+            photograph(name),
+            noise((384, 256)),
+            f"a photograph of a {name} against noise",
+        )
+        for index, name in enumerate(("cat", "cup"))
+    )
+
+
+def detector_cases() -> tuple[ReferenceCase, ...]:
+    """Objects and colours with GenEval metadata, for a detector under the GenEval rules."""
+    cat, cup = photograph("cat"), photograph("cup")
+    green, red = tinted(cat, "green"), tinted(cat, "red")
+    rows: tuple[tuple[Record, Image.Image, Image.Image, str], ...] = (
+        (single_object_record("cat"), cat, cup, "a cat against a cup"),
+        (single_object_record("cup"), cup, cat, "a cup against a cat"),
+        (colors_record("green", "cat"), green, red, "a cat in green against one in red"),
+        (colors_record("red", "cat"), red, green, "a cat in red against one in green"),
+    )
+    return tuple(
+        ReferenceCase(Prompt(record["prompt"], index, record), better, worse, what)
+        for index, (record, better, worse, what) in enumerate(rows)
+    )
+
+
+# Images as they come out of a JPEG file, which some published figures were measured on.
+#
+# Shape suffixes: N images, H x W pixels, C colour channels.
+
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class OnJpeg(Generic[Result]):
+    """A reward or detector that sees its images as JPEG of a quality from 1 to 100."""
+
+    look: Callable[[Tensor, Any], Result]
+    quality: int
+
+    def __call__(self, images_NHWC: Tensor, prompts: Any) -> Result:
+        """What it says of the compressed images."""
+        return self.look(as_jpeg(images_NHWC, self.quality), prompts)
+
+
+def as_jpeg(images_NHWC: Tensor, quality: int) -> Tensor:
+    """The images (uint8) written as JPEG and read again."""
+    return torch.stack([torch.from_numpy(_reread(image_HWC, quality)) for image_HWC in images_NHWC])
+
+
+def _reread(image_HWC: Tensor, quality: int) -> np.ndarray:
+    file = io.BytesIO()
+    Image.fromarray(image_HWC.cpu().numpy()).save(file, "JPEG", quality=quality)
+    return np.array(Image.open(file))
+
+
+PAIR = ("cat", "cup")
+"""What the photographs for self-tests show."""
+
+
+def _cat_or_cup() -> tuple[ReferenceCase, ...]:
+    """Either photograph against the other."""
+    from stage_rl.rewards.base import ReferenceCase
+
+    return tuple(
+        _asking(
+            ReferenceCase(
+                Prompt(f"a photo of a {noun}", index),
+                photograph(noun),
+                photograph(other),
+                f"a {noun} against a {other}",
+            ),
+            noun,
+        )
+        for index, (noun, other) in enumerate((PAIR, PAIR[::-1]))
+    )
+
+
+def _asking(case: ReferenceCase, noun: str) -> ReferenceCase:
+    """The case with the metadata of a T2I-R1 prompt for one object."""
+    metadata = {"task_type": "object", "nouns": [noun]}
+    return replace(case, prompt=replace(case.prompt, metadata=metadata))

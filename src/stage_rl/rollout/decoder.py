@@ -16,9 +16,17 @@ from torch import Tensor
 from torch.nn.functional import gelu, linear, scaled_dot_product_attention
 
 from stage_rl.policies.base import DecoderWeights, LayerWeights
-from stage_rl.policies.products import onednn_products
-from stage_rl.rollout.attention import CacheShape, KeyValueCache
-from stage_rl.rollout.backends import Attend, Backend, EagerBackend, HeadNorms, Heads, turned
+from stage_rl.policies.trunk import onednn_products
+from stage_rl.rollout.attention import (
+    Attend,
+    Backend,
+    CacheShape,
+    EagerBackend,
+    HeadNorms,
+    Heads,
+    KeyValueCache,
+    turned,
+)
 
 LINEAR_DTYPES = {"float32": torch.float32, "mixed": torch.bfloat16}
 

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from stage_rl.errors import InputError
 from stage_rl.policies.base import Policy, Prefix
-from stage_rl.policies.config import JanusConfig
-from stage_rl.rollout.decoding import Generated
-from stage_rl.rollout.engine import Engine
+from stage_rl.policies.janus import JanusConfig
+from stage_rl.rollout.engine import Engine, Generated
 from stage_rl.rollout.sampling import Sampling, image_uniforms
 from stage_rl.types import Prompt, Rollout
 

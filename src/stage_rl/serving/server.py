@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import ipaddress
 import signal
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from types import FrameType
 
 import torch
 import uvicorn
 
-from stage_rl.errors import Stopped
+from stage_rl.errors import InputError, Stopped
+from stage_rl.rewards.base import RewardConfig
 from stage_rl.rewards.selftest import require_order
-from stage_rl.schema import RewardConfig
-from stage_rl.serving.address import Serving, check_reach, listening, named
 from stage_rl.serving.app import Front, build_app
-from stage_rl.serving.batching import Batcher
-from stage_rl.serving.limits import Held
-from stage_rl.serving.meters import Meters
-from stage_rl.serving.service import RewardService
+from stage_rl.serving.limits import Held, Limits, Meters
+from stage_rl.serving.service import Batcher, RewardService
 
 KEEP_ALIVE_S = 75
 """How long an idle connection is kept: longer than by clients, who could write to a closed one."""
+
 LAST_WORDS_S = 5
 """How long answers that are being sent may take after everything is scored."""
 
@@ -113,3 +114,64 @@ class Server(uvicorn.Server):
         """Closes the connections once their answers are sent."""
         self.num_unanswered = self._front.answers.num_open
         await super().shutdown(sockets)
+
+
+# Where a reward server is reached, and by whom; free of torch.
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How a server is reached and how it collects images."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    token: str | None = None
+    batch_size: int = 32
+    """Images of a call; a larger request is a call of its own."""
+    delay_s: float = 0.01
+    """How long an image waits for others."""
+    drain_s: float = 120.0
+    """Longest time between being asked to stop and stopping."""
+    limits: Limits = field(default_factory=Limits)
+
+
+def check_reach(settings: Serving) -> None:
+    """An InputError where others than this machine could ask without a token."""
+    if settings.token is None and not _is_loopback(settings.host):
+        raise InputError(
+            f"--host {settings.host}: others reach it, which needs a token; write --token-file FILE"
+        )
+
+
+@contextlib.contextmanager
+def listening(settings: Serving) -> Iterator[socket.socket]:
+    """The socket of an address, taken before minutes are spent on loading models."""
+    with named(settings):
+        family, *_, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        door = socket.socket(family)
+    with door:
+        door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with named(settings):
+            door.bind(address)
+        yield door
+
+
+@contextlib.contextmanager
+def named(settings: Serving) -> Iterator[None]:
+    """Turns what the system says of an address into an InputError."""
+    try:
+        yield
+    except OSError as error:
+        where = f"--host {settings.host} --port {settings.port}"
+        raise InputError(f"{where}: {error.strerror}; write another") from error
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

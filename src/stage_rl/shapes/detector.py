@@ -18,13 +18,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stage_rl.errors import WeightsError
-from stage_rl.rewards.base import Detection
+from stage_rl.rewards.base import Detection, DetectorConfig
 from stage_rl.shapes.scenes import COLORS, IMAGE_SIZE, SHAPES
 from stage_rl.types import Prompt
 
 CELL = 4
 """Pixels along one side of a cell."""
+
 WEIGHTS = Path(__file__).with_name("detector.safetensors")
+
 MIN_SCORE = 0.05
 """Detections below are not worth listing; the reward's thresholds lie far above."""
 
@@ -110,3 +112,12 @@ class ShapesDetector:
                 )
             )
         return [sorted(detections, key=lambda d: -d.score) for detections in found]
+
+
+class ShapesDetectorConfig(DetectorConfig):
+    """The small learned detector that comes with the package."""
+
+    def build(self, device: torch.device) -> ShapesDetector:
+        """The detector; a copy of the package without its weights is a `WeightsError`."""
+
+        return ShapesDetector.load(device)

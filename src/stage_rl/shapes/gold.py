@@ -10,24 +10,24 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from stage_rl.rewards.base import Detection
-from stage_rl.shapes.inspection import Inspection, Part, inspect
-from stage_rl.shapes.scenes import SIZES, TONES, Object, template
-
-__all__ = [
-    "Inspection",
-    "Part",
-    "gold_detections",
-    "inspect",
-    "looks_right",
-    "matches_scene",
-    "structure",
-]
+from stage_rl.shapes.scenes import (
+    COLORS,
+    RADII,
+    SHAPES,
+    SIZES,
+    TEMPLATE_SIZE,
+    TONES,
+    Object,
+    template,
+)
 
 
 def structure(inspection: Inspection, metadata: Mapping[str, Any]) -> float:
@@ -109,4 +109,341 @@ def matches_scene(detections: Sequence[Detection], objects: Sequence[Object]) ->
             for d in detections
         )
         for o in objects
+    )
+
+
+# Takes images of the shapes world apart, analytically, from pixels.
+#
+# Everything that is not background is split into connected parts. A part is an object when its
+# colour
+# is one of the ten, pure, its outline is that of one whole shape, and its edges are about as
+# sharp as
+# that shape's: smeared, merged and half objects are not counted.
+#
+# Shape suffixes: N images, H x W pixels, C colour channels, M parts.
+
+
+FOREGROUND = 0.13
+"""Colour distance from every background tone above which a pixel belongs to something drawn."""
+
+TONE_RANGE = 0.14
+"""Brightness by which a background may stray from its tone."""
+
+MIN_AREA = 12
+"""Parts with fewer pixels are specks, not parts."""
+
+MIN_OUTLINE = 0.9
+"""Overlap (soft intersection over union) with the best whole shape that makes an object."""
+
+MAX_EDGE_ERROR = 0.25
+"""Pixels its outline may be off on average: of a thin shape a quarter pixel is a tenth already."""
+
+MIN_SHARPNESS = 0.46
+"""Edge energy along either axis, relative to that shape's, that makes an object."""
+
+RIM = 3
+"""Pixels around a part whose coverage is its own: where a smeared edge runs out."""
+
+MIN_PURITY = 0.85
+
+PURE = 0.22
+"""Colour distance within which a pixel has the part's colour, mixed with background at its edge."""
+
+_PALETTE = np.asarray(list(COLORS.values()), np.float32)
+
+_TONES = np.asarray(list(TONES.values()), np.float32)
+
+_HALF_PIXEL = TEMPLATE_SIZE // 2
+
+_IN_PLANE = np.pad(ndimage.generate_binary_structure(2, 1)[None], ((1, 1), (0, 0), (0, 0)))
+"""Neighbours within an image, none across images."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One connected thing in an image."""
+
+    shape: str
+    outline: float
+    """Soft intersection over union with the best-fitting whole shape."""
+    edge_error: float
+    """Mean distance of its outline from that shape's, pixels."""
+    sharpness: float
+    """Edge energy relative to that shape's, along the axis where it is less; near 1 when drawn."""
+    color: str
+    purity: float
+    """Share of its pixels that have the colour."""
+    box: tuple[float, float, float, float]
+    area: int
+
+    @property
+    def is_object(self) -> bool:
+        """Whether it is one whole, sharp shape of one colour."""
+        return (
+            (self.outline >= MIN_OUTLINE or self.edge_error <= MAX_EDGE_ERROR)
+            and self.sharpness >= MIN_SHARPNESS
+            and self.purity >= MIN_PURITY
+        )
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What the judge sees in one image."""
+
+    parts: tuple[Part, ...]
+    foreground_HW: NDArray[np.bool_]
+    clean: float
+    """Share of the pixels outside whole objects that are background."""
+
+    @property
+    def detections(self) -> list[Detection]:
+        """The whole objects, as the GenEval rules take them."""
+        return [Detection(p.shape, 1.0, p.box, p.color) for p in self.parts if p.is_object]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A connected thing before it is looked at: its box and RIM pixels around it."""
+
+    image: int
+    region: tuple[slice, slice]
+    mask_HW: NDArray[np.bool_]
+    """Its pixels within the region."""
+    others_HW: NDArray[np.bool_]
+    """The foreground within the region that is not its own."""
+
+    @property
+    def reach_HW(self) -> NDArray[np.bool_]:
+        """Its pixels and RIM around them, without those of its neighbours and beside these."""
+        beside = _grown(self.mask_HW)
+        reach = beside
+        for _ in range(RIM - 1):
+            reach = _grown(reach)
+        return reach & (beside | ~_grown(self.others_HW))
+
+
+@dataclass(frozen=True)
+class _Look:
+    """A piece by its colour, and the coverage that its outline is told from."""
+
+    color: int
+    purity: float
+    window_HW: NDArray[np.float32]
+    inside: float
+    """Share of the coverage that lies within the window."""
+
+    @property
+    def outside(self) -> float:
+        """Coverage that the window cuts off, pixels."""
+        return float(self.window_HW.sum()) * (1 / max(self.inside, 1e-6) - 1)
+
+
+def _foreground(images: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """The pixels that are far from every background colour, NHW."""
+    flat = images.reshape(-1, 3)
+    brightness = flat.mean(1, keepdims=True) - _TONES.mean(1)
+    squared = (flat * flat).sum(1, keepdims=True) - 2 * flat @ _TONES.T + (_TONES * _TONES).sum(1)
+    # What is left of |offset|^2 without a shift of brightness c: |offset|^2 - 6 c mean + 3 c^2.
+    shift = np.clip(brightness, -TONE_RANGE, TONE_RANGE)
+    squared += 3 * shift * (shift - 2 * brightness)
+    return (squared.min(1) > FOREGROUND**2).reshape(images.shape[:-1])
+
+
+def _grown(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """A mask (its last two axes) with the pixels beside it."""
+    grown = mask.copy()
+    grown[..., 1:, :] |= mask[..., :-1, :]
+    grown[..., :-1, :] |= mask[..., 1:, :]
+    grown[..., 1:] |= mask[..., :-1]
+    grown[..., :-1] |= mask[..., 1:]
+    return grown
+
+
+def _background(image: NDArray[np.float32], foreground: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """The colour that the objects of an image stand on."""
+    for empty in (~_grown(foreground), ~foreground):
+        if empty.any():
+            return np.median(image[empty], axis=0)
+    return _TONES[0]  # nothing is background: no part can be an object either
+
+
+def _pieces(foreground_NHW: NDArray[np.bool_]) -> list[_Piece]:
+    """The connected things of all images, image by image."""
+    labelled: Any = ndimage.label(foreground_NHW, _IN_PLANE)
+    labels = labelled[0]
+    sizes = np.bincount(labels.ravel())
+    pieces = []
+    boxes: Sequence[Any] = ndimage.find_objects(labels)
+    for label, (image, *box) in enumerate(boxes, 1):
+        if sizes[label] >= MIN_AREA:
+            rows, columns = (slice(max(side.start - RIM, 0), side.stop + RIM) for side in box)
+            region = labels[image.start, rows, columns]
+            mask = region == label
+            pieces.append(_Piece(image.start, (rows, columns), mask, (region > 0) & ~mask))
+    return pieces
+
+
+def _look(piece: _Piece, image: NDArray[np.float32], background: NDArray[np.float32]) -> _Look:
+    region, mask = image[piece.region], piece.mask_HW
+    pixels = region[mask]
+    nearest = (2 * pixels @ _PALETTE.T - (_PALETTE * _PALETTE).sum(1)).argmax(1)
+    color = int(np.bincount(nearest, minlength=len(_PALETTE)).argmax())
+    along = _PALETTE[color] - background
+    alpha = np.clip(((region - background) @ along) / (along @ along), 0, 1)
+    # More than the mask: the faint rim of an object is still its own.
+    alpha = np.where(piece.reach_HW, alpha, 0)
+    rest = pixels - background - alpha[mask][:, None] * along
+    window = _window(alpha, piece)
+    return _Look(
+        color=color,
+        purity=float(((rest * rest).sum(1) < PURE**2).mean()),
+        window_HW=window,
+        inside=float(window.sum() / max(alpha.sum(), 1e-6)),
+    )
+
+
+def _window(alpha_HW: NDArray[np.float32], piece: _Piece) -> NDArray[np.float32]:
+    """A square of TEMPLATE_SIZE + 2 around the middle of a piece, zero outside its region."""
+    size = TEMPLATE_SIZE + 2
+    window = np.zeros((size, size), np.float32)
+    source, target = [], []
+    for pixels, side in zip(piece.mask_HW.shape, _box(piece), strict=True):
+        start = (side.start + side.stop - 1) // 2 - _HALF_PIXEL - 1
+        first, last = max(start, 0), min(start + size, pixels)
+        source.append(slice(first, last))
+        target.append(slice(first - start, last - start))
+    window[*target] = alpha_HW[*source]
+    return window
+
+
+def _box(piece: _Piece) -> tuple[slice, slice]:
+    """The rows and columns of a piece within its region."""
+    rows, columns = (np.flatnonzero(piece.mask_HW.any(axis)) for axis in (1, 0))
+    return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+
+
+def inspect(images_NHWC: NDArray[np.uint8]) -> list[Inspection]:
+    """Takes images apart; uint8, 48 x 48."""
+    images = images_NHWC.astype(np.float32) / np.float32(255)
+    foreground = _foreground(images)
+    backgrounds = [_background(image, mask) for image, mask in zip(images, foreground, strict=True)]
+    pieces = _pieces(foreground)
+    looks = [_look(piece, images[piece.image], backgrounds[piece.image]) for piece in pieces]
+    found: list[list[tuple[_Piece, Part]]] = [[] for _ in images]
+    if looks:
+        fit = fit_outlines(np.stack([look.window_HW for look in looks]))
+        for m, (piece, look) in enumerate(zip(pieces, looks, strict=True)):
+            found[piece.image].append((piece, _part(piece, look, fit, m)))
+    return [_inspection(mask, parts) for mask, parts in zip(foreground, found, strict=True)]
+
+
+def _part(piece: _Piece, look: _Look, fit: Fit, m: int) -> Part:
+    rows, columns = _box(piece)
+    y, x = (side.start for side in piece.region)
+    return Part(
+        shape=SHAPES[fit.shape_M[m]],
+        # What the window cuts off still counts against the fit.
+        outline=float(fit.outline_M[m]) * look.inside,
+        edge_error=float((fit.mismatch_M[m] + look.outside) / fit.perimeter_M[m]),
+        sharpness=float(fit.sharpness_M[m]),
+        color=list(COLORS)[look.color],
+        purity=look.purity,
+        box=(
+            float(x + columns.start),
+            float(y + rows.start),
+            float(x + columns.stop),
+            float(y + rows.stop),
+        ),
+        area=int(piece.mask_HW.sum()),
+    )
+
+
+def _inspection(foreground: NDArray[np.bool_], parts: Sequence[tuple[_Piece, Part]]) -> Inspection:
+    rest = np.ones_like(foreground)
+    for piece, part in parts:
+        if part.is_object:
+            rest[piece.region] &= ~piece.mask_HW
+    clean = float((~foreground[rest]).mean()) if rest.any() else 0.0
+    return Inspection(tuple(part for _, part in parts), foreground, clean)
+
+
+# Finds the whole shape whose outline lies closest to a coverage.
+#
+# Shape suffixes: H x W pixels, M coverages, K shifted outlines.
+
+
+_HALF = TEMPLATE_SIZE // 2
+
+
+def _centred(shape_HW: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A template with the middle of its box, not of its circle, in the middle."""
+    rows, columns = np.nonzero(shape_HW > 0.4)
+    shift = [_HALF - (int(line.min()) + int(line.max())) // 2 for line in (rows, columns)]
+    return np.roll(shape_HW, shift, (0, 1))
+
+
+@functools.cache
+def _outlines() -> tuple[NDArray[np.float32], NDArray[np.intp]]:
+    """Whole shapes, shifted by up to one pixel, as rows (K x pixels), and the shape of each row."""
+    rows, shapes = [], []
+    for index, shape in enumerate(SHAPES):
+        for radius in RADII:
+            padded = np.pad(_centred(template(shape, radius)), 1)
+            shifts = [np.roll(padded, (y, x), (0, 1)) for y in (-1, 0, 1) for x in (-1, 0, 1)]
+            rows += [shifted.ravel() for shifted in shifts]
+            shapes += [index] * len(shifts)
+    return np.stack(rows), np.asarray(shapes)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The whole shape that overlaps most with each coverage."""
+
+    shape_M: NDArray[np.intp]
+    outline_M: NDArray[np.float32]
+    """Soft intersection over union."""
+    mismatch_M: NDArray[np.float32]
+    """Coverage of one that the other lacks, pixels."""
+    perimeter_M: NDArray[np.float32]
+    """Length of that shape's outline, pixels."""
+    sharpness_M: NDArray[np.float32]
+    """Edge energy relative to that shape's, along the axis where it is less."""
+
+
+def _edge_energy(windows_MHW: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Sum of squared steps of coverage down the rows and along the columns (2, M).
+
+    A step that is spread over w pixels has 1 / w of its energy.
+    """
+    steps = (np.diff(windows_MHW, axis=axis) for axis in (1, 2))
+    return np.stack([(step * step).sum((1, 2)) for step in steps])
+
+
+def _perimeter(outlines_MHW: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Length of outlines in pixels.
+
+    The steps of coverage along rows and columns add up to |cos| + |sin| of the direction for each
+    pixel of outline, 4 / pi on average over all directions.
+    """
+    steps = (np.abs(np.diff(outlines_MHW, axis=axis)).sum((1, 2)) for axis in (1, 2))
+    return np.pi / 4 * sum(steps, start=np.zeros(len(outlines_MHW), np.float32))
+
+
+def fit_outlines(windows_MHW: NDArray[np.float32]) -> Fit:
+    """Finds the shape of each coverage by its largest overlap."""
+    flat = windows_MHW.reshape(len(windows_MHW), -1)
+    bank, shape_of = _outlines()
+    inner_MK = flat @ bank.T
+    squares_M, norms_K = (flat * flat).sum(1), (bank * bank).sum(1)
+    union_MK = squares_M[:, None] + norms_K - inner_MK
+    overlap_MK = inner_MK / union_MK
+    best = overlap_MK.argmax(1)
+    row = np.arange(len(best))
+    whole_MHW = bank[best].reshape(windows_MHW.shape)
+    return Fit(
+        shape_M=shape_of[best],
+        outline_M=overlap_MK[row, best],
+        mismatch_M=union_MK[row, best] - inner_MK[row, best],
+        perimeter_M=_perimeter(whole_MHW),
+        sharpness_M=(_edge_energy(windows_MHW) / _edge_energy(whole_MHW)).min(0),
     )

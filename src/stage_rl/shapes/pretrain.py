@@ -14,31 +14,46 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
 
 from stage_rl.errors import CheckpointError, InputError
-from stage_rl.policies.hub import SHIPPED_MODEL
-from stage_rl.policies.weights import load_janus
-from stage_rl.shapes.captions import WORDS
-from stage_rl.shapes.detector import WEIGHTS
+from stage_rl.files import replace_text, writing
+from stage_rl.policies.janus import load_janus
+from stage_rl.policies.loading import SHIPPED_MODEL
+from stage_rl.shapes.detector import CELL, WEIGHTS, DetectorNet, DetectorOutput
 from stage_rl.shapes.model import JanusSize, build_janus, save_janus
-from stage_rl.shapes.pretrain_detector import train_detector
 from stage_rl.shapes.pretrain_policy import PolicyTraining, chunk_sizes, train_policy, write_chunk
-from stage_rl.shapes.pretrain_tokenizer import TokenizerTraining, train_tokenizer
-from stage_rl.training.runs import environment, replace_text, writing
+from stage_rl.shapes.pretrain_tokenizer import (
+    Progress,
+    TokenizerTraining,
+    learning_rate,
+    set_rate,
+    to_pixels,
+    train_tokenizer,
+)
+from stage_rl.shapes.prompts import WORDS
+from stage_rl.shapes.scenes import COLORS, CUT_OFF, IMAGE_SIZE, SHAPES, Scene, random_scene, render
+from stage_rl.training.run import environment
 
 SIZE = JanusSize(width=192, layers=6, heads=6, mlp=512, codebook_size=2048, codebook_dim=8)
+
 SHIPPED = "shipped"
+
 _FULL_DISK = re.compile("No space left|file write failed|unexpected pos|stream write")
 """What torch says of a file that it could not write to its end."""
+
 COMPILERS = ("g++", "c++", "clang++", "cl")
 
 Report = Callable[[str], None]
@@ -263,3 +278,81 @@ def _write_checkpoint(plan: Plan, model: Any, processor: Any, out: Path) -> None
     text = json.dumps(record, indent=1) + "\n"
     (temporary / "training.json").write_text(text, encoding="utf-8")
     temporary.replace(final)
+
+
+# Trains the reward's detector on renders of the shapes world.
+#
+# Shape suffixes: N images, C channels, H x W pixels, Y x X cells.
+
+
+BATCH = 64
+
+PEAK_LR = 3e-3
+
+_CELLS = IMAGE_SIZE // CELL
+
+_COLORS = list(COLORS)
+
+
+def targets(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
+    """What the network should say: a centre map (NYX) and, for each whole object, a row of
+
+    image, cell y, cell x, class, colour, and the four sides in tenths of ten pixels.
+    """
+    center = torch.zeros(len(scenes), _CELLS, _CELLS)
+    rows: list[list[float]] = []
+    for n, scene in enumerate(scenes):
+        for thing in (thing for thing in scene.objects if thing.whole):
+            y, x = thing.y // CELL, thing.x // CELL
+            center[n, y, x] = 1
+            x0, y0, x1, y1 = thing.box
+            cx, cy = (x + 0.5) * CELL, (y + 0.5) * CELL
+            sides = [(cx - x0) / 10, (cy - y0) / 10, (x1 - cx) / 10, (y1 - cy) / 10]
+            ids = [n, y, x, SHAPES.index(thing.shape), _COLORS.index(thing.color)]
+            rows.append([*ids, *sides])
+    return center, torch.tensor(rows)
+
+
+def detector_loss(output: DetectorOutput, center_NYX: Tensor, rows: Tensor) -> Tensor:
+    """Cross-entropy of centre, class and colour, L1 of the sides."""
+    n, y, x, shape, color = rows[:, :5].long().unbind(1)
+    weight = torch.where(center_NYX > 0, 5.0, 1.0)
+    center = F.binary_cross_entropy_with_logits(output.object_NYX, center_NYX, weight)
+    return (
+        10 * center
+        + F.cross_entropy(output.shape_NCYX[n, :, y, x], shape)
+        + F.cross_entropy(output.color_NCYX[n, :, y, x], color)
+        + F.l1_loss(output.sides_NCYX[n, :, y, x], rows[:, 5:])
+    )
+
+
+def _soften(pixels: Tensor, rng: np.random.Generator) -> Tensor:
+    """Half of the batches are blurred a little, as decoded images are."""
+    if rng.uniform() < 0.5:
+        return pixels
+    return torch.lerp(pixels, F.avg_pool2d(pixels, 3, 1, 1), float(rng.uniform(0.2, 0.9)))
+
+
+def train_detector(
+    path: Path, *, steps: int, seed: int, report: Callable[[str], None]
+) -> DetectorNet:
+    """Trains a detector and writes its weights in fp16."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = DetectorNet()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=PEAK_LR)
+    progress = Progress("detector", steps, first=0, every=100, report=report)
+    for step in range(steps):
+        rng = np.random.Generator(np.random.Philox(key=[seed, 1_000_000 + step]))
+        scenes = [random_scene(rng, cut_off=CUT_OFF) for _ in range(BATCH)]
+        center, rows = targets(scenes)
+        loss = detector_loss(net(_soften(to_pixels(render(scenes)), rng)), center, rows)
+        set_rate(optimizer, learning_rate(step, steps=steps, warmup_steps=50, peak=PEAK_LR))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        progress.show(step + 1, f"loss {loss.item():.4f}")
+    temporary = path.with_suffix(".tmp")
+    save_file({name: t.half().contiguous() for name, t in net.state_dict().items()}, temporary)
+    temporary.replace(path)
+    return net

@@ -19,12 +19,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stage_rl.policies.attention import use_causal
-from stage_rl.shapes.captions import pretraining_caption, pretraining_record
-from stage_rl.shapes.layouts import CUT_OFF, scene_for
-from stage_rl.shapes.pretrain_course import Progress, learning_rate, save_state, set_rate
-from stage_rl.shapes.pretrain_tokenizer import to_pixels, unit_codes
-from stage_rl.shapes.scenes import render
+from stage_rl.policies.trunk import use_causal
+from stage_rl.shapes.pretrain_tokenizer import (
+    Progress,
+    learning_rate,
+    save_state,
+    set_rate,
+    to_pixels,
+    unit_codes,
+)
+from stage_rl.shapes.prompts import pretraining_caption, pretraining_record
+from stage_rl.shapes.scenes import CUT_OFF, render, scene_for
 
 CHUNK = 2000
 """Scenes in one file of the pool; the last may hold fewer."""

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
+from stage_rl.algorithm import equal_reward_groups, group_advantages, opposing_similarity
+from stage_rl.console import progress
 from stage_rl.errors import InputError, StageError
-from stage_rl.evaluation.benchmark import Results
-from stage_rl.evaluation.progress import progress
-from stage_rl.evaluation.results import render_table
-from stage_rl.evaluation.runner import evaluate
-from stage_rl.evaluation.shapes_geneval import GUIDANCE_SCALE
+from stage_rl.evaluation.results import Results, object_cells, render_table
+from stage_rl.evaluation.run import evaluate
+from stage_rl.policies.base import Policy
+from stage_rl.rewards.geneval import GenEvalReward, judge
+from stage_rl.rollout.engine import Engine
+from stage_rl.rollout.sample import rollout
 from stage_rl.rollout.sampling import Sampling
-from stage_rl.shapes.show_regime import RegimeFigures, measure_regime
-from stage_rl.shapes.show_tokenizer import TokenizerFigures, measure_tokenizer
-from stage_rl.training.models import load_policy
+from stage_rl.shapes.detector import ShapesDetector
+from stage_rl.shapes.gold import gold_detections, inspect, matches_scene
+from stage_rl.shapes.pretrain_policy import tokenize
+from stage_rl.shapes.prompts import ShapesPromptsConfig
+from stage_rl.shapes.scenes import Scene, random_scene, render
+from stage_rl.shapes.suite import GUIDANCE_SCALE
+from stage_rl.training.run import load_policy
+from stage_rl.types import Rollout
 
 HARD_TASKS = ("counting", "position", "color_attr")
 
@@ -190,3 +202,195 @@ def _write(file: Path, figures: dict[str, Any]) -> None:
         file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise StageError(f"--json {file}: {error.strerror}; name another file") from error
+
+
+# What the tokenizer of a shapes model keeps of an image, and how alike its codes are.
+#
+# Shape suffixes: N images, T image tokens, H x W pixels, C codebook channels, V codebook size.
+
+
+LOOK_ALIKE = 0.8
+"""Cosine from which two codes look alike."""
+
+CHUNK = 100
+"""Images that are encoded at one time."""
+
+_KEY = 3_000_000
+
+
+@dataclass(frozen=True)
+class TokenizerFigures:
+    """Shares, in [0, 1]."""
+
+    gold_on_renders: float
+    """Renders in which the gold judge finds exactly the objects of the scene."""
+    kept: float
+    """Renders in which it does so after encoding and decoding."""
+    codes_used: float
+    """Codes that occur in the renders."""
+    lookalike_pairs: float
+    """Pairs of different codes that look alike."""
+    lookalike_codes: float
+    """Used codes with at least one look-alike."""
+
+
+def measure_tokenizer(policy: Policy, num_renders: int, *, seed: int) -> TokenizerFigures:
+    """Encodes and decodes scenes that no training has seen."""
+    rng = np.random.Generator(np.random.Philox(key=[seed, _KEY]))
+    scenes = [random_scene(rng) for _ in range(num_renders)]
+    images_NHWC = render(scenes)
+    module: Any = policy.module
+    parts = [images_NHWC[i : i + CHUNK] for i in range(0, num_renders, CHUNK)]
+    tokens_NT = torch.cat([tokenize(module.model.vqmodel, part) for part in parts])
+    rebuilt_NHWC = policy.codebook.decode(tokens_NT).numpy()
+    alike_VV = _look_alikes(policy)
+    used = tokens_NT.unique().cpu()
+    num_codes = len(alike_VV)
+    return TokenizerFigures(
+        gold_on_renders=_share_right(images_NHWC, scenes),
+        kept=_share_right(rebuilt_NHWC, scenes),
+        codes_used=len(used) / num_codes,
+        lookalike_pairs=float(alike_VV.sum()) / (num_codes * (num_codes - 1)),
+        lookalike_codes=float(alike_VV[used].any(1).float().mean()),
+    )
+
+
+def _share_right(images_NHWC: NDArray[np.uint8], scenes: Sequence[Scene]) -> float:
+    """The share of images that hold exactly the objects of their scenes."""
+    found = gold_detections(images_NHWC)
+    pairs = zip(found, scenes, strict=True)
+    return float(np.mean([matches_scene(objects, scene.objects) for objects, scene in pairs]))
+
+
+def _look_alikes(policy: Policy) -> torch.Tensor:
+    """Which codes look alike, VV (bool); no code is its own look-alike."""
+    codes_VC = policy.codebook.vectors(torch.arange(policy.codebook.size, device=policy.device))
+    unit_VC = torch.nn.functional.normalize(codes_VC.cpu(), dim=1)
+    return (unit_VC @ unit_VC.T >= LOOK_ALIKE).fill_diagonal_(False)
+
+
+# Whether a base policy leaves the method something to work on: entropy, look-alikes, headroom.
+#
+# Shape suffixes: P prompts, G group, N = P x G images, T image tokens, C codebook channels,
+# H x W pixels, V codebook size.
+
+
+GROUP_SIZE = 8
+
+PROMPTS_PER_PASS = 8
+
+STEP = 1
+"""Keys the streams, apart from those of benchmarks (step 0)."""
+
+
+@dataclass(frozen=True)
+class RegimeFigures:
+    """Means over all groups, None where there is nothing to average.
+
+    Entropies are those of the conditional distribution, divided by ln V.
+    """
+
+    entropy: float
+    entropy_background: float | None
+    entropy_objects: float | None
+    similarity: float | None
+    """To samples of the opposite sign, in groups whose rewards differ."""
+    equal_reward_groups: float
+    pass_at_1: float
+    """Share of images that the reward's detector calls correct."""
+    pass_at_8: float
+    """Share of groups with at least one such image."""
+    agreement: float
+    """Share of images on which the detector's and the strict gold verdict agree."""
+
+    @property
+    def headroom(self) -> float:
+        """pass@8 - pass@1."""
+        return self.pass_at_8 - self.pass_at_1
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What one pass shows."""
+
+    entropy_NT: Tensor
+    object_NT: Tensor
+    similarity_PGT: Tensor
+    equal_P: Tensor
+    correct_PG: Tensor
+    strict_PG: Tensor
+
+
+def measure_regime(
+    policy: Policy,
+    num_images: int,
+    *,
+    sampling: Sampling,
+    seed: int,
+    dtype: str = "mixed",
+    advance: Callable[[int], None] = lambda _: None,
+) -> RegimeFigures:
+    """Draws groups of eight for prompts of the training mix and judges them as training does."""
+    num_prompts = -(-num_images // GROUP_SIZE)
+    prompts = ShapesPromptsConfig(num_prompts=num_prompts, seed=seed).build()
+    reward = GenEvalReward(ShapesDetector.load(policy.device))
+    engine = Engine(policy, dtype=dtype)
+    passes: list[_Seen] = []
+    for first in range(0, num_prompts, PROMPTS_PER_PASS):
+        part = prompts[first : first + PROMPTS_PER_PASS]
+        drawn = rollout(
+            engine, part, group_size=GROUP_SIZE, sampling=sampling, seed=seed, step=STEP
+        )
+        passes.append(_see(policy, drawn, reward))
+        advance(len(drawn.tokens_NT))
+    return _figures(passes, policy.codebook.size)
+
+
+def _see(policy: Policy, drawn: Rollout, reward: GenEvalReward) -> _Seen:
+    prompts = [prompt for prompt in drawn.prompts for _ in range(drawn.group_size)]
+    scores = reward(drawn.images_NHWC, prompts)
+    rewards_PG = _by_group([score.value or 0.0 for score in scores])
+    codes_NTC = policy.codebook.vectors(drawn.tokens_NT).cpu()
+    codes_PGTC = codes_NTC.unflatten(0, (-1, GROUP_SIZE))
+    inspections = inspect(drawn.images_NHWC.numpy())
+    foreground_NHW = np.stack([one.foreground_HW for one in inspections])
+    assert drawn.entropy_NT is not None
+    return _Seen(
+        entropy_NT=drawn.entropy_NT.cpu(),
+        object_NT=object_cells(foreground_NHW, policy.layout(drawn.prompts).grid),
+        similarity_PGT=opposing_similarity(codes_PGTC, group_advantages(rewards_PG)),
+        equal_P=equal_reward_groups(rewards_PG),
+        correct_PG=_by_group([score.extras["correct"] for score in scores]),
+        strict_PG=_by_group(
+            [
+                float(judge(one.detections, prompt.metadata).strict)
+                for one, prompt in zip(inspections, prompts, strict=True)
+            ]
+        ),
+    )
+
+
+def _figures(passes: Sequence[_Seen], codebook_size: int) -> RegimeFigures:
+    def joined(name: str) -> Tensor:
+        return torch.cat([getattr(one, name) for one in passes])
+
+    entropy_NT, object_NT = joined("entropy_NT") / math.log(codebook_size), joined("object_NT")
+    equal_P, correct_PG, strict_PG = joined("equal_P"), joined("correct_PG"), joined("strict_PG")
+    return RegimeFigures(
+        entropy=float(entropy_NT.mean()),
+        entropy_background=_mean(entropy_NT[~object_NT]),
+        entropy_objects=_mean(entropy_NT[object_NT]),
+        similarity=_mean(joined("similarity_PGT")[~equal_P]),
+        equal_reward_groups=float(equal_P.float().mean()),
+        pass_at_1=float(correct_PG.mean()),
+        pass_at_8=float(correct_PG.amax(1).mean()),
+        agreement=float((correct_PG == strict_PG).float().mean()),
+    )
+
+
+def _mean(values: Tensor) -> float | None:
+    return float(values.mean()) if values.numel() else None
+
+
+def _by_group(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values).view(-1, GROUP_SIZE)

@@ -1,1 +1,0 @@
-"""The trainer: loop, update, checkpoints, run folder."""

@@ -12,27 +12,35 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
+from stage_rl.console import live_view, stop_signals
+from stage_rl.distributed import Ranks, joined_ranks
 from stage_rl.errors import InputError, Stopped
-from stage_rl.prompts import prompts_of_step
-from stage_rl.rewards.judging import check_fields
-from stage_rl.schema import Recipe
+from stage_rl.prompts.files import prompts_of_step
+from stage_rl.recipe import Recipe
+from stage_rl.rewards.judge import check_fields
 from stage_rl.training.checkpoint import latest_checkpoint
-from stage_rl.training.clock import Clock
-from stage_rl.training.console import live_view
-from stage_rl.training.distributed import Ranks, joined_ranks
-from stage_rl.training.metrics import learning_metrics, over_ranks, reward_metrics
-from stage_rl.training.mismatch import trained_mismatch
+from stage_rl.training.metrics import (
+    Clock,
+    Drawn,
+    learning_metrics,
+    over_ranks,
+    overall_rates,
+    reward_metrics,
+    trained_mismatch,
+)
+from stage_rl.training.monitor import Watch, measure_drift
 from stage_rl.training.optim import learning_rate
-from stage_rl.training.probe import measure_drift
 from stage_rl.training.resample import redraw
-from stage_rl.training.runs import RunFolder, check_run, open_run
-from stage_rl.training.setup import build_trainer, check_ranks, pick_device
-from stage_rl.training.signals import stop_signals
-from stage_rl.training.steps import Step, log_samples
-from stage_rl.training.throughput import Drawn, overall_rates
-from stage_rl.training.trainer import Trainer
+from stage_rl.training.run import RunFolder, check_run, open_run
+from stage_rl.training.trainer import (
+    Step,
+    Trainer,
+    build_trainer,
+    check_ranks,
+    log_samples,
+    pick_device,
+)
 from stage_rl.training.update import measure_all
-from stage_rl.training.watch import Watch
 from stage_rl.types import Judged, Prompt
 
 

@@ -6,17 +6,24 @@ Shape suffixes: P prompts, G group, N = P x G completions, T image tokens.
 from __future__ import annotations
 
 import math
+import resource
+import sys
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from stage_rl.algorithm import equal_reward_groups
-from stage_rl.errors import DivergedError
-from stage_rl.health import LivenessConfig
-from stage_rl.training.credit import Credit
-from stage_rl.training.update import Learned
+from stage_rl.algorithm import equal_reward_groups, importance_ratio
+from stage_rl.policies.base import Policy
+from stage_rl.recipe import AlgorithmConfig
+from stage_rl.rollout.decoder import Decoder
+from stage_rl.rollout.engine import DrawnPass
+from stage_rl.rollout.sampling import Sampling
+from stage_rl.training.logprobs import CONDITIONAL, Scoring, scoring_of
+from stage_rl.training.update import Credit, Learned, MicroBatch, Precision, measure
 from stage_rl.types import Judged, Measured, Rollout
 
 
@@ -102,51 +109,253 @@ def report_arrays(
     return arrays
 
 
-class Liveness:
-    """Stops a run that looks healthy but no longer learns: counts the signs of it, step by step."""
-
-    def __init__(self, settings: LivenessConfig, counters: Mapping[str, int] | None = None) -> None:
-        self._settings = settings
-        self.counters: dict[str, int] = dict(counters or {})
-
-    def check(self, judged: Judged, grad_norm: float | None) -> None:
-        """Takes a step into account; raises DivergedError when a sign has held for too long.
-
-        `grad_norm` is None for a step that had nothing to learn from.
-        """
-        rewards_PG = judged.rewards_PG[judged.kept_P]
-        equal = len(rewards_PG) > 0 and bool(equal_reward_groups(rewards_PG).all())
-        signs = {
-            "failed_reward_steps": (
-                not judged.kept_P.all(),
-                f"a reward failed on some group (at last: {_failure(judged)})",
-            ),
-            # One number for all images is the narrower sign: it is named first.
-            "constant_reward_steps": (
-                equal and bool(rewards_PG.max() == rewards_PG.min()),
-                "every image had the same reward",
-            ),
-            "equal_reward_steps": (equal, "all rewards of every group were equal"),
-            "zero_gradient_steps": (grad_norm == 0, "the gradient was exactly 0"),
-        }
-        for name, (seen, words) in signs.items():
-            limit = getattr(self._settings, name)
-            self.counters[name] = self.counters.get(name, 0) + 1 if seen else 0
-            if limit and self.counters[name] >= limit:
-                raise DivergedError(
-                    f"for {limit} steps in a row {words}; mend the cause, or raise liveness.{name}"
-                )
-
-
-def _failure(judged: Judged) -> str:
-    """The reason of a group that left the step; empty where none did."""
-    group_size = len(judged.reasons) // len(judged.kept_P)
-    lost = (~judged.kept_P).nonzero().flatten().tolist()
-    return judged.reasons[lost[0] * group_size] if lost else ""
-
-
 def _mean(credits: Sequence[Credit], name: str) -> float:
     values = torch.cat([getattr(part, name) for part in credits])
     mean = values.mean().item()
     assert math.isfinite(mean), name
     return mean
+
+
+# Where the time and the memory of a step go.
+
+
+class Clock:
+    """Seconds, and on a GPU the peak of memory, since the last lap, by name."""
+
+    def __init__(self) -> None:
+        self._on_gpu = torch.cuda.is_available()
+        self._started = self._last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+        if self._on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+
+    def lap(self, name: str) -> None:
+        """Adds the time since the last lap to time/NAME; NAME ends in _s. On a GPU also the peak of
+        the memory, under memory/ and the name with _gib.
+        """
+        if self._on_gpu:
+            torch.cuda.synchronize()
+            peak, key = torch.cuda.max_memory_allocated(), f"memory/{name.removesuffix('_s')}_gib"
+            self.laps[key] = max(peak / 2**30, self.laps.get(key, 0.0))
+            torch.cuda.reset_peak_memory_stats()
+        now = time.perf_counter()
+        self.laps[f"time/{name}"] = self.laps.get(f"time/{name}", 0.0) + now - self._last
+        self._last = now
+
+    def times(self) -> dict[str, float]:
+        """The laps, time/step_s from the start to the last of them, and without a GPU the peak of
+        the process so far, memory/process_gib.
+        """
+        numbers = self.laps | {"time/step_s": self._last - self._started}
+        if not self._on_gpu:
+            numbers["memory/process_gib"] = process_peak_bytes() / 2**30
+        return numbers
+
+
+def process_peak_bytes() -> int:
+    """The most memory that the process held at one time."""
+    # Linux counts in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+# What a step reads and computes by formula, and from its times the rates it reached.
+#
+# The formulas count what no implementation can leave out: the weights once per decoded token, the
+# live part of the cache, two operations per parameter and slot, and the products of attention.
+# What
+# is computed twice, to save memory say, does not count, nor does what is not trained count less.
+#
+# T image tokens, P slots of a prompt, S = P + T.
+
+
+@dataclass(frozen=True)
+class DecoderSize:
+    """The dimensions of a decoder that decide its work."""
+
+    num_layers: int
+    query_width: int
+    """Query heads times their dimension."""
+    trunk_parameters: int
+    """Of the linear layers."""
+    head_parameters: int
+    weight_bytes: int
+    """Read by one decode step, whatever its number of rows."""
+    slot_bytes: int
+    """Keys and values of one slot of one row, all layers."""
+
+    @classmethod
+    def of(cls, decoder: Decoder) -> DecoderSize:
+        """The size of the sampler's copies."""
+        cache, heads = decoder.cache_shape, decoder.heads
+        linear = ("wqkv", "wo", "w_gate_up", "w_down")
+        return cls(
+            num_layers=cache.num_layers,
+            query_width=heads.num_heads * heads.head_dim,
+            trunk_parameters=sum(
+                getattr(layer, name).numel() for layer in decoder.layers for name in linear
+            ),
+            head_parameters=sum(weight.numel() for weight, _ in decoder.head_layers),
+            weight_bytes=decoder.step_bytes,
+            slot_bytes=2
+            * cache.num_layers
+            * cache.num_heads
+            * cache.head_dim
+            * cache.dtype.itemsize,
+        )
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The extent of a rollout on one device, whatever its number of passes."""
+
+    num_rows: int
+    """Of the decode: images, with guidance twice."""
+    num_tokens: int
+    """T"""
+    prompt_slots: float
+    """P, the mean over the rows."""
+    num_passes: int = 1
+
+    @classmethod
+    def of(cls, passes: Sequence[DrawnPass]) -> Drawn:
+        """All passes of a rollout; their groups are equal, so each prompt has as many rows."""
+        rows = [drawn.num_rows for drawn in passes]
+        slots = [drawn.num_rows * drawn.lengths_B.float().mean().item() for drawn in passes]
+        return cls(sum(rows), passes[0].num_tokens, sum(slots) / sum(rows), len(passes))
+
+
+def rollout_bytes(size: DecoderSize, drawn: Drawn) -> float:
+    """Bytes that the decode steps read: in each pass T times the weights, and by each row its live
+    slots, T P + T (T + 1) / 2 of them.
+    """
+    tokens = drawn.num_tokens
+    live_slots = tokens * drawn.prompt_slots + tokens * (tokens + 1) / 2
+    weights = drawn.num_passes * tokens * size.weight_bytes
+    return weights + drawn.num_rows * size.slot_bytes * live_slots
+
+
+def row_flops(size: DecoderSize, drawn: Drawn) -> float:
+    """Operations of a forward pass of one row: 2 x (trunk x S + image head x T) and in attention
+    4 x layers x width x S (S + 1) / 2, what lies behind a slot left out.
+    """
+    slots = drawn.prompt_slots + drawn.num_tokens
+    products = 2 * (size.trunk_parameters * slots + size.head_parameters * drawn.num_tokens)
+    return products + 2 * size.num_layers * size.query_width * slots * (slots + 1)
+
+
+def rates(
+    size: DecoderSize,
+    drawn: Drawn,
+    times: Mapping[str, float],
+    *,
+    num_images: int,
+    scoring: Scoring,
+    num_updates: int,
+) -> dict[str, float]:
+    """What one device reached in each phase, GB/s and TFLOP/s (powers of 10).
+
+    A backward pass counts as two forward passes.
+    """
+    row = row_flops(size, drawn)
+    forward = num_images * row * (2 if scoring.has_two_passes else 1)
+    backward = 2 * num_images * row * (2 if scoring.has_two_gradients else 1)
+    flops = {
+        "sample": drawn.num_rows * row,
+        "reference": forward,
+        "learn": num_updates * (forward + backward),
+    }
+    numbers = {
+        f"throughput/{phase}_tflop_per_s": count / times[f"time/{phase}_s"] / 1e12
+        for phase, count in flops.items()
+    }
+    read = rollout_bytes(size, drawn)
+    numbers["throughput/sample_gb_per_s"] = read / times["time/sample_s"] / 1e9
+    return numbers
+
+
+def overall_rates(
+    num_images: int, rollout: Rollout, times: Mapping[str, float]
+) -> dict[str, float]:
+    """Images and image tokens per second of all devices, over the step and over its sampling."""
+    images_per_s = num_images / times["time/step_s"]
+    return {
+        "images_per_s": images_per_s,
+        "tokens_per_s": images_per_s * rollout.tokens_NT.shape[1],
+        "throughput/sample_images_per_s": num_images / times["time/sample_s"],
+    }
+
+
+# How far the sampler's log-probabilities are from the trainer's.
+#
+# The sampler computes with its own copies and kernels, so the policy that drew the images is not
+# to
+# the last bit the one that trains. Both are compared under one kind of distribution at a time,
+# the
+# conditional or the guided.
+#
+# Shape suffixes: P prompts, G group, N = P x G completions, T image tokens.
+
+
+def mismatch_metrics(logprobs_NT: Tensor, sampler_NT: Tensor, kind: str) -> dict[str, float]:
+    """Mean and largest |difference| of log-probabilities (nats), and the mean importance weight,
+    the trainer's over the sampler's probability of a token. `kind` is as `algorithm.logprobs` is.
+    """
+    name = "logprobs" if kind == "conditional" else "guided_logprobs"
+    logprobs_NT, sampler_NT = logprobs_NT.cpu(), sampler_NT.cpu()
+    gap_NT = (logprobs_NT - sampler_NT).abs()
+    return {
+        f"mismatch/{name}_mean": gap_NT.mean().item(),
+        f"mismatch/{name}_max": gap_NT.max().item(),
+        f"mismatch/{name}_weight": importance_ratio(logprobs_NT, sampler_NT).mean().item(),
+    }
+
+
+def trained_mismatch(
+    measured: Measured, rollout: Rollout, settings: AlgorithmConfig
+) -> dict[str, float]:
+    """The mismatch of all images under the trained distribution, whose log-probabilities the step
+    has anyway; where importance weights are truncated, also the share of those above the cap.
+    """
+    conditional = settings.logprobs == "conditional"
+    sampler_NT = rollout.logprobs_NT if conditional else rollout.guided_logprobs_NT
+    if sampler_NT is None:
+        return {}
+    numbers = mismatch_metrics(measured.logprobs_NT, sampler_NT, settings.logprobs)
+    if settings.importance_sampling == "truncated":
+        weight_NT = importance_ratio(measured.logprobs_NT.cpu(), sampler_NT.cpu())
+        capped_NT = weight_NT > settings.importance_cap
+        numbers["mismatch/capped"] = capped_NT.float().mean().item()
+    return numbers
+
+
+@torch.no_grad()
+def untrained_mismatch(
+    policy: Policy,
+    batch: MicroBatch,
+    precision: Precision,
+    *,
+    sampling: Sampling,
+    num_images: int,
+) -> dict[str, float]:
+    """The mismatch of the first `num_images` of a batch, at most a group, under the distribution
+    that is not trained. Nothing where it is the trained one, or was truncated by top-k or top-p.
+    """
+    other = _other_scoring(precision.scoring, sampling)
+    few = batch.first_images(num_images)
+    if other is None or few is None:
+        return {}
+    sampler_NT = few.sampler_logprobs_of(other.logprobs)
+    if sampler_NT is None:
+        return {}
+    measured = measure(policy, few, replace(precision, scoring=other))
+    return mismatch_metrics(measured.logprobs_NT, sampler_NT, other.logprobs)
+
+
+def _other_scoring(scoring: Scoring, sampling: Sampling) -> Scoring | None:
+    truncated = sampling.top_k or sampling.top_p < 1
+    if truncated or (sampling.guidance_scale, sampling.temperature) == (1, 1):
+        return None
+    if scoring.logprobs != "conditional":
+        return CONDITIONAL
+    return scoring_of("guided_detached", sampling)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from stage_rl.errors import DivergedError, RecipeError
-from stage_rl.schema import OptimizerConfig
-from stage_rl.training.sharding import whole
+from stage_rl.recipe import OptimizerConfig
+from stage_rl.training.parallelize import whole
 
 
 def build_optimizer(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from stage_rl.errors import RecipeError
 from stage_rl.policies.base import Policy
-from stage_rl.schema import Recipe
+from stage_rl.recipe import Recipe
 
 ALIGNMENT = 256
 """Bytes that every weight in a buffer begins at a multiple of."""

@@ -12,21 +12,39 @@ from pathlib import Path
 
 import torch
 
-from stage_rl.policies.base import Policy
-from stage_rl.prompts import prompts_of_step
-from stage_rl.rewards.judging import Judge
+from stage_rl.distributed import ALONE, Ranks
+from stage_rl.errors import RecipeError
+from stage_rl.pictures import image_grid
+from stage_rl.policies.base import Policy, base_digest
+from stage_rl.prompts.files import prompts_of_step
+from stage_rl.recipe import Recipe
+from stage_rl.rewards.judge import Judge, WeightedReward
+from stage_rl.rewards.selftest import require_order
 from stage_rl.rollout.engine import Engine
 from stage_rl.rollout.sample import rollout as sample_rollout
 from stage_rl.rollout.sampling import Sampling
-from stage_rl.schema import Recipe
-from stage_rl.training.batches import MicroBatch, micro_batches
-from stage_rl.training.checkpoint import Checkpoint, TrainerState, save_checkpoint
-from stage_rl.training.contents import Contents, trained_parameters
-from stage_rl.training.distributed import ALONE, Ranks
-from stage_rl.training.mismatch import untrained_mismatch
-from stage_rl.training.scoring import scoring_of
-from stage_rl.training.throughput import DecoderSize, Drawn, rates
-from stage_rl.training.update import Learned, Precision, Update, learn
+from stage_rl.training.checkpoint import (
+    Checkpoint,
+    Contents,
+    TrainerState,
+    save_checkpoint,
+    trained_parameters,
+)
+from stage_rl.training.logprobs import scoring_of
+from stage_rl.training.memory import check_memory, gpu_memory_gb, keep_freed_memory
+from stage_rl.training.metrics import (
+    Clock,
+    DecoderSize,
+    Drawn,
+    rates,
+    report_arrays,
+    untrained_mismatch,
+)
+from stage_rl.training.optim import build_optimizer
+from stage_rl.training.parallelize import prepare_blocks, shard_both
+from stage_rl.training.reference import build_reference
+from stage_rl.training.run import RunFolder
+from stage_rl.training.update import Learned, MicroBatch, Precision, Update, learn, micro_batches
 from stage_rl.types import Judged, Measured, Prompt, Rollout
 
 PROBE_STEP = 2**40
@@ -231,3 +249,153 @@ class Trainer:
         checkpoint.load_policy(self.policy.module)
         checkpoint.load_optimizer(self.optimizer, self.policy.module)
         self._refreshed = checkpoint.load_reference(self.reference.module)
+
+
+# Builds what a run is made of from its recipe, and refuses what cannot run.
+
+
+def build_trainer(recipe: Recipe, prompts: tuple[Prompt, ...], ranks: Ranks = ALONE) -> Trainer:
+    """Loads the model, spreads it over the ranks, and builds everything around it."""
+    device = pick_device(recipe.training.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    check_memory(recipe, gpu_memory_gb(recipe), num_processes=ranks.size)
+    policy = recipe.policy.build(device)
+    _check_prompts(policy, prompts)
+    _check_trained(policy)
+    rewards = [WeightedReward(r.name, r.weight, r.build(device)) for r in recipe.rewards]
+    for config, built in zip(recipe.rewards, rewards, strict=True):
+        if config.self_test:
+            require_order(config, built.reward)
+    base = base_digest(policy.module)
+    ranks.check_same(base, "the weights behind policy.path")
+    reference = build_reference(policy, recipe)
+    prepare_blocks(
+        policy.trunk_blocks,
+        checkpointing=recipe.training.activation_checkpointing,
+        compiled=recipe.training.compile,
+    )
+    if ranks.size > 1:
+        mixed = recipe.training.dtype == "mixed"
+        policy, reference = shard_both(policy, reference, num_ranks=ranks.size, mixed=mixed)
+    return Trainer(
+        recipe=recipe,
+        prompts=prompts,
+        policy=policy,
+        reference=reference,
+        engine=Engine(policy, dtype=recipe.rollout.dtype, max_images=recipe.rollout.max_images),
+        judge=Judge(rewards),
+        optimizer=build_optimizer(trained_parameters(policy.module).values(), recipe.optimizer),
+        base=base,
+        ranks=ranks,
+    )
+
+
+def check_ranks(recipe: Recipe, ranks: Ranks, *, num_prompts: int) -> None:
+    """A RecipeError for what cannot be spread over the ranks; asked before anything is loaded."""
+    ranks.check_even(recipe.rollout.prompts_per_step, "rollout.prompts_per_step")
+    if recipe.probe.every:
+        ranks.check_even(min(recipe.probe.num_prompts, num_prompts), "probe.num_prompts")
+    if ranks.size == 1:
+        return
+    if recipe.optimizer.kind == "adamw_8bit":
+        raise RecipeError(
+            "optimizer.kind: adamw_8bit is for one process; write adamw, whose moments are spread "
+            "over the processes"
+        )
+    if recipe.training.reference == "streamed":
+        raise RecipeError(
+            "training.reference: streamed is for one process; write resident, which is spread over "
+            "the processes"
+        )
+
+
+def _check_trained(policy: Policy) -> None:
+    """Finds parameters that cannot train, or none."""
+    parameters = trained_parameters(policy.module).values()
+    if not parameters:
+        raise RecipeError("policy.trainable: is empty; name at least one parameter pattern")
+    if any(p.dtype.itemsize < 4 for p in parameters):
+        raise RecipeError(
+            "policy.dtype: updates of the usual size are lost in bfloat16; write "
+            "policy.dtype=float32 (training.dtype=mixed computes in bfloat16)"
+        )
+
+
+def pick_device(name: str) -> torch.device:
+    """auto: the GPU where there is one; a GPU that is asked for and absent is a RecipeError."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("training.device: no GPU is visible here; write cpu or auto")
+    return torch.device(name)
+
+
+@torch.no_grad()
+def _check_prompts(policy: Policy, prompts: Sequence[Prompt], chunk: int = 64) -> None:
+    """Finds a prompt that the model cannot take before the first step; a text is tried once."""
+    # Backwards, so that the first prompt of a text is the one that is named.
+    distinct = [*{prompt.text: prompt for prompt in reversed(prompts)}.values()][::-1]
+    for first in range(0, len(distinct), chunk):
+        policy.encode(distinct[first : first + chunk])
+
+
+# What one pass of the loop leaves for the metrics, the checks and the run folder.
+#
+# Shape suffixes: P prompts, G group, N = P x G completions.
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pass of the loop; the judgement and the numbers are those of all ranks."""
+
+    number: int
+    """Counted from 0."""
+    rollout: Rollout
+    judged: Judged
+    reference: Sequence[Measured]
+    """By micro-batch."""
+    learned: Learned | None
+    """None where no group was judged."""
+    numbers: dict[str, float]
+    """The step's metrics, without its times."""
+    clock: Clock
+
+    @property
+    def grad_norm(self) -> float | None:
+        """Before clipping; None for a step that had nothing to learn from."""
+        return self.learned.grad_norm if self.learned else None
+
+    def joined(self, ranks: Ranks) -> Step:
+        """The same with the samples of all ranks, whose parts are in the order of the groups."""
+        learned = ranks.join(self.learned)
+        if learned is not None and self.learned is not None:
+            learned = replace(learned, losses=self.learned.losses)  # those of all ranks before
+        return replace(
+            self,
+            rollout=ranks.join(self.rollout),
+            reference=ranks.join(self.reference),
+            learned=learned,
+        )
+
+
+def log_samples(run: RunFolder, step: Step, *, num_groups: int) -> None:
+    """Writes a grid with rewards and reasons, and the arrays of its groups."""
+    rollout, judged, size = step.rollout, step.judged, step.rollout.group_size
+    shown = rollout.prompts[:num_groups]
+    rewards = judged.rewards_PG.flatten().tolist()
+    count = len(shown) * size
+    picture = image_grid(
+        rollout.images_NHWC[:count],
+        captions=[f"{rewards[i]:.2f}  {judged.reasons[i]}" for i in range(count)],
+        columns=size,
+        titles=[prompt.text for prompt in shown],
+    )
+    records = [
+        {"prompt": shown[i // size].text, "reward": rewards[i], "reason": judged.reasons[i]}
+        for i in range(count)
+    ]
+    run.log_images(step.number, picture, records)
+    assert step.learned is not None, "a step that learned nothing has no arrays"
+    arrays = report_arrays(rollout, judged, step.learned, step.reference, num_groups=num_groups)
+    run.log_arrays(step.number, arrays)

@@ -9,8 +9,8 @@ Shape suffixes: P prompts, G group, N = P x G completions, T image tokens, W wid
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -18,15 +18,12 @@ from torch import Tensor
 
 from stage_rl import algorithm
 from stage_rl.errors import DivergedError
-from stage_rl.objective import AlgorithmConfig
 from stage_rl.policies.base import Policy
-from stage_rl.training.batches import MicroBatch
-from stage_rl.training.credit import Credit, credit, importance_weighted
-from stage_rl.training.logprobs import head_logprobs
+from stage_rl.recipe import AlgorithmConfig
+from stage_rl.training.logprobs import CONDITIONAL, Scoring, head_logprobs
 from stage_rl.training.optim import apply_gradient
-from stage_rl.training.scoring import CONDITIONAL, Scoring
-from stage_rl.training.sharding import in_one_pass
-from stage_rl.types import Judged, Measured
+from stage_rl.training.parallelize import in_one_pass
+from stage_rl.types import Judged, Measured, Prompt, Rollout
 
 
 @dataclass(frozen=True)
@@ -298,3 +295,175 @@ def _check_finite(losses: Losses, batch: MicroBatch) -> None:
 def _as_bf16(values: Tensor) -> Tensor:
     """Rounded to what bf16 holds; the gradient passes."""
     return values + (values.detach().bfloat16().to(values.dtype) - values.detach())
+
+
+# A rollout in pieces of whole groups.
+#
+# Shape suffixes: P prompts, G group, N = P x G completions, T image tokens.
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Some whole groups of a rollout."""
+
+    groups: slice
+    """Their places among the groups of the step, which may be spread over ranks."""
+    prompts: tuple[Prompt, ...]
+    group_size: int
+    tokens_NT: Tensor
+    sampler_logprobs_NT: Tensor | None = None
+    """Conditional log-probabilities by the sampler; None for a rollout without them."""
+    sampler_guided_logprobs_NT: Tensor | None = None
+    """Those of the distribution that was sampled from."""
+
+    def sampler_logprobs_of(self, logprobs: str) -> Tensor | None:
+        """The sampler's under the distribution that `algorithm.logprobs` names."""
+        conditional = logprobs == "conditional"
+        return self.sampler_logprobs_NT if conditional else self.sampler_guided_logprobs_NT
+
+    def first_images(self, number: int) -> MicroBatch | None:
+        """The first images of the first group, at most all of it; None for no image."""
+        size = min(number, self.group_size)
+        if size == 0:
+            return None
+        tokens, logprobs, guided = (
+            None if values is None else values[:size]
+            for values in (
+                self.tokens_NT,
+                self.sampler_logprobs_NT,
+                self.sampler_guided_logprobs_NT,
+            )
+        )
+        assert tokens is not None
+        return MicroBatch(slice(0, 1), self.prompts[:1], size, tokens, logprobs, guided)
+
+    def by_group(self, values_NT: Tensor) -> Tensor:
+        """NT -> PGT."""
+        return values_NT.view(len(self.prompts), self.group_size, -1)
+
+
+def micro_batches(
+    rollout: Rollout,
+    groups_per_microbatch: int | None,
+    device: torch.device,
+    *,
+    first_group: int = 0,
+) -> Iterator[MicroBatch]:
+    """A rollout in pieces of at most `groups_per_microbatch` groups (None: one piece).
+
+    `first_group` is the place of the rollout's first group in the step.
+    """
+    num_groups, size = len(rollout.prompts), rollout.group_size
+    for first in range(0, num_groups, groups_per_microbatch or num_groups):
+        last = min(num_groups, first + (groups_per_microbatch or num_groups))
+        tokens, logprobs, guided = (
+            None if values is None else values[first * size : last * size].to(device)
+            for values in (rollout.tokens_NT, rollout.logprobs_NT, rollout.guided_logprobs_NT)
+        )
+        assert tokens is not None
+        yield MicroBatch(
+            slice(first_group + first, first_group + last),
+            rollout.prompts[first:last],
+            size,
+            tokens,
+            logprobs,
+            guided,
+        )
+
+
+# From rewards and entropies to what each token is credited with: equations 2, 5 to 8, 11, 12.
+#
+# Shape suffixes: P prompts, G group, T image tokens, C codebook channels.
+
+
+@dataclass(frozen=True)
+class Credit:
+    """The weights of the loss for some groups; constants, without gradient."""
+
+    rewards_PG: Tensor
+    """With the entropy bonus."""
+    equal_P: Tensor
+    """Groups whose rewards were all equal before the bonus."""
+    kept_P: Tensor
+    """0 for groups that left the step, else 1."""
+    similarity_PGT: Tensor
+    mask_PGT: Tensor
+    """Equation 7; the advantages also carry its normalization, and importance weights if any."""
+    advantages_PGT: Tensor
+    kl_weight_PGT: Tensor
+    """Factor of beta."""
+
+
+def credit(
+    rewards_PG: Tensor,
+    *,
+    kept_P: Tensor,
+    entropy_PG: Tensor,
+    ref_entropy_PG: Tensor,
+    codes_PGTC: Tensor,
+    settings: AlgorithmConfig,
+) -> Credit:
+    """Credits the tokens of whole groups; a group's credit needs nothing of the others."""
+    equal_P = algorithm.equal_reward_groups(rewards_PG)
+    factors = algorithm.equal_group_factors(equal_P, settings.equal_reward_groups)
+    kept_P = kept_P.to(rewards_PG.dtype)
+    rewards_PG = _with_bonus(rewards_PG, entropy_PG, ref_entropy_PG, settings)
+    advantages_PG = algorithm.group_advantages(
+        rewards_PG, settings.advantage_eps, settings.advantage_std_floor
+    )
+    sim_PGT = _similarity(codes_PGTC, advantages_PG, rewards_PG, settings)
+    mask_PGT = factor_PGT = sim_PGT.new_ones(sim_PGT.shape)
+    if settings.reweights_advantages:
+        mask_PGT = factor_PGT = algorithm.advantage_mask(sim_PGT)
+        if settings.mask_normalization == "group_mean":
+            factor_PGT = algorithm.normalize_mask(mask_PGT)
+    weight_PGT = sim_PGT.new_ones(sim_PGT.shape)
+    if settings.weights_kl:
+        kl = settings.kl
+        weight_PGT = algorithm.kl_weight(sim_PGT, kl.a, kl.b, weight_clip=kl.weight_clip)
+    return Credit(
+        rewards_PG=rewards_PG,
+        equal_P=equal_P,
+        kept_P=kept_P,
+        similarity_PGT=sim_PGT,
+        mask_PGT=mask_PGT,
+        advantages_PGT=algorithm.reweight_advantages(
+            advantages_PG * (factors.policy_P * kept_P)[:, None], factor_PGT
+        ),
+        kl_weight_PGT=weight_PGT * (factors.kl_P * kept_P)[:, None, None],
+    )
+
+
+def importance_weighted(
+    credits: Credit, logprobs_PGT: Tensor, sampler_logprobs_PGT: Tensor, *, cap: float
+) -> Credit:
+    """Credits whose advantages are weighted by how much likelier the trainer holds each token.
+
+    The policy term is linear in the advantage and the weight is above 0, so that term is weighted.
+    """
+    weight_PGT = algorithm.truncated_importance(logprobs_PGT, sampler_logprobs_PGT, cap)
+    return replace(credits, advantages_PGT=credits.advantages_PGT * weight_PGT)
+
+
+def _similarity(
+    codes_PGTC: Tensor, advantages_PG: Tensor, rewards_PG: Tensor, settings: AlgorithmConfig
+) -> Tensor:
+    sim_PGT = algorithm.opposing_similarity(
+        codes_PGTC, advantages_PG, self_similarity=settings.self_similarity
+    )
+    if settings.equal_group_similarity is None:
+        return sim_PGT
+    undecided_P = algorithm.equal_reward_groups(rewards_PG)
+    return algorithm.equal_group_similarity(sim_PGT, undecided_P, settings.equal_group_similarity)
+
+
+def _with_bonus(
+    rewards_PG: Tensor, entropy_PG: Tensor, ref_entropy_PG: Tensor, settings: AlgorithmConfig
+) -> Tensor:
+    entropy = settings.entropy
+    if entropy.mode != "reward":
+        return rewards_PG
+    bonus_PG = algorithm.entropy_bonus(entropy_PG, ref_entropy_PG)
+    return algorithm.add_entropy_bonus(
+        rewards_PG, bonus_PG, entropy.scale, scope=entropy.scope, centred=entropy.centred
+    )

@@ -1,0 +1,139 @@
+"""The live view of a run: a progress bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+SHOWN = ("reward/mean", "entropy/gap", "kl/mean", "images_per_s", "time/step_s")
+"""Metrics of the line, under the names that they have in metrics.jsonl."""
+
+
+def summary(numbers: Mapping[str, float]) -> str:
+    """The few numbers that fit on a line."""
+    return "  ".join(f"{name} {numbers[name]:.3f}" for name in SHOWN if name in numbers)
+
+
+class LiveView:
+    """Shows a run step by step. Make it with `live_view`."""
+
+    def __init__(self, console: Console, progress: Progress | None, *, first: int, last: int):
+        self._console = console
+        self._progress = progress
+        self._started, self._first, self._last = time.monotonic(), first, last
+        self._task = None
+        if progress is not None:
+            self._task = progress.add_task("train", total=last, completed=first, numbers="")
+
+    def say(self, text: str) -> None:
+        """Prints a line of its own."""
+        self._console.print(text, highlight=False, markup=False)
+
+    def show(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Shows the numbers after a step (counted from 1)."""
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=step, numbers=summary(numbers))
+            return
+        pace = (time.monotonic() - self._started) / (step - self._first)
+        left = pace * (self._last - step)
+        self.say(f"step {step}/{self._last}  {summary(numbers)}  left {left / 60:.1f} min")
+
+
+@contextmanager
+def live_view(*, first: int, last: int, rank: int = 0) -> Iterator[LiveView]:
+    """The view for steps `first` + 1 to `last`; warnings appear above the bar.
+
+    Of several processes the first one shows the steps; the others have their warnings alone.
+    """
+    console = Console(file=sys.stdout, soft_wrap=True, quiet=rank > 0)
+    handler = RichHandler(console=console, show_path=False, show_time=False, markup=False)
+    if rank:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter(f"process {rank}: %(levelname)s %(message)s"))
+    logger = logging.getLogger("stage_rl")
+    logger.addHandler(handler)
+    try:
+        if rank or not console.is_terminal:
+            yield LiveView(console, None, first=first, last=last)
+            return
+        columns = (
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console) as progress:
+            yield LiveView(console, progress, first=first, last=last)
+    finally:
+        logger.removeHandler(handler)
+
+
+# How far a long run is, on stderr: a bar on a terminal, else a line now and then.
+
+
+SECONDS_BETWEEN_LINES = 20.0
+
+
+@contextmanager
+def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A function to call with how many more are done."""
+    if not sys.stderr.isatty():
+        yield _lines(label, total)
+        return
+    words = TextColumn("{task.description}", markup=False)
+    columns = (words, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda number: bar.advance(task, number)
+
+
+def _lines(label: str, total: int) -> Callable[[int], None]:
+    started = shown = time.monotonic()
+    done = 0
+
+    def advance(number: int) -> None:
+        nonlocal done, shown
+        done += number
+        now = time.monotonic()
+        if now - shown < SECONDS_BETWEEN_LINES:
+            return
+        left_s = (now - started) / done * (total - done)
+        print(f"{label}: {done}/{total}, {left_s:.0f} s left", file=sys.stderr, flush=True)
+        shown = now
+
+    return advance
+
+
+# Ctrl-C and SIGTERM end a run after its step, not in the middle of it.
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collects Ctrl-C and SIGTERM so that a step can end; a second one ends the process at once."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # Python lets only the main thread set handlers
+        return
+
+    def note(number: int, _frame: object) -> None:
+        received.append(number)
+        signal.signal(number, before[number])
+
+    before: dict[int, Any] = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

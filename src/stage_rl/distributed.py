@@ -1,0 +1,249 @@
+"""Several processes that train one run: which of them this is, and what they tell each other.
+
+`torchrun` starts the processes, one per GPU, and writes their ranks into environment variables,
+which this module alone reads. Without them there is one rank, and a value is its own sum.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import Store
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+from torch.distributed.rendezvous import rendezvous
+
+from stage_rl.errors import RankError, RecipeError, StageError, Stopped
+
+T = TypeVar("T")
+
+LONGEST_WAIT = timedelta(minutes=30)
+"""For another rank, with its slow rewards say, before it counts as lost."""
+
+GRACE_S = 2.0
+"""For the rank that tells the reason: torchrun ends all when the first process has exited."""
+
+REASON = "stage_rl/reason"
+"""Key of the store under which the first rank that fails says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """The processes of a run, as one of them sees them; prompts and shards go by rank."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    """Place among the processes of this machine, and number of its GPU."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank writes the run folder and speaks to the user."""
+        return self.rank == 0
+
+    def check_even(self, count: int, key: str) -> None:
+        """A RecipeError where `count` groups of a recipe's key cannot be split over the ranks."""
+        if count % self.size:
+            raise RecipeError(
+                f"{key}: {count} groups cannot be split evenly over {self.size} processes; write a "
+                f"multiple of {self.size}, or start {math.gcd(count, self.size)} of them"
+            )
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """This rank's part of items that split evenly, in order."""
+        assert len(items) % self.size == 0, (len(items), self.size)
+        count = len(items) // self.size
+        return items[self.rank * count : (self.rank + 1) * count]
+
+    def gather(self, value: T) -> list[T]:
+        """What each rank gives, in order of ranks and on the CPU; all ranks get it."""
+        if self.size == 1:
+            return [value]
+        # Pickled tensors would come back on the GPU they left.
+        buffer = io.BytesIO()
+        torch.save(value, buffer)
+        parts: list[Any] = [None] * self.size
+        dist.all_gather_object(parts, buffer.getvalue())
+        return [torch.load(io.BytesIO(p), map_location="cpu", weights_only=False) for p in parts]
+
+    def join(self, value: T) -> T:
+        """What all ranks hold of a value as one value: see `joined`."""
+        return joined(self.gather(value)) if self.size > 1 else value
+
+    def mean(self, value: float) -> float:
+        """Over the ranks."""
+        return math.fsum(self.gather(value)) / self.size
+
+    def any_of(self, number: int | None) -> int | None:
+        """A number that at least one rank has, the same on all; None where none has one."""
+        return next((n for n in self.gather(number) if n is not None), None)
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What the first rank makes, on all; a StageError that it raises is raised on all."""
+        if self.size == 1:
+            return make()
+        told: list[Any] = [None]
+        if self.first:
+            try:
+                told = [make()]
+            except StageError as error:
+                told = [error]
+        dist.broadcast_object_list(told)
+        if isinstance(told[0], StageError):
+            raise told[0]
+        return told[0]
+
+    def check_same(self, value: object, what: str) -> None:
+        """A RankError where a value is another one on some rank."""
+        parts = self.gather(value)
+        others = [rank for rank, part in enumerate(parts) if part != parts[0]]
+        if others:
+            raise RankError(
+                f"{what}: rank {others[0]} has another than rank 0; give all machines the same"
+            )
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+ALONE = Ranks()
+
+
+def joined(parts: Sequence[Any]) -> Any:
+    """The parts that ranks hold of a value as one value.
+
+    Tensors and sequences lie one behind the other, scalar tensors are parts of a sum, dataclasses,
+    named tuples and mappings go by field, and everything else is the same on all ranks. A tensor
+    of a mapping that some rank lacks is NaN there.
+    """
+    head = parts[0]
+    if isinstance(head, Tensor):
+        return torch.cat(list(parts)) if head.ndim else torch.stack(list(parts)).sum()
+    if dataclasses.is_dataclass(head) and not isinstance(head, type):
+        names = [field.name for field in dataclasses.fields(head)]
+        return type(head)(**{n: joined([getattr(part, n) for part in parts]) for n in names})
+    if isinstance(head, Mapping):
+        return {name: joined(_column(parts, name)) for part in parts for name in part}
+    if isinstance(head, tuple) and hasattr(head, "_fields"):
+        return type(head)(*(joined(values) for values in zip(*parts, strict=True)))
+    if isinstance(head, list | tuple):
+        return type(head)(item for part in parts for item in part)
+    return head
+
+
+def _column(parts: Sequence[Mapping[str, Tensor]], name: str) -> list[Tensor]:
+    known = next(part[name] for part in parts if name in part)
+    return [part[name] if name in part else torch.full_like(known, math.nan) for part in parts]
+
+
+def launched() -> Ranks:
+    """The ranks as they were started."""
+    return Ranks(*launch())
+
+
+@contextmanager
+def joined_ranks(device: torch.device) -> Iterator[Ranks]:
+    """Meets the other ranks, and leaves them at the end.
+
+    A failure on one rank ends all: the first to fail raises its error, the others exit without a
+    word of their own. A rank that was lost without a reason is a RankError.
+    """
+    ranks = launched()
+    if ranks.size == 1:
+        yield ranks
+        return
+    _take_gpu(device, ranks)
+    store, _, _ = next(rendezvous("env://", timeout=LONGEST_WAIT))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=ranks.rank,
+        world_size=ranks.size,
+        timeout=LONGEST_WAIT,
+    )
+    try:
+        yield ranks
+    except Exception as error:
+        if isinstance(error, Stopped):  # on all ranks, after the same step
+            dist.destroy_process_group()
+        if not _is_first_to_fail(store, ranks, error):
+            time.sleep(GRACE_S)
+            sys.exit(error.exit_code if isinstance(error, StageError) else 1)
+        if not isinstance(error, Stopped):
+            get_error_handler().record_exception(error)  # for torchrun's own summary
+        if _is_loss(error):
+            raise RankError(_lost(error)) from error
+        raise
+    # The first rank holds the store: it must not end while another still says goodbye.
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _take_gpu(device: torch.device, ranks: Ranks) -> None:
+    if device.type != "cuda":
+        return
+    count = torch.cuda.device_count()
+    if ranks.local_rank >= count:
+        raise RecipeError(
+            f"training.device: process {ranks.local_rank} of this machine has no GPU of its own, "
+            f"{count} are visible; start with --nproc-per-node {count}, or write cpu"
+        )
+    torch.cuda.set_device(ranks.local_rank)
+
+
+def _is_first_to_fail(store: Store, ranks: Ranks, error: Exception) -> bool:
+    """Leaves the reason for the other ranks, unless one of them was before."""
+    reason = json.dumps({"rank": ranks.rank, "error": type(error).__name__, "text": str(error)})
+    try:
+        return store.compare_set(REASON, "", reason).decode() == reason
+    except RuntimeError:
+        return True  # the store ended with the process that held it
+
+
+def _is_loss(error: Exception) -> bool:
+    """Whether an error says that another rank no longer answers."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error)
+    )
+
+
+def _lost(error: Exception) -> str:
+    text = str(error).strip().splitlines()[-1]
+    return (
+        f"another process of the run was killed or fell silent ({text}); run the same command "
+        "again: it goes on from the last checkpoint"
+    )
+
+
+# How this process was started: alone, or as one of several by torchrun. Free of torch.
+
+
+class Launch(NamedTuple):
+    """The place of this process among those that were started together."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    """Place among the processes of this machine, and number of its GPU."""
+
+
+def launch() -> Launch:
+    """What torchrun's environment variables say; one process without them."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return Launch()
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return Launch(rank, size, int(os.environ.get("LOCAL_RANK", rank)))

@@ -1,0 +1,274 @@
+"""Where weights lie: the package's own, a folder, or a model of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from stage_rl.errors import RecipeError, WeightsError
+
+SHIPPED_MODEL = "shapes"
+
+EXAMPLE = "deepseek-community/Janus-Pro-1B"
+
+DESCRIPTIONS = ("*.json", "*.jinja")
+"""Configuration, tokenizer and processor: small, and enough to refuse what is no Janus."""
+
+TENSORS = ("*.safetensors",)
+
+PICKLED_TENSORS = ("*.bin", "*.pt")
+
+HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)((?:/[\w.-]+)*)(?:@([\w./-]+))?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder of weights, or of the descriptions of a hub model whose weights may be missing."""
+
+    name: str
+    """As the user wrote it."""
+    folder: Path
+    hub: HubFolder | None = None
+
+    def fetch_weights(self) -> None:
+        """Downloads the tensors of a hub model; of pickled ones only where there are no others."""
+        if self.hub is None:
+            return
+        self.hub.download(TENSORS)
+        if not any(self.folder.glob("*.safetensors")):
+            self.hub.download(PICKLED_TENSORS)
+
+
+@dataclass(frozen=True)
+class HubFolder:
+    """A model of the hub, at a revision, or a folder in it."""
+
+    name: str
+    repository: str
+    inside: str
+    revision: str | None
+
+    def download(self, patterns: tuple[str, ...]) -> Path:
+        """The folder in the local cache, after the files of these patterns came into it."""
+        prefix = f"{self.inside}/" if self.inside else ""
+        try:
+            root = snapshot_download(
+                self.repository,
+                revision=self.revision,
+                allow_patterns=[prefix + pattern for pattern in patterns],
+                # A * of the hub's patterns also matches what lies in folders.
+                ignore_patterns=[f"{prefix}*/*"],
+            )
+        except (RepositoryNotFoundError, GatedRepoError) as error:
+            raise WeightsError(
+                f"{self.name}: neither a folder nor a model of the hub that you may read; write "
+                f"a folder with a Janus checkpoint, a hub id such as {EXAMPLE}, or {SHIPPED_MODEL}; "
+                "for a gated model log in with `hf auth login`"
+            ) from error
+        except RevisionNotFoundError as error:
+            raise WeightsError(
+                f"{self.name}: the hub's model has no revision '{self.revision}'; write another"
+            ) from error
+        except (HTTPError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+            raise WeightsError(
+                f"{self.name}: no such folder, and the hub cannot be reached for a model of that "
+                "name, which is not in the local cache either; write a folder, or get it where "
+                f"there is a network: hf download {self.repository}"
+            ) from error
+        except OSError as error:
+            raise WeightsError(
+                f"{self.name}: the download failed ({one_line(error)}); make room or try again"
+            ) from error
+        return Path(root) / self.inside
+
+
+def find(path: str | Path) -> Source:
+    """The weights behind a folder, `shapes`, or a hub id: OWNER/NAME, OWNER/NAME/FOLDER, @REVISION.
+
+    Of a hub model only the descriptions are fetched. What names nothing is a `WeightsError`.
+    """
+    name = str(path)
+    if name == SHIPPED_MODEL:
+        return Source(name, _shapes_folder())
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return Source(name, folder)
+    if folder.exists():
+        raise WeightsError(f"{path}: is a file; write the folder of the weights")
+    match = HUB_ID.fullmatch(name)
+    if match is None or name[0] in "./~" or ".." in name.split("/"):
+        raise WeightsError(
+            f"{path}: no such folder; write a folder with a Janus checkpoint, "
+            f"a hub id such as {EXAMPLE}, or {SHIPPED_MODEL}"
+        )
+    hub = HubFolder(name, match[1], match[2].strip("/"), match[3])
+    return Source(name, hub.download(DESCRIPTIONS), hub)
+
+
+def one_line(error: Exception) -> str:
+    """The text of an error as at most 300 characters on one line."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def _shapes_folder() -> Path:
+    folder = Path(str(resources.files("stage_rl") / "shapes" / "checkpoint"))
+    if not (folder / "config.json").is_file():
+        raise WeightsError(
+            "shapes: this copy of the package has no weights; reinstall it, "
+            "or build them with `stage shapes pretrain`"
+        )
+    return folder
+
+
+# The tensors of a folder, by name; nothing in a file is ever run.
+#
+# safetensors files hold tensors alone. `.bin` and `.pt` files are pickles, and are read with
+# `weights_only=True`, which refuses everything that is not a tensor in plain containers.
+
+
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+
+SINGLE = ("model.safetensors", "pytorch_model.bin")
+
+ENDINGS = (".safetensors", ".bin", ".pt")
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder, mapped into memory where the format allows it.
+
+    A folder without weights, a damaged file, and one that holds more than tensors are a
+    `WeightsError`.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file in tensor_files(folder):
+        part = _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
+        twice = tensors.keys() & part.keys()
+        if twice:
+            raise WeightsError(f"{file}: '{min(twice)}' is in another file too; remove one of them")
+        tensors.update(part)
+    return tensors
+
+
+def tensor_files(folder: Path) -> list[Path]:
+    """The files with the weights of a folder: those of its index, or the one that there is."""
+    index = next((folder / name for name in INDEXES if (folder / name).is_file()), None)
+    if index is not None:
+        return _indexed(index)
+    single = next((folder / name for name in SINGLE if (folder / name).is_file()), None)
+    if single is not None:
+        return [single]
+    others = sorted(path for path in folder.glob("*") if path.suffix in ENDINGS)
+    if len(others) == 1:
+        return others
+    found = f"several: {', '.join(path.name for path in others)}" if others else "none"
+    raise WeightsError(
+        f"{folder}: cannot load the weights: {SINGLE[0]} or {INDEXES[0]} is looked for, or one "
+        f"file that ends in {', '.join(ENDINGS)} (found {found}); write a complete checkpoint"
+    )
+
+
+def describe_faults(wanted: Mapping[str, torch.Size], found: Mapping[str, Tensor]) -> str:
+    """What is missing, unexpected or of another shape, by name; empty where all is as wanted."""
+    both = wanted.keys() & found.keys()
+    faults = {
+        "missing": wanted.keys() - found.keys(),
+        "unexpected": found.keys() - wanted.keys(),
+        "of another shape": {name for name in both if wanted[name] != found[name].shape},
+    }
+    return "; ".join(f"{kind}: {_some(names)}" for kind, names in faults.items() if names)
+
+
+def _some(names: set[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(sorted(names)[:3]) + more
+
+
+def _indexed(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise WeightsError(f"{index}: cannot be read: {one_line(error)}") from error
+    for name in names:
+        if Path(name).name != name:
+            raise WeightsError(f"{index}: names '{name}', which lies elsewhere; write file names")
+        if not (index.parent / name).is_file():
+            raise WeightsError(f"{index}: names {name}, which is missing; complete the checkpoint")
+    return [index.parent / name for name in names]
+
+
+def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{file}: cannot load the weights: {one_line(error)}") from error
+
+
+def _read_pickle(file: Path) -> dict[str, Tensor]:
+    try:
+        mapped = zipfile.is_zipfile(file)
+        held = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        raise WeightsError(
+            f"{file}: holds more than tensors, or is damaged; nothing of it was run; "
+            "write a safetensors file"
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        raise WeightsError(f"{file}: cannot load the weights: {one_line(error)}") from error
+    if not isinstance(held, dict) or not all(isinstance(x, Tensor) for x in held.values()):
+        raise WeightsError(f"{file}: is no mapping of names to tensors; write a state_dict alone")
+    return {str(name): tensor for name, tensor in held.items()}
+
+
+# Which parameters train, by name patterns.
+
+
+def select_trainable(module: nn.Module, patterns: Sequence[str]) -> None:
+    """Freezes every parameter but those whose name matches a pattern (in place)."""
+    module.requires_grad_(False)
+    parameters = dict(module.named_parameters())
+    for pattern in patterns:
+        names = fnmatch.filter(parameters, pattern)
+        if not names:
+            known = _patterns(parameters)
+            near = difflib.get_close_matches(pattern, known, n=3)
+            parts = near or [name for name in known if name.count(".") == 2]
+            raise RecipeError(
+                f"policy.trainable: '{pattern}' matches no parameter; "
+                f"write one of: {', '.join(parts)}, ..."
+            )
+        for name in names:
+            parameters[name].requires_grad_(True)
+
+
+def _patterns(names: Iterable[str]) -> list[str]:
+    """Every parameter name, and every module's name with `.*`."""
+    found = {}
+    for name in names:
+        parts = name.split(".")
+        found |= dict.fromkeys(".".join([*parts[:k], "*"]) for k in range(1, len(parts)))
+        found[name] = None
+    return list(found)

@@ -1,0 +1,396 @@
+"""What a recipe may say: the component families and the typed tree.
+
+Free of torch, so that a wrong recipe is answered at once. The docstring under an attribute is the
+reference of its key: `stage recipes show` prints it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, PrivateAttr, model_validator
+
+from stage_rl.policies.base import PolicyConfig
+from stage_rl.prompts.files import PromptsConfig
+from stage_rl.rewards.base import RewardConfig
+from stage_rl.settings import (
+    Count,
+    Every,
+    Fraction,
+    NonNegative,
+    Positive,
+    Seed,
+    Settings,
+    complaint,
+)
+
+# The settings of the objective, with a preset for each reading of it.
+#
+# The presets set every point where the paper and its released code differ.
+#
+# A recipe names a preset under `algorithm.preset`; a key written beside it overrides that one
+# point.
+# The defaults of the classes are the preset `default`, so PRESETS lists only what the others
+# change.
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {
+        "mask_normalization": "none",
+        "self_similarity": 1,
+    },
+    "release": {
+        "self_similarity": 0,
+        "equal_group_similarity": 1.0,
+        "ratio": "unclipped",
+        "logprob_dtype": "bfloat16",
+        "entropy": {"centred": True},
+    },
+}
+
+
+class EntropyConfig(Settings):
+    """How the policy is held to the reference's entropy."""
+
+    mode: Literal["reward", "loss", "none"] = "reward"
+    """reward: equations 11 and 12; loss: the penalty of equations 13 and 14; none: neither."""
+    scale: NonNegative = 0.4
+    """lambda of equation 12."""
+    penalty_scale: NonNegative = 0.01
+    """Factor of the penalty of equation 14; as in the released code."""
+    scope: Literal["best", "all"] = "best"
+    """Which samples of a group get the bonus: those that share its best reward, or all."""
+    centred: bool = False
+    """Subtract the mean bonus of the samples that get one first."""
+
+
+class KlConfig(Settings):
+    """The pull towards the reference."""
+
+    estimator: Literal["k3"] = "k3"
+    """exp(d) - d - 1 with d = reference - policy log-probability, per token."""
+    a: NonNegative = 0.5
+    """Factor of beta is a + b x clip(similarity + 1)."""
+    b: NonNegative = 0.5
+    """See a."""
+    weight_clip: tuple[NonNegative, NonNegative] = (0.0, 1.0)
+    """Range of the clip; with (0, 1) the factor is a + b at every similarity >= 0."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        low, high = self.weight_clip
+        if low > high:
+            raise complaint("weight_clip", f"{low} is above {high}; write the lower bound first")
+        return self
+
+
+class AlgorithmConfig(Settings):
+    """The objective."""
+
+    preset: Literal["default", "paper", "release"] = "default"
+    """default: ours; paper: its equations read literally; release: the released code, mended."""
+    beta: NonNegative = 0.03
+    """KL coefficient."""
+    clip: float = Field(default=0.2, gt=0, lt=1)
+    """epsilon of equation 3."""
+    clip_high: Annotated[float, Field(gt=0)] | None = None
+    """epsilon of the upper side; null: clip."""
+    ratio: Literal["clipped", "unclipped"] = "clipped"
+    """Equation 4, or exp(logprob - its detached self) without clip; the same for one update."""
+    advantage_eps: Annotated[float, Field(gt=0)] = 1e-4
+    """Added to the standard deviation of equation 2."""
+    advantage_std_floor: NonNegative = 0.0
+    """Least standard deviation in equation 2; above 0 it silences small differences, those of the
+    entropy reward among them."""
+    reweight: Literal["both", "advantages", "kl", "none"] = "both"
+    """What the similarity weighs: advantages (equation 8) and beta, one of them, or nothing."""
+    mask_normalization: Literal["group_mean", "none"] = "group_mean"
+    """Divide the mask by its group's mean, or take it as it is (the literal equation 3)."""
+    self_similarity: Literal[0, 1] | None = None
+    """Cosine with which a sample of advantage 0 opposes itself; null: it never does."""
+    equal_reward_groups: Literal["keep", "drop_policy", "drop_kl", "drop_all"] = "keep"
+    """Which terms leave the loss in groups whose summed rewards are all equal."""
+    equal_group_similarity: Annotated[float, Field(ge=-1, le=1)] | None = None
+    """Similarity of all tokens in groups without any advantage; null: as computed."""
+    logprobs: Literal["conditional", "guided", "guided_detached"] = "conditional"
+    """Distribution that is scored: conditional, at temperature 1; or guided, the one that images
+    are drawn from, with or without a gradient through its unconditional pass."""
+    importance_sampling: Literal["none", "truncated"] = "none"
+    """truncated: weigh the policy term by trainer's over sampler's probability of each token."""
+    importance_cap: Annotated[float, Field(gt=0)] = 2.0
+    """Largest of these weights."""
+    logprob_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of log-probabilities and entropies; in bfloat16 a small KL is exactly 0."""
+    reference_refresh_every: int = Field(default=0, ge=0)
+    """Steps after which the reference becomes the current policy; 0: never."""
+    entropy: EntropyConfig = EntropyConfig()
+    kl: KlConfig = KlConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, data: Any) -> Any:
+        """Lays the written keys over those of the preset."""
+        if not isinstance(data, dict):
+            return data
+        preset = PRESETS.get(str(data.get("preset")), {})
+        nested = {
+            key: {**value, **data[key]}
+            for key, value in preset.items()
+            if isinstance(value, dict) and isinstance(data.get(key), dict)
+        }
+        return {**preset, **data, **nested}
+
+    @property
+    def reweights_advantages(self) -> bool:
+        """Whether equation 8 is applied."""
+        return self.reweight in ("both", "advantages")
+
+    @property
+    def weights_kl(self) -> bool:
+        """Whether beta is weighted by similarity."""
+        return self.reweight in ("both", "kl")
+
+
+# The settings of what watches over a run: its drift, what it is evaluated on, signs of being
+# dead.
+#
+# Free of torch, like every settings module.
+
+
+class ProbeConfig(Settings):
+    """The fixed reference samples on which exact KL and entropy drift are measured."""
+
+    every: Every = 10
+    """Steps between measurements; 0: never."""
+    num_prompts: Count = 8
+    """Prompts of the set, the first of the training set."""
+    images_per_prompt: Count = 2
+    """Reference samples per prompt."""
+    mismatch_images: Every = 2
+    """Images of each step on which sampler and trainer are compared under the distribution that is
+    not trained, at most a group; 0: none. Under the trained one all images are, at no cost."""
+
+
+class EvaluationConfig(Settings):
+    """What base and trained policy are compared on after the last step."""
+
+    benchmark: Literal["shapes-geneval"] = "shapes-geneval"
+    """Name of the benchmark, as `stage eval` takes it."""
+    images_per_task: Count = 100
+    """Images per task."""
+    guidance_scale: NonNegative | None = None
+    """Guidance while evaluating; null: that of the rollout."""
+    seed: Seed = 0
+    """Seed of the random streams, the same for both policies."""
+    every: Every = 0
+    """Steps between evaluations on the held-out panel while training; 0: none. The checkpoint that
+    is best by it is kept as RUN@best."""
+    panel_images_per_task: Count = 16
+    """Images per task of the panel."""
+    panel_seed: Seed = 1
+    """Seed of the panel's random streams; another than seed, so that the choice is not judged on
+    the images it was made by."""
+
+
+class LivenessConfig(Settings):
+    """Steps in a row with a sign of being dead after which a run stops; 0: it never does."""
+
+    equal_reward_steps: Every = 10
+    """Every group's rewards are equal."""
+    zero_gradient_steps: Every = 3
+    """The gradient is exactly 0."""
+    constant_reward_steps: Every = 10
+    """The summed reward is one and the same number for all images."""
+    failed_reward_steps: Every = 3
+    """A reward failed and groups left the step."""
+
+
+class TripwiresConfig(Settings):
+    """Thresholds of a run that goes astray; null: not watched."""
+
+    action: Literal["warn", "stop"] = "warn"
+    """What happens when a number stays beyond its threshold: a line on the console, or the end."""
+    steps: Count = 3
+    """Steps in a row beyond a threshold before something happens."""
+    entropy_gap: Positive | None = 1.0
+    """Largest size of entropy/gap, nats."""
+    kl: Positive | None = 1.0
+    """Largest kl/mean, nats."""
+    grad_norm: Positive | None = None
+    """Largest grad/norm, before clipping."""
+    panel_drop: Positive | None = None
+    """Largest fall of the held-out panel below its best; needs evaluation.every."""
+
+
+TAKEN_NAMES = ("mean", "std", "equal_groups", "failed_groups")
+"""Metrics of the summed reward, beside which each reward's own is logged."""
+
+
+class RolloutConfig(Settings):
+    """How a step's images are sampled."""
+
+    prompts_per_step: Count = 8
+    """Prompts of one step."""
+    group_size: int = Field(default=8, ge=2)
+    """Images per prompt."""
+    guidance_scale: NonNegative = 5.0
+    """Unconditional + scale x (conditional - unconditional); 1 needs no unconditional rows."""
+    temperature: Positive = 1.0
+    """Divides the guided logits."""
+    top_k: Every = 0
+    """Draw from the k likeliest tokens; 0: from all, as the policy gradient assumes."""
+    top_p: Fraction = 1.0
+    """Draw from the likeliest tokens that hold this share; 1: from all."""
+    resample_equal_groups: Every = 0
+    """Times that a group whose rewards are all equal is drawn again; 0: never."""
+    dtype: Literal["float32", "mixed"] = "float32"
+    """Precision of the sampler; mixed: bf16 linear layers, the rest in fp32."""
+    max_images: Count | None = None
+    """Images sampled at one time; null: what a GPU has memory for, 64 on a CPU. Any gives the same
+    images."""
+    release_cache: bool = False
+    """Give the memory of the key-value cache back before the other passes of a step, on a GPU that
+    cannot hold both."""
+
+
+class OptimizerConfig(Settings):
+    """The optimizer and its schedule; the defaults are those of the paper."""
+
+    kind: Literal["adamw", "adamw_8bit"] = "adamw"
+    """Update rule; with weight_decay 0 this is the paper's Adam. adamw_8bit: both moments in 8 bits
+    (torchao; `[8bit]`)."""
+    lr: Positive = 5e-6
+    """Learning rate after warm-up."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
+        0.9,
+        0.999,
+    )
+    """Decay of the first and second moment."""
+    eps: Positive = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay."""
+    schedule: Literal["linear", "constant", "cosine"] = "linear"
+    """Course of the learning rate after warm-up; linear and cosine end at 0 with the last step."""
+    warmup_steps: Every = 0
+    """Steps over which the learning rate rises from 0."""
+    max_grad_norm: Positive | None = 1.0
+    """Norm the gradient is clipped to; null: not clipped."""
+    updates_per_rollout: Count = 1
+    """Optimizer updates on one rollout; more than one needs the clipped ratio."""
+
+
+class TrainingConfig(Settings):
+    """Where and in what pieces the gradient is computed."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU where there is one."""
+    dtype: Literal["float32", "mixed"] = "float32"
+    """Compute precision of the trunk; mixed: bf16 linear layers. Parameters stay fp32."""
+    groups_per_microbatch: Count | None = None
+    """Most groups that share one backward pass, a matter of memory only; null: all of a step."""
+    logprob_rows: Count = 2048
+    """Token rows whose image-head logits exist at one time."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What a decoder layer computes again in the backward pass: selective: all but products of
+    matrices and attention, full: everything; the gradient is the same."""
+    compile: bool = False
+    """Compile each decoder layer (torch.compile)."""
+    reference: Literal["resident", "streamed"] = "resident"
+    """Where the reference's layers are: beside the policy, or in host memory, read layer by layer;
+    the numbers are the same. An adapter's reference takes no memory."""
+    memory_gb: Positive | None = None
+    """Memory of the GPU in GB that the run must fit in; null: that of the one it runs on."""
+
+
+class RunConfig(Settings):
+    """The run folder."""
+
+    dir: str | None = None
+    """Folder of the run; null: runs/NAME-HASH8."""
+    save_every: Every = 20
+    """Steps between checkpoints; 0: only at the end."""
+    keep_checkpoints: Count = 2
+    """Newest checkpoints that are kept."""
+    log_images_every: Every = 10
+    """Steps between image grids with reasons and samples/STEP.npz; 0: never."""
+    log_groups: Count = 2
+    """Groups in a grid and in samples/STEP.npz."""
+
+
+class Recipe(Settings):
+    """Everything that decides a run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    """Name of the run; the file's name where none is given."""
+    steps: Count
+    """Training steps; the same run goes on where this is raised."""
+    seed: Seed = 0
+    """Keys every random stream of the run."""
+    policy: PolicyConfig
+    """The model."""
+    prompts: PromptsConfig
+    """The training prompts."""
+    rewards: tuple[RewardConfig, ...] = Field(min_length=1)
+    """The reward is the weighted sum of these."""
+    rollout: RolloutConfig = RolloutConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    probe: ProbeConfig = ProbeConfig()
+    evaluation: EvaluationConfig | None = None
+    """null: no comparison after the last step."""
+    run: RunConfig = RunConfig()
+    liveness: LivenessConfig = LivenessConfig()
+    tripwires: TripwiresConfig = TripwiresConfig()
+    _given: str = PrivateAttr("")
+
+    def model_post_init(self, context: Any) -> None:
+        """Keeps the text the recipe was read from."""
+        if isinstance(context, dict):
+            self._given = context.get("given", "")
+
+    @property
+    def given(self) -> str:
+        """The file as it was read, with the overrides as comments; empty where built in Python."""
+        return self._given
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        """Refuses settings that contradict each other."""
+        for name, count in Counter(reward.name for reward in self.rewards).items():
+            if count > 1:
+                text = f"{count} rewards are named '{name}'; give each its own name"
+                raise complaint("rewards", text)
+            if name in TAKEN_NAMES:
+                text = f"'{name}' is a metric of the summed reward; give the reward another name"
+                raise complaint("rewards", text)
+        if self.optimizer.updates_per_rollout > 1 and self.algorithm.ratio == "unclipped":
+            text = "unclipped is for one update per rollout; write clipped, or "
+            raise complaint("algorithm.ratio", f"{text}optimizer.updates_per_rollout=1")
+        self._check_scoring()
+        self._check_panel()
+        if self.optimizer.warmup_steps > self.steps:
+            text = f"{self.optimizer.warmup_steps} is more than steps ({self.steps}); write fewer"
+            raise complaint("optimizer.warmup_steps", text)
+        return self
+
+    def _check_scoring(self) -> None:
+        """The guided forms score by rollout.guidance_scale and temperature; no form truncates."""
+        if self.algorithm.logprobs == "conditional":
+            return
+        for key, off in (("top_k", 0), ("top_p", 1)):
+            if getattr(self.rollout, key) != off:
+                text = f"guided log-probabilities are those of the whole distribution; write {off},"
+                raise complaint(f"rollout.{key}", f"{text} or algorithm.logprobs=conditional")
+
+    def _check_panel(self) -> None:
+        evaluation = self.evaluation
+        if self.tripwires.panel_drop is not None and not (evaluation and evaluation.every):
+            text = "needs a panel while training; write evaluation.every, or null here"
+            raise complaint("tripwires.panel_drop", text)
+        if evaluation and evaluation.every and evaluation.panel_seed == evaluation.seed:
+            text = "is evaluation.seed too, so the best checkpoint would be judged on the images it"
+            raise complaint("evaluation.panel_seed", f"{text} was chosen by; write another")

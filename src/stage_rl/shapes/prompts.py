@@ -1,0 +1,262 @@
+"""The prompts of the shapes world: for pretraining, for training by reward, and held out.
+
+All use GenEval's wording and metadata. Beyond GenEval's keys a record may carry `size` of its
+objects and `tone` and `texture` of its background, which only the renderer reads.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import model_validator
+
+from stage_rl.prompts.geneval import (
+    NUMBERS,
+    TASKS,
+    Record,
+    Vocabulary,
+    plural,
+    record_at,
+    space,
+    training_mix,
+    with_article,
+)
+from stage_rl.prompts.leakage import content_of
+from stage_rl.prompts.sets import MixConfig
+from stage_rl.settings import Count
+from stage_rl.shapes.scenes import COLORS, SHAPES, SIZES, TEXTURES, TONES, UNSEEN_PAIRS, seen_colors
+
+VOCABULARY = Vocabulary(SHAPES, tuple(COLORS))
+
+WORDS = (
+    *("a", "an", "photo", "of", "and", "on", "background"),
+    *("left", "right", "above", "below"),
+    *NUMBERS[2:5],
+    *SHAPES,
+    *(plural(shape) for shape in SHAPES),
+    *COLORS,
+    *TONES,
+    *TEXTURES,
+    *SIZES,
+)
+"""Every word that occurs in a prompt."""
+
+PRETRAINING_SHARES = {
+    "single_object": 0.06,
+    "two_object": 0.17,
+    "counting": 0.15,
+    "colors": 0.08,
+    "position": 0.20,
+    "color_attr": 0.24,
+    "retention": 0.10,
+}
+
+SWAPPED_COLORS = 0.1
+"""Share of captions with two colours that name them the wrong way round."""
+
+MISCOUNTED = 0.1
+"""Share of counting captions with another number. Both kinds are 3 of 100 captions."""
+
+EVALUATION_SIZES = dict(zip(TASKS, (8, 24, 12, 24, 48, 48), strict=True))
+"""Evaluation prompts per task, out of 8, 56, 24, 72, 224 and several thousand."""
+
+_SPLIT_SEED = 43
+
+
+def names_unseen_pair(record: Mapping[str, Any]) -> bool:
+    """Whether a record asks for a class in a colour that training images never show."""
+    return any((c["class"], c.get("color")) in UNSEEN_PAIRS for c in record["include"])
+
+
+@functools.cache
+def evaluation_records() -> tuple[Record, ...]:
+    """The GenEval prompts that training by reward never sees, task by task."""
+    chosen: list[Record] = []
+    for task, size in EVALUATION_SIZES.items():
+        rng = np.random.default_rng((_SPLIT_SEED, TASKS.index(task)))
+        places = rng.permutation(math.prod(space(task, VOCABULARY)))
+        records = (record_at(task, int(place), VOCABULARY) for place in places)
+        seen = (record for record in records if not names_unseen_pair(record))
+        chosen += [record for _, record in zip(range(size), seen, strict=False)]
+    return tuple(chosen)
+
+
+@functools.cache
+def _unseen_texts() -> frozenset[str]:
+    """The prompts that name an unseen pair."""
+    records = (record for task in ("colors", "color_attr") for record in _all_records(task))
+    return frozenset(record["prompt"] for record in records if names_unseen_pair(record))
+
+
+@functools.cache
+def _evaluated_texts() -> frozenset[str]:
+    """The prompts that ask for what an evaluation prompt asks for, in its words or in others."""
+    tasks = [task for task in TASKS if task != "single_object"]
+    evaluated = {content_of(record) for record in evaluation_records() if record["tag"] in tasks}
+    records = (record for task in tasks for record in _all_records(task))
+    return frozenset(record["prompt"] for record in records if content_of(record) in evaluated)
+
+
+def _all_records(task: str) -> Iterator[Record]:
+    return (record_at(task, place, VOCABULARY) for place in range(_num_prompts(task)))
+
+
+def _num_prompts(task: str) -> int:
+    return math.prod(space(task, VOCABULARY))
+
+
+def training_records(ratios: Mapping[str, float], num_prompts: int, *, seed: int) -> list[Record]:
+    """Prompts for training by reward, in a ratio of tasks, apart from everything held out.
+
+    Single objects are the exception: there are eight, and both sets have them.
+    """
+    exclude = _evaluated_texts() | _unseen_texts()
+    return training_mix(ratios, num_prompts, seed=seed, exclude=exclude, vocabulary=VOCABULARY)
+
+
+def pretraining_record(rng: np.random.Generator) -> Record:
+    """A caption for the base policy: single objects to two bound colours, some with background."""
+    task = str(rng.choice(list(PRETRAINING_SHARES), p=list(PRETRAINING_SHARES.values())))
+    if task == "retention":
+        return retention_record(rng)
+    while True:
+        place = int(rng.integers(_num_prompts(task)))
+        record = record_at(task, place, VOCABULARY)
+        if not names_unseen_pair(record):
+            return record
+
+
+def pretraining_caption(record: Record, rng: np.random.Generator) -> str:
+    """What a record's picture is called in pretraining; some colours and numbers are wrong.
+
+    A policy that has read such captions binds and counts worse than it could, as large models do.
+    """
+    texts = {"color_attr": _swapped, "counting": _miscounted}
+    shares = {"color_attr": SWAPPED_COLORS, "counting": MISCOUNTED}
+    tag = record["tag"]
+    if rng.uniform() >= shares.get(tag, 0.0):
+        return record["prompt"]
+    return texts[tag](record, rng)
+
+
+def _swapped(record: Record, _rng: np.random.Generator) -> str:
+    """The caption with its colours exchanged, unless it would name an unseen pair."""
+    first, second = record["include"]
+    exchanged = [{**first, "color": second["color"]}, {**second, "color": first["color"]}]
+    if names_unseen_pair({"include": exchanged}):
+        return record["prompt"]
+    words = (f"{with_article(clause['color'])} {clause['class']}" for clause in exchanged)
+    return f"a photo of {' and '.join(words)}"
+
+
+def _miscounted(record: Record, rng: np.random.Generator) -> str:
+    """The caption with another number."""
+    (clause,) = record["include"]
+    others = [n for n in range(2, VOCABULARY.max_count + 1) if n != clause["count"]]
+    return f"a photo of {NUMBERS[int(rng.choice(others))]} {plural(clause['class'])}"
+
+
+def retention_record(rng: np.random.Generator) -> Record:
+    """A caption that names a size or a background: known from pretraining, never rewarded."""
+    shape = str(rng.choice(SHAPES))
+    color = str(rng.choice(seen_colors(shape)))
+    clause = {"class": shape, "count": 1, "color": color}
+    match rng.integers(3):
+        case 0:
+            size = str(rng.choice(list(SIZES)))
+            words = f"a {size} {color} {shape}"
+            return {**_record("colors", [clause], words), "size": size}
+        case 1:
+            tone = str(rng.choice(list(TONES)))
+            words = f"{with_article(color)} {shape} on a {tone} background"
+            return {**_record("colors", [clause], words), "tone": tone}
+        case _:
+            texture = str(rng.choice(TEXTURES))
+            words = f"{with_article(color)} {shape} on a {texture} background"
+            return {**_record("colors", [clause], words), "texture": texture}
+
+
+def transfer_record(rng: np.random.Generator) -> Record:
+    """A caption of a kind that neither pretraining nor training by reward contains."""
+    a, b, c = (str(shape) for shape in rng.choice(SHAPES, 3, replace=False))
+    count = int(rng.integers(2, 4))
+    match rng.integers(4):
+        case 0:
+            words = f"{with_article(a)} and {with_article(b)} and {with_article(c)}"
+            clauses = [{"class": shape, "count": 1} for shape in (a, b, c)]
+            return _record("two_object", clauses, words)
+        case 1:
+            color = str(rng.choice(seen_colors(a)))
+            clause = {"class": a, "count": count, "color": color}
+            return _record("color_attr", [clause], f"{NUMBERS[count]} {color} {plural(a)}")
+        case 2:
+            relation = str(rng.choice(VOCABULARY.relations))
+            counted = {"class": a, "count": 2, "position": [relation, 0]}
+            words = f"two {plural(a)} {relation} {with_article(b)}"
+            return _record("position", [{"class": b, "count": 1}, counted], words)
+        case _:
+            shape, color = sorted(UNSEEN_PAIRS)[int(rng.integers(len(UNSEEN_PAIRS)))]
+            clause = {"class": shape, "count": 1, "color": color}
+            return _record("colors", [clause], f"{with_article(color)} {shape}")
+
+
+@dataclass(frozen=True)
+class HeldOutSet:
+    """A named list of prompts that training by reward never sees."""
+
+    name: str
+    records: tuple[Record, ...]
+
+
+@functools.cache
+def held_out_sets(num_prompts: int = 96) -> tuple[HeldOutSet, ...]:
+    """Retention (known from pretraining) and transfer (in neither training), without repeats."""
+    makers = {"retention": retention_record, "transfer": transfer_record}
+    sets = []
+    for place, (name, make) in enumerate(makers.items()):
+        rng = np.random.default_rng((_SPLIT_SEED, 100 + place))
+        by_text: dict[str, Record] = {}
+        while len(by_text) < num_prompts:
+            record = make(rng)
+            by_text[record["prompt"]] = record
+        sets.append(HeldOutSet(name, tuple(by_text.values())))
+    return tuple(sets)
+
+
+def _record(tag: str, include: list[dict[str, Any]], words: str) -> Record:
+    return {"tag": tag, "include": include, "prompt": f"a photo of {words}"}
+
+
+# What a recipe may say of the shapes world; free of torch.
+
+
+class ShapesPromptsConfig(MixConfig):
+    """Prompts of the shapes world, in a ratio of the GenEval tasks or read from a file."""
+
+    mix: Literal["stage", "flow_grpo"] | None = "stage"
+    """Ratios by name: stage is the paper's 0:1:7:1:4:5, flow_grpo is 0:1:5:1:7:3."""
+    num_prompts: Count = 512
+    """Prompts of a mix, apart from all held-out ones; a task with fewer repeats them evenly."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _another_source_replaces_the_mix(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or "mix" in data:
+            return data
+        others = (data.get("ratios"), data.get("path"))
+        return data if others == (None, None) else {**data, "mix": None}
+
+    def vocabulary(self) -> Vocabulary:
+        """The shapes and their colours."""
+
+        return VOCABULARY
+
+    def mixed(self, ratios: Mapping[str, float]) -> list[Record]:
+        """Records apart from all held-out ones."""
+
+        return training_records(ratios, self.num_prompts, seed=self.seed)

@@ -1,0 +1,245 @@
+"""The run folder: recipe, environment, metrics, images with reasons, arrays for a report.
+
+Shape suffixes: G group, N completions, T image tokens, H x W pixels, C colour channels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import platform
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from stage_rl.config import diff_recipes, load_recipe, resolved_json, run_folder
+from stage_rl.distributed import ALONE, Ranks
+from stage_rl.errors import InputError
+from stage_rl.files import replace_file, replace_text, writing
+from stage_rl.policies.base import Policy, base_digest
+from stage_rl.policies.janus import JanusConfig
+from stage_rl.recipe import Recipe
+from stage_rl.training.checkpoint import (
+    Checkpoint,
+    checkpoints,
+    latest_checkpoint,
+    read_checkpoint,
+    step_of,
+)
+
+PACKAGES = ("stage-rl", "torch", "transformers", "numpy", "safetensors")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run writes. Open it with `open_run`, which also locks it."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """One folder per checkpoint."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per step."""
+        return self.path / "metrics.jsonl"
+
+    def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Appends a step's numbers; what is not finite is written as null."""
+        numbers = {k: v if np.isfinite(v) else None for k, v in values.items()}
+        with writing(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **numbers}) + "\n")
+
+    def forget_after(self, step: int) -> None:
+        """Drops the metrics of steps that a resumed run does again."""
+        if not self.metrics.exists():
+            return
+        lines = self.metrics.read_text().splitlines()
+        kept = [line for line in lines if _step_of(line) < step]
+        replace_text(self.metrics, "".join(f"{line}\n" for line in kept))
+
+    def log_images(self, step: int, image: Any, captions: list[dict[str, Any]]) -> None:
+        """Writes images/STEP.png (a PIL image) with rewards and reasons in STEP.json beside it."""
+        path = self.path / "images" / f"{step:06d}.png"
+        replace_file(path, image.save)
+        replace_text(path.with_suffix(".json"), json.dumps(captions, indent=1))
+
+    def log_arrays(self, step: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """Writes samples/STEP.npz."""
+        path = self.path / "samples" / f"{step:06d}.npz"
+        replace_file(path, lambda file: np.savez_compressed(file, allow_pickle=False, **arrays))
+
+
+@contextlib.contextmanager
+def open_run(recipe: Recipe, ranks: Ranks = ALONE) -> Iterator[RunFolder]:
+    """The folder of a recipe, made or taken up, and locked while it is open; all ranks call it,
+    the first one writes.
+
+    Raises what `check_run` raises. Open it when nothing can be wrong with the recipe any more.
+    """
+    with contextlib.ExitStack() as opened:
+        run = ranks.from_first(lambda: opened.enter_context(_made(recipe, ranks.size)))
+        if not run.path.is_dir():
+            raise InputError(
+                f"{run.path}: was made by the first process and is not seen by process "
+                f"{ranks.rank}; give a run.dir on storage that all machines share"
+            )
+        yield run
+
+
+@contextlib.contextmanager
+def _made(recipe: Recipe, num_ranks: int) -> Iterator[RunFolder]:
+    run = RunFolder(run_folder(recipe))
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{run.path}: cannot be made ({error.strerror}); give another run.dir"
+        ) from error
+    with _locked(run.path):
+        check_run(recipe)
+        with writing(run.path):
+            run.checkpoints.mkdir(exist_ok=True)
+        # The text as given goes first: a folder with recipe.json is complete.
+        replace_text(run.path / "recipe.yaml", recipe.given)
+        replace_text(run.path / "environment.json", json.dumps(environment(num_ranks), indent=1))
+        replace_text(run.path / "recipe.json", resolved_json(recipe))
+        yield run
+
+
+def check_run(recipe: Recipe) -> RunFolder:
+    """The run folder of a recipe, which need not exist yet; writes nothing.
+
+    An InputError for a file, a folder of something else, and steps of another recipe. A start that
+    failed before its first step holds nothing to keep: any recipe may take its folder.
+    """
+    run = RunFolder(run_folder(recipe))
+    if not run.path.exists():
+        return run
+    if not run.path.is_dir():
+        raise InputError(f"{run.path}: is a file; give another run.dir")
+    saved = run.path / "recipe.json"
+    is_run = any(path.exists() for path in (saved, run.checkpoints, run.path / ".lock"))
+    if not is_run and any(run.path.iterdir()):
+        raise InputError(f"{run.path}: is no run folder and not empty; give another run.dir")
+    if not (run.metrics.exists() or checkpoints(run.checkpoints)):
+        return run
+    if not saved.exists():
+        raise InputError(f"{run.path}: holds a run without recipe.json; give another run.dir")
+    # A run may be moved, and go on for longer.
+    changed = diff_recipes(load_recipe(saved), recipe)
+    differing = [key for key in changed if key not in ("steps", "run.dir")]
+    if differing:
+        raise InputError(
+            f"{run.path}: holds a run of another recipe (differs in {', '.join(differing)}); "
+            "give another run.dir, or the same settings"
+        )
+    return run
+
+
+def environment(num_ranks: int) -> dict[str, Any]:
+    """What a run was made with, as its first process sees it."""
+    import torch
+
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "command": " ".join(sys.argv),
+        "packages": {name: metadata.version(name) for name in PACKAGES if _installed(name)},
+        "processes": num_ranks,
+        "threads": torch.get_num_threads(),
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _step_of(line: str) -> int:
+    """The step of a metrics line; a line that a stop cut short counts as not written."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError):
+        return sys.maxsize
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        with writing(folder / ".lock"):
+            handle = stack.enter_context((folder / ".lock").open("w"))
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"{folder}: another process trains this run; wait for it") from error
+        yield
+
+
+# A MODEL as the command line takes it: weights, or what a run has made of them.
+
+
+def load_policy(model: str, device: torch.device) -> Policy:
+    """The policy behind a folder, a hub id, `shapes`, RUN (its newest checkpoint), RUN@STEP or
+    RUN@best, its best one by the held-out panel.
+    """
+    found = find_run(model)
+    if found is None:
+        return JanusConfig(path=model).build(device)
+    run, checkpoint = found
+    policy = load_recipe(run / "recipe.json").policy.build(device)
+    checkpoint.check_base(base_digest(policy.module))
+    checkpoint.load_policy(policy.module)
+    return policy
+
+
+def find_run(model: str) -> tuple[Path, Checkpoint] | None:
+    """The run folder that a MODEL names, and its checkpoint; None where it names plain weights."""
+    run, step = Path(model), ""
+    if "@" in model and not run.exists():  # a folder's name may hold an @ of its own
+        name, _, step = model.rpartition("@")
+        run = Path(name)
+    if not (run / "recipe.json").exists():
+        if step and run.is_dir():
+            raise InputError(f"{model}: {run} is no run folder; write the folder without @{step}")
+        return None
+    return run, _checkpoint(model, run / "checkpoints", step)
+
+
+def _checkpoint(model: str, root: Path, step: str) -> Checkpoint:
+    """The checkpoint of a step, or the newest one where `step` is empty."""
+    if not step:
+        checkpoint = latest_checkpoint(root)
+        if checkpoint is None:
+            raise InputError(f"{model}: has no checkpoint yet; train it first")
+        return checkpoint
+    if step == "best":
+        step = _best_step(model, root)
+    steps = {str(step_of(folder)): folder for folder in checkpoints(root)}
+    if step not in steps:
+        known = ", ".join(sorted(steps, key=int)) or "none"
+        raise InputError(f"{model}: no checkpoint of step {step}; the run has: {known}")
+    return read_checkpoint(steps[step])
+
+
+def _best_step(model: str, root: Path) -> str:
+    newest = latest_checkpoint(root)
+    if newest is None or newest.state.best_step is None:
+        raise InputError(
+            f"{model}: no held-out panel has chosen a best checkpoint; train with evaluation.every,"
+            " or write RUN@STEP"
+        )
+    return str(newest.state.best_step)
