@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 PARTS = '''
-from stage_rl.schema import DetectorConfig, PolicyConfig, PromptsConfig, RewardConfig
+from stage_rl.policies.base import PolicyConfig
+from stage_rl.prompts.files import PromptsConfig
+from stage_rl.rewards.base import DetectorConfig, RewardConfig
 from stage_rl.types import Prompt
 
 

@@ -39,11 +39,11 @@ __all__ = [
 
 _HOMES = {
     "Policy": "stage_rl.policies.base",
-    "PolicyConfig": "stage_rl.recipe",
+    "PolicyConfig": "stage_rl.policies.base",
     "Prompt": "stage_rl.types",
     "Recipe": "stage_rl.recipe",
     "Reward": "stage_rl.rewards.base",
-    "RewardConfig": "stage_rl.recipe",
+    "RewardConfig": "stage_rl.rewards.base",
     "Rollout": "stage_rl.types",
     "Score": "stage_rl.rewards.base",
     "StageError": "stage_rl.errors",

@@ -60,11 +60,11 @@ def equal_group_factors(equal_P: Tensor, handling: EqualGroupHandling = "keep") 
     The paper's ablations "w/o KL" and "w/o Ent & KL" are `drop_kl`.
     """
     assert handling in ("keep", "drop_policy", "drop_kl", "drop_all"), handling
-    kept_P = (~equal_P).float()
-    all_P = torch.ones_like(kept_P)
+    valid_P = (~equal_P).float()
+    all_P = torch.ones_like(valid_P)
     return GroupFactors(
-        policy_P=kept_P if handling in ("drop_policy", "drop_all") else all_P,
-        kl_P=kept_P if handling in ("drop_kl", "drop_all") else all_P,
+        policy_P=valid_P if handling in ("drop_policy", "drop_all") else all_P,
+        kl_P=valid_P if handling in ("drop_kl", "drop_all") else all_P,
     )
 
 

@@ -40,7 +40,7 @@ REASON = "stage_rl/reason"
 
 
 @dataclasses.dataclass(frozen=True)
-class Ranks:
+class World:
     """The processes of a run, as one of them sees them; prompts and shards go by rank."""
 
     rank: int = 0
@@ -90,7 +90,7 @@ class Ranks:
         """A number that at least one rank has, the same on all; None where none has one."""
         return next((n for n in self.gather(number) if n is not None), None)
 
-    def from_first(self, make: Callable[[], T]) -> T:
+    def broadcast_object(self, make: Callable[[], T]) -> T:
         """What the first rank makes, on all; a StageError that it raises is raised on all."""
         if self.size == 1:
             return make()
@@ -120,7 +120,7 @@ class Ranks:
             dist.barrier()
 
 
-ALONE = Ranks()
+SINGLE = World()
 
 
 def joined(parts: Sequence[Any]) -> Any:
@@ -150,13 +150,13 @@ def _column(parts: Sequence[Mapping[str, Tensor]], name: str) -> list[Tensor]:
     return [part[name] if name in part else torch.full_like(known, math.nan) for part in parts]
 
 
-def launched() -> Ranks:
+def launched() -> World:
     """The ranks as they were started."""
-    return Ranks(*launch())
+    return World(*launch())
 
 
 @contextmanager
-def joined_ranks(device: torch.device) -> Iterator[Ranks]:
+def init_distributed(device: torch.device) -> Iterator[World]:
     """Meets the other ranks, and leaves them at the end.
 
     A failure on one rank ends all: the first to fail raises its error, the others exit without a
@@ -193,7 +193,7 @@ def joined_ranks(device: torch.device) -> Iterator[Ranks]:
     dist.destroy_process_group()
 
 
-def _take_gpu(device: torch.device, ranks: Ranks) -> None:
+def _take_gpu(device: torch.device, ranks: World) -> None:
     if device.type != "cuda":
         return
     count = torch.cuda.device_count()
@@ -205,7 +205,7 @@ def _take_gpu(device: torch.device, ranks: Ranks) -> None:
     torch.cuda.set_device(ranks.local_rank)
 
 
-def _is_first_to_fail(store: Store, ranks: Ranks, error: Exception) -> bool:
+def _is_first_to_fail(store: Store, ranks: World, error: Exception) -> bool:
     """Leaves the reason for the other ranks, unless one of them was before."""
     reason = json.dumps({"rank": ranks.rank, "error": type(error).__name__, "text": str(error)})
     try:

@@ -51,12 +51,12 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Judged:
+class Rewards:
     """What the rewards said of a rollout."""
 
     rewards_PG: Tensor
     """Weighted sum of the scores, fp32; 0 in groups that left the step."""
-    kept_P: Tensor
+    valid_P: Tensor
     """False where a reward failed and the whole group leaves the step."""
     columns: Mapping[str, Tensor]
     """Raw scores by reward name, PG; NaN where the reward does not apply to the prompt."""

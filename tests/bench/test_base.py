@@ -41,7 +41,7 @@ def test_interleaved_calls_each_function_in_turn_and_gives_its_median() -> None:
     seconds = interleaved(
         {"a": lambda: order.append("a"), "b": lambda: order.append("b")},
         3,
-        clock=lambda: next(ticks),
+        timer=lambda: next(ticks),
     )
     # One call each to warm up, then a takes 1, 3, 2 and b takes 10, 30, 20.
     assert order == ["a", "b"] * 4
@@ -51,7 +51,7 @@ def test_interleaved_calls_each_function_in_turn_and_gives_its_median() -> None:
 def test_interleaved_divides_by_the_calls_of_a_round() -> None:
     ticks = iter([0.0, 6.0])
     calls: list[int] = []
-    seconds = interleaved({"a": lambda: calls.append(1)}, 1, calls=3, clock=lambda: next(ticks))
+    seconds = interleaved({"a": lambda: calls.append(1)}, 1, calls=3, timer=lambda: next(ticks))
     assert seconds == {"a": 2.0}
     assert len(calls) == 1 + 3
 

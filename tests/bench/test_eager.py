@@ -10,12 +10,12 @@ import torch
 from stage_rl.bench.rollout import generate
 from stage_rl.bench.step import EagerStep, padded_ids, plain
 from stage_rl.config import load_recipe
-from stage_rl.rewards.judge import Judge
+from stage_rl.rewards.judge import RewardFunctions
 from stage_rl.rollout.engine import Engine
 from stage_rl.rollout.sample import rollout as sample_rollout
 from stage_rl.rollout.sampling import Sampling
 from stage_rl.training.update import Precision, Update, learn, measure_all, micro_batches
-from stage_rl.types import Judged, Prompt, Rollout
+from stage_rl.types import Prompt, Rewards, Rollout
 
 PROMPTS = [
     Prompt("a red square", 0),
@@ -42,7 +42,7 @@ def eager(tiny_janus_folder, tmp_path):
             "algorithm.beta=1",
         ],
     )
-    step = EagerStep(recipe, Judge([]), torch.device("cpu"))
+    step = EagerStep(recipe, RewardFunctions([]), torch.device("cpu"))
     with torch.no_grad():
         for parameter in step.policy.module.model.language_model.parameters():
             parameter.mul_(1.05)
@@ -80,7 +80,7 @@ def trainer_loss_and_gradient(recipe, policy, reference, rollout):
         policy,
         optimizer,
         batches,
-        verdict=lambda: Judged(REWARDS_PG, torch.ones(3, dtype=torch.bool), {}, ()),
+        verdict=lambda: Rewards(REWARDS_PG, torch.ones(3, dtype=torch.bool), {}, ()),
         reference=measure_all(reference, batches, Precision()),
         update=Update(recipe.algorithm, Precision(), 1, 1e-3, None),
     )

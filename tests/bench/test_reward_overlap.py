@@ -12,7 +12,7 @@ from stage_rl.errors import InputError
 
 PARTS = """
 from stage_rl import Prompt, RewardConfig
-from stage_rl.schema import PromptsConfig
+from stage_rl.prompts.files import PromptsConfig
 
 
 class Texts(PromptsConfig):

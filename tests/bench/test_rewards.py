@@ -10,7 +10,7 @@ def test_every_reward_runs_on_the_prompts_of_the_benchmark():
     configs = rewards._tiny(tuple(rewards.REWARDS), ocr_processes=2)
     assert [config.name for config in configs] == [*rewards.REWARDS, "ocr_2"]
     for config in configs:
-        assert [config.objection(prompt) for prompt in rewards.PROMPTS] == [None] * 4
+        assert [config.unsupported_reason(prompt) for prompt in rewards.PROMPTS] == [None] * 4
 
 
 def test_each_reward_is_timed_batched_and_one_by_one():

@@ -13,7 +13,7 @@ from stage_rl.errors import InputError, StageError
 
 PARTS = """
 from stage_rl import Prompt, RewardConfig, Score
-from stage_rl.schema import PromptsConfig
+from stage_rl.prompts.files import PromptsConfig
 
 
 class Texts(PromptsConfig):

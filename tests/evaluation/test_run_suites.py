@@ -187,7 +187,7 @@ class _Rank:
     def __init__(self, rank, barrier):
         self.rank, self.first, self.wait = rank, rank == 0, barrier.wait
 
-    def from_first(self, make):
+    def broadcast_object(self, make):
         if self.first:
             make()
         self.wait()

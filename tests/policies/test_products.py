@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from stage_rl.policies import trunk as products
-from stage_rl.policies.trunk import onednn_products
+from stage_rl.policies.trunk import onednn_matmul
 
 CPU = torch.device("cpu")
 
@@ -22,14 +22,14 @@ def test_products_keep_the_precision_of_fp32():
     # Rounded to bf16 the factors would leave a difference of about 3e-3.
     left, right = torch.randn(64, 192), torch.randn(192, 512)
     exact = left.double() @ right.double()
-    with onednn_products(CPU):
+    with onednn_matmul(CPU):
         ours = left @ right
     assert (ours - exact).norm() / exact.norm() < 1e-6
 
 
 def test_the_setting_ends_with_the_block():
     before = precision()
-    with pytest.raises(ValueError, match="stop"), onednn_products(CPU):
+    with pytest.raises(ValueError, match="stop"), onednn_matmul(CPU):
         raise ValueError("stop")
     assert precision() == before
 
@@ -43,5 +43,5 @@ def test_a_processor_that_would_round_or_is_not_known_is_left_alone(
 ):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     before = precision()
-    with onednn_products(CPU):
+    with onednn_matmul(CPU):
         assert precision() == before

@@ -153,8 +153,8 @@ TINY_DETECTOR = {"kind": "grounding_dino", "path": "tiny", "shortest_side": 128,
 def test_tiny_models_run_through_the_whole_reward(config, prompt):
     paths = {"path": "tiny", "side": 32} if config["kind"] == "compbench_attributes" else {}
     settings = RewardConfig.model_validate({**config, **paths})
-    assert settings.objection(prompt) is None
-    assert "needs '" in (settings.objection(Prompt("x")) or "")
+    assert settings.unsupported_reason(prompt) is None
+    assert "needs '" in (settings.unsupported_reason(Prompt("x")) or "")
     reward = settings.build(torch.device("cpu"))
     images_NHWC = torch.randint(
         256, (3, 48, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)

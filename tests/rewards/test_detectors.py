@@ -97,13 +97,13 @@ def test_a_prompt_for_what_is_never_found_is_told_before_training():
     reward = load_reward("geneval")
     assert reward.detector == Mask2FormerConfig()
     circle = {**single_object_record("cat"), "include": [{"class": "circle", "count": 1}]}
-    assert reward.objection(prompts()[0]) is None
-    assert reward.objection(Prompt("a photo of a circle", 0, circle)) == (
+    assert reward.unsupported_reason(prompts()[0]) is None
+    assert reward.unsupported_reason(Prompt("a photo of a circle", 0, circle)) == (
         "finds the 80 classes of GenEval, not 'circle'"
     )
     shapes = load_reward("geneval", ["detector.kind=shapes"])
-    assert shapes.objection(Prompt("a photo of a circle", 0, circle)) is None
-    assert "needs 'tag'" in reward.objection(Prompt("a cat", 0))
+    assert shapes.unsupported_reason(Prompt("a photo of a circle", 0, circle)) is None
+    assert "needs 'tag'" in reward.unsupported_reason(Prompt("a cat", 0))
 
 
 def test_a_model_of_other_classes_is_refused(tmp_path):

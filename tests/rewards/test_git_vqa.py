@@ -140,6 +140,6 @@ def test_reference_images_come_with_what_the_reward_needs_and_random_weights_hav
     config = GitRewardConfig()
     cases = config.reference_cases()
     assert [case.prompt.text for case in cases] == ["a photo of a cat", "a photo of a cup"]
-    assert [config.objection(case.prompt) for case in cases] == [None, None]
+    assert [config.unsupported_reason(case.prompt) for case in cases] == [None, None]
     assert all(len(case.images_NHWC()) == 2 for case in cases)
     assert GitRewardConfig(path="tiny").reference_cases() == ()

@@ -152,7 +152,7 @@ NUMERACY = {"task_type": "numeracy", "nouns": ["a"]}
 
 
 @pytest.mark.parametrize(
-    ("metadata", "compat", "objection"),
+    ("metadata", "compat", "unsupported_reason"),
     [
         ({"nouns": ["a"]}, "fixed", "needs 'task_type'"),
         (SPATIAL, "fixed", "needs 'spatial_info'"),
@@ -175,9 +175,11 @@ NUMERACY = {"task_type": "numeracy", "nouns": ["a"]}
         ({"task_type": "object", "nouns": ["a"]}, "fixed", None),
     ],
 )
-def test_a_prompt_that_cannot_be_judged_is_told_before_training(metadata, compat, objection):
-    said = GroundingDinoRewardConfig(compat=compat).objection(Prompt("a", 0, metadata))
-    assert (objection in said) if objection else said is None
+def test_a_prompt_that_cannot_be_judged_is_told_before_training(
+    metadata, compat, unsupported_reason
+):
+    said = GroundingDinoRewardConfig(compat=compat).unsupported_reason(Prompt("a", 0, metadata))
+    assert (unsupported_reason in said) if unsupported_reason else said is None
 
 
 def test_a_detector_that_hides_what_counts_is_refused():
@@ -189,7 +191,7 @@ def test_reference_images_come_with_what_the_reward_needs_and_random_weights_hav
     config = GroundingDinoRewardConfig()
     cases = config.reference_cases()
     assert [case.prompt.text for case in cases] == ["a photo of a cat", "a photo of a cup"]
-    assert [config.objection(case.prompt) for case in cases] == [None, None]
+    assert [config.unsupported_reason(case.prompt) for case in cases] == [None, None]
     assert all(len(case.images_NHWC()) == 2 for case in cases)
     assert (
         GroundingDinoRewardConfig(

@@ -7,7 +7,7 @@ import torch
 
 from stage_rl.errors import InputError, RewardError
 from stage_rl.rewards.base import RewardConfig, Score
-from stage_rl.rewards.judge import Judge, WeightedReward, check_fields
+from stage_rl.rewards.judge import RewardFunctions, WeightedReward, check_fields
 from stage_rl.types import Prompt, Rollout
 
 
@@ -24,7 +24,7 @@ def number(images, prompts):
 
 
 def judge(*rewards):
-    return Judge([WeightedReward(*reward) for reward in rewards]).judge(a_rollout())
+    return RewardFunctions([WeightedReward(*reward) for reward in rewards]).score(a_rollout())
 
 
 def test_the_reward_is_the_weighted_sum_and_columns_stay_raw():
@@ -34,7 +34,7 @@ def test_the_reward_is_the_weighted_sum_and_columns_stay_raw():
     assert judged.rewards_PG.tolist() == [[2.0, 2.5], [3.0, 3.5]]
     assert judged.columns["a"].tolist() == [[0, 1], [2, 3]]
     assert judged.columns["b_strict"].tolist() == [[0.5, 0.5], [0.5, 0.5]]
-    assert judged.kept_P.tolist() == [True, True]
+    assert judged.valid_P.tolist() == [True, True]
     assert judged.reasons[3] == "a 3.00: number 3; b 1.00: always"
 
 
@@ -46,7 +46,7 @@ def test_a_reward_that_skips_one_image_drops_out_for_its_whole_group():
     # group 0: only b; group 1: a + 10 b
     assert judged.rewards_PG.tolist() == [[0, 10], [22, 33]]
     assert math.isnan(judged.columns["a"][0, 1])
-    assert judged.kept_P.all()
+    assert judged.valid_P.all()
 
 
 def test_the_share_of_a_reward_is_its_part_of_the_groups_spread():
@@ -66,7 +66,7 @@ def test_a_group_without_spread_or_that_failed_has_no_shares():
         return [Score(1.0, "")] * len(images)
 
     judged = judge(("a", 1.0, fails_on_image_0), ("b", 1.0, lambda i, p: [Score(2.0, "")] * len(i)))
-    assert judged.kept_P.tolist() == [False, True]
+    assert judged.valid_P.tolist() == [False, True]
     assert judged.columns["a_share"].isnan().all()
     assert judged.columns["b_share"].isnan().all()
 
@@ -93,7 +93,7 @@ def test_a_failing_image_takes_only_its_group_out_of_the_step():
         return number(images, prompts)
 
     judged = judge(("a", 1.0, fails_on_image_2))
-    assert judged.kept_P.tolist() == [True, False]
+    assert judged.valid_P.tolist() == [True, False]
     assert judged.rewards_PG.tolist() == [[0, 1], [0, 0]]
     assert judged.columns["a"][1].isnan().all()
     assert "a failed" in judged.reasons[2]
@@ -119,13 +119,13 @@ def test_a_score_that_is_no_number_is_a_failure_and_not_a_zero(value):
         return [Score(value if s.value == 3 else s.value, s.why) for s in number(images, prompts)]
 
     judged = judge(("a", 1.0, broken))
-    assert judged.kept_P.tolist() == [True, False]
+    assert judged.valid_P.tolist() == [True, False]
     assert "a failed" in judged.reasons[3]
 
 
 def test_a_weight_that_takes_a_score_out_of_fp32_is_a_failure():
     judged = judge(("a", 10.0, lambda images, prompts: [Score(3e38, "")] * len(images)))
-    assert judged.kept_P.tolist() == [False, False]
+    assert judged.valid_P.tolist() == [False, False]
 
 
 def test_too_few_scores_are_an_error():

@@ -80,7 +80,7 @@ def test_the_target_is_that_of_the_metadata_else_the_first_quoted_text(prompt, t
 
 
 @pytest.mark.parametrize(
-    ("text", "objection"),
+    ("text", "unsupported_reason"),
     [
         ("a sign", "double quotes"),
         ('a sign "Open', "double quotes"),
@@ -88,9 +88,9 @@ def test_the_target_is_that_of_the_metadata_else_the_first_quoted_text(prompt, t
         ('a sign "Open"', None),
     ],
 )
-def test_a_prompt_without_a_target_is_told_before_training(text, objection):
-    said = OcrRewardConfig().objection(Prompt(text))
-    assert (objection in said) if objection else said is None
+def test_a_prompt_without_a_target_is_told_before_training(text, unsupported_reason):
+    said = OcrRewardConfig().unsupported_reason(Prompt(text))
+    assert (unsupported_reason in said) if unsupported_reason else said is None
 
 
 def test_lines_count_above_the_confidence_and_in_order():

@@ -16,7 +16,7 @@ from stage_rl.cli import rewards
 from stage_rl.config import load_recipe
 from stage_rl.errors import InputError, RewardError
 from stage_rl.rewards import remote as patient
-from stage_rl.rewards.judge import Judge, WeightedReward
+from stage_rl.rewards.judge import RewardFunctions, WeightedReward
 from stage_rl.rewards.protocol import KEY_HEADER, question_json
 from stage_rl.rewards.remote import RemoteRewardConfig
 from stage_rl.serving.limits import Limits, limits
@@ -69,7 +69,7 @@ def test_the_shapes_reward_says_the_same_from_a_server(serve, drawn):
     prompts = list(recipe.prompts.build()[:6])
     running = serve(*recipe.rewards)
     config = RemoteRewardConfig(url=running.url, batch_size=6)
-    assert [config.objection(prompt) for prompt in prompts] == [None] * 6
+    assert [config.unsupported_reason(prompt) for prompt in prompts] == [None] * 6
     assert config.build(CPU)(images_NHWC, prompts) == recipe.rewards[0].build(CPU)(
         images_NHWC, prompts
     )
@@ -96,7 +96,7 @@ def test_a_reward_is_found_by_name_or_alone(serve):
 def test_missing_metadata_is_told_before_the_first_step_and_refused_by_the_server(serve, drawn):
     running = serve(TOY)
     config = RemoteRewardConfig(url=running.url)
-    assert config.objection(Prompt("a")) == "needs 'place', which this prompt lacks"
+    assert config.unsupported_reason(Prompt("a")) == "needs 'place', which this prompt lacks"
     images_NHWC, _ = drawn(1)
     with pytest.raises(RewardError, match=r"items\.0 \('a'\): reward 'toy' needs 'place'"):
         config.build(CPU)(images_NHWC, [Prompt("a")])
@@ -367,7 +367,7 @@ def test_a_server_that_does_not_come_back_is_an_error(serve, drawn, caplog):
 
 def test_an_answer_of_something_else_is_an_error(serve, drawn, monkeypatch):
     remote = serve(TOY).remote()
-    monkeypatch.setattr(patient.PatientClient, "ask", lambda *args, **named: b"<html>")
+    monkeypatch.setattr(patient.RetryingClient, "ask", lambda *args, **named: b"<html>")
     with pytest.raises(RewardError, match="its answer holds Expecting value"):
         remote(*drawn(1))
 
@@ -432,8 +432,8 @@ def test_a_group_that_the_server_cannot_score_leaves_the_step(serve, drawn):
     groups = (prompts[0], Prompt("fails", 1, {"place": 1}), prompts[2])
     rollout = Rollout(groups, 2, torch.zeros(6, 4), images_NHWC)
     remote = serve(TOY).remote(batch_size=2)
-    judged = Judge([WeightedReward("toy", 1.0, remote)]).judge(rollout)
-    assert judged.kept_P.tolist() == [True, False, True]
+    judged = RewardFunctions([WeightedReward("toy", 1.0, remote)]).score(rollout)
+    assert judged.valid_P.tolist() == [True, False, True]
     assert judged.rewards_PG[0, 1].item() == pytest.approx(int(images_NHWC[1].sum()) / 3, rel=1e-6)
 
 

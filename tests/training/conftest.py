@@ -11,7 +11,7 @@ import os
 import signal
 
 from stage_rl import Prompt, RewardConfig, Score
-from stage_rl.schema import PromptsConfig
+from stage_rl.prompts.files import PromptsConfig
 
 
 class Texts(PromptsConfig):

@@ -15,7 +15,7 @@ ADVANTAGE = 0.5 / 0.5**0.5
 def credits(rewards=((1.0, 0.0),), *, kept=(1.0,), entropies=((2.0, 2.0),), **settings):
     return credit(
         torch.tensor(rewards),
-        kept_P=torch.tensor(kept),
+        valid_P=torch.tensor(kept),
         entropy_PG=torch.tensor(entropies),
         ref_entropy_PG=torch.tensor([[2.0, 2.0]]),
         codes_PGTC=CODES,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stage_rl.bench import fsdp2
 from stage_rl.config import resolved_json
-from stage_rl.distributed import ALONE, Ranks, joined, launched
+from stage_rl.distributed import SINGLE, World, joined, launched
 from stage_rl.errors import RecipeError
 from stage_rl.training.checkpoint import checkpoints, damage
 from stage_rl.training.loop import train, train_on
@@ -70,15 +70,15 @@ def test_numbers_of_ranks_are_means_largest_and_sums():
 def test_without_torchrun_there_is_one_rank(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    assert launched() == ALONE
+    assert launched() == SINGLE
     monkeypatch.setenv("RANK", "5")
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert launched() == Ranks(5, 8, 1)
+    assert launched() == World(5, 8, 1)
 
 
 def test_ranks_share_whole_groups_in_order():
-    shares = [Ranks(rank, 3).share("abcdef") for rank in range(3)]
+    shares = [World(rank, 3).share("abcdef") for rank in range(3)]
     assert shares == ["ab", "cd", "ef"]
 
 
@@ -100,7 +100,7 @@ def test_ranks_share_whole_groups_in_order():
 )
 def test_what_cannot_be_spread_is_refused_before_anything_is_loaded(recipe, overrides, message):
     with pytest.raises(RecipeError, match=message):
-        train_on(recipe(*overrides, "policy.path=/no/such/weights"), Ranks(0, 3))
+        train_on(recipe(*overrides, "policy.path=/no/such/weights"), World(0, 3))
 
 
 def compared(recipe, tmp_path, *overrides):

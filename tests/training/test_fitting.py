@@ -19,7 +19,7 @@ from stage_rl.training.memory import (
     plan_of,
     predict,
     report,
-    savings,
+    suggest_overrides,
     with_overrides,
 )
 from stage_rl.training.trainer import build_trainer
@@ -119,7 +119,7 @@ def test_several_processes_load_whole_weights_before_they_share_them():
 @pytest.mark.parametrize("memory_gb", [96, 141, 192])
 def test_the_settings_that_are_named_make_it_fit_and_none_is_superfluous(memory_gb):
     recipe = recipe_7b("probe.every=0")
-    found = savings(recipe, SIZE_7B, memory_gb)
+    found = suggest_overrides(recipe, SIZE_7B, memory_gb)
     assert found
     check_memory(with_overrides(recipe, found), memory_gb)
     for override in found:

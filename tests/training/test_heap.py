@@ -10,7 +10,7 @@ from stage_rl.training.memory import keep_freed_memory
 FAULTS = """
 import resource
 import numpy
-from stage_rl.training.heap import keep_freed_memory
+from stage_rl.training.memory import keep_freed_memory
 if {keep}:
     assert keep_freed_memory()
 for _ in range(20):

@@ -7,9 +7,9 @@ import torch
 from run_files import parameters_of, steps_of, untimed
 
 from stage_rl.training.loop import train
-from stage_rl.training.resample import ATTEMPT_STRIDE, redraw_equal_groups
+from stage_rl.training.resample import ATTEMPT_STRIDE, resample_groups
 from stage_rl.training.trainer import PROBE_STEP, build_trainer
-from stage_rl.types import Judged, Prompt, Rollout
+from stage_rl.types import Prompt, Rewards, Rollout
 
 TEXTS = ("a", "b", "c")
 
@@ -25,10 +25,10 @@ def verdict(rewards, kept=None, **columns):
     rewards = torch.tensor(rewards)
     reasons = tuple(f"{x:.1f}" for x in rewards.flatten().tolist())
     kept = torch.tensor(kept) if kept else torch.ones(len(rewards), dtype=torch.bool)
-    return Judged(rewards, kept, {k: torch.tensor(v) for k, v in columns.items()}, reasons)
+    return Rewards(rewards, kept, {k: torch.tensor(v) for k, v in columns.items()}, reasons)
 
 
-def redraw(first, *later, cap=3):
+def resample(first, *later, cap=3):
     """Redraws three groups; `later` are the verdicts of the draws, whose prompts are recorded."""
     asked, given = [], iter(later)
 
@@ -37,8 +37,8 @@ def redraw(first, *later, cap=3):
         return drawn(prompts, key // ATTEMPT_STRIDE)
 
     prompts = tuple(Prompt(text, i) for i, text in enumerate(TEXTS))
-    result = redraw_equal_groups(
-        drawn(prompts, 0), first, step=5, cap=cap, draw=draw, judge=lambda _: next(given)
+    result = resample_groups(
+        drawn(prompts, 0), first, step=5, cap=cap, draw=draw, score=lambda _: next(given)
     )
     return result, asked
 
@@ -52,18 +52,18 @@ def test_only_equal_groups_are_drawn_again_until_they_differ():
         [[0.0, 0.0], [0.2, 0.8]], score=[[0.0, 0.0], [0.2, 0.8]], part=[[1.0, 1.0], [2.0, 3.0]]
     )
     two = verdict([[0.3, 0.4]], score=[[0.3, 0.4]])
-    result, asked = redraw(first, one, two)
+    result, asked = resample(first, one, two)
     assert asked == [
         (["a", "c"], 5 + ATTEMPT_STRIDE),
         (["a"], 5 + 2 * ATTEMPT_STRIDE),
     ]
     expected = torch.tensor([[0.3, 0.4], [0.0, 1.0], [0.2, 0.8]])
-    assert torch.equal(result.judged.rewards_PG, expected)
-    assert torch.equal(result.judged.columns["score"], expected)
-    part = result.judged.columns["part"].tolist()
+    assert torch.equal(result.rewards.rewards_PG, expected)
+    assert torch.equal(result.rewards.columns["score"], expected)
+    part = result.rewards.columns["part"].tolist()
     assert part[2] == [2.0, 3.0]
     assert all(math.isnan(x) for x in part[0] + part[1])
-    assert result.judged.reasons == ("0.3", "0.4", "0.0", "1.0", "0.2", "0.8")
+    assert result.rewards.reasons == ("0.3", "0.4", "0.0", "1.0", "0.2", "0.8")
     # a from the second attempt (0 * 10 + 2), b as it was (10), c from the first (20 + 1)
     assert result.rollout.tokens_NT.flatten().tolist() == [2, 2, 10, 10, 21, 21]
     assert result.rollout.images_NHWC[:, 0, 0, 0].tolist() == [2, 2, 10, 10, 21, 21]
@@ -81,19 +81,19 @@ def test_only_equal_groups_are_drawn_again_until_they_differ():
 
 def test_the_first_draw_stays_where_no_draw_differs_up_to_the_cap():
     first = verdict([[1.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
-    result, asked = redraw(first, verdict([[0.0, 0.0]]), verdict([[0.5, 0.5]]), cap=2)
+    result, asked = resample(first, verdict([[0.0, 0.0]]), verdict([[0.5, 0.5]]), cap=2)
     assert len(asked) == 2
-    assert torch.equal(result.judged.rewards_PG, first.rewards_PG)
+    assert torch.equal(result.rewards.rewards_PG, first.rewards_PG)
     assert result.rollout.tokens_NT.flatten().tolist() == [0, 0, 10, 10, 20, 20]
 
 
 def test_groups_without_a_verdict_are_neither_drawn_again_nor_taken():
     first = verdict([[0.0, 0.0], [1.0, 1.0], [0.0, 1.0]], kept=[False, True, True])
     failed = verdict([[0.0, 0.0]], kept=[False])
-    result, asked = redraw(first, failed, verdict([[0.1, 0.9]]), cap=2)
+    result, asked = resample(first, failed, verdict([[0.1, 0.9]]), cap=2)
     assert [texts for texts, _ in asked] == [["b"], ["b"]]
-    assert result.judged.kept_P.tolist() == [False, True, True]
-    assert result.judged.rewards_PG[1].tolist() == pytest.approx([0.1, 0.9])
+    assert result.rewards.valid_P.tolist() == [False, True, True]
+    assert result.rewards.rewards_PG[1].tolist() == pytest.approx([0.1, 0.9])
 
 
 def test_the_streams_of_an_attempt_are_those_of_no_step_and_of_no_probe(recipe):

@@ -5,14 +5,14 @@ import time
 import pytest
 import torch
 
-from stage_rl.rollout.engine import DrawnPass, Engine
+from stage_rl.rollout.engine import Engine, PassStats
 from stage_rl.rollout.sample import rollout
 from stage_rl.rollout.sampling import Sampling
 from stage_rl.training.logprobs import Scoring
 from stage_rl.training.metrics import (
-    Clock,
     DecoderSize,
-    Drawn,
+    RolloutStats,
+    Timer,
     overall_rates,
     rates,
     rollout_bytes,
@@ -41,19 +41,19 @@ SECONDS = {"time/sample_s": 2.0, "time/reference_s": 1.0, "time/learn_s": 4.0}
 
 def test_bytes_of_a_decode_by_hand():
     # T = 4, P = 5: a row's live slots are 4 x 5 + 4 x 5 / 2 = 30.
-    drawn = Drawn(num_rows=6, num_tokens=4, prompt_slots=5, num_passes=2)
+    drawn = RolloutStats(num_rows=6, num_tokens=4, prompt_slots=5, num_passes=2)
     # 2 passes x 4 tokens x 1000 + 6 rows x 7 x 30
     assert rollout_bytes(SMALL, drawn) == 8000 + 1260
 
 
 def test_operations_of_a_row_by_hand():
-    drawn = Drawn(num_rows=6, num_tokens=4, prompt_slots=5)
+    drawn = RolloutStats(num_rows=6, num_tokens=4, prompt_slots=5)
     # S = 9: 2 x (100 x 9 + 10 x 4) = 1880; attention 4 x 2 x 3 x 9 x 10 / 2 = 1080
     assert row_flops(SMALL, drawn) == 1880 + 1080
 
 
 def test_the_paper_s_step_reads_and_computes_what_the_estimates_say():
-    drawn = Drawn(num_rows=128, num_tokens=576, prompt_slots=30)
+    drawn = RolloutStats(num_rows=128, num_tokens=576, prompt_slots=30)
     # 576 x 12.3 GB = 7.1 TB of weights, 11.5 TB of live cache
     assert rollout_bytes(JANUS_PRO_7B, drawn) == pytest.approx(7.1e12 + 11.5e12, rel=0.01)
     # reference f, policy f, backward 2 f: 1.9 PFLOP for 64 images
@@ -65,7 +65,7 @@ def test_the_paper_s_step_reads_and_computes_what_the_estimates_say():
     [("conditional", 1, 1), ("guided_detached", 2, 1), ("guided", 2, 2)],
 )
 def test_rates_count_each_pass_and_two_for_a_backward(logprobs, forward, backward):
-    drawn = Drawn(num_rows=6, num_tokens=4, prompt_slots=5)
+    drawn = RolloutStats(num_rows=6, num_tokens=4, prompt_slots=5)
     numbers = rates(
         SMALL,
         drawn,
@@ -86,11 +86,13 @@ def test_rates_count_each_pass_and_two_for_a_backward(logprobs, forward, backwar
 
 def test_passes_of_unequal_size_add_up():
     passes = [
-        DrawnPass(num_rows=4, num_tokens=9, lengths_B=torch.tensor([5, 7])),
-        DrawnPass(num_rows=2, num_tokens=9, lengths_B=torch.tensor([3])),
+        PassStats(num_rows=4, num_tokens=9, lengths_B=torch.tensor([5, 7])),
+        PassStats(num_rows=2, num_tokens=9, lengths_B=torch.tensor([3])),
     ]
     # rows of 5, 5, 7, 7, 3, 3 slots: 30 / 6
-    assert Drawn.of(passes) == Drawn(num_rows=6, num_tokens=9, prompt_slots=5.0, num_passes=2)
+    assert RolloutStats.of(passes) == RolloutStats(
+        num_rows=6, num_tokens=9, prompt_slots=5.0, num_passes=2
+    )
 
 
 def test_the_size_of_a_decoder_is_that_of_its_parts(tiny_janus):
@@ -108,11 +110,11 @@ def test_the_size_of_a_decoder_is_that_of_its_parts(tiny_janus):
     assert size.slot_bytes == 2 * 2 * 32 * 4
     prompts = (Prompt("a red circle", 0), Prompt("a star", 1))
     rollout(engine, prompts, group_size=4, sampling=Sampling(3.0), seed=0, step=0)
-    drawn = Drawn.of(engine.drawn)
+    drawn = RolloutStats.of(engine.passes)
     assert (drawn.num_rows, drawn.num_tokens, drawn.num_passes) == (16, 16, 2)
     assert drawn.prompt_slots == tiny_janus.encode(prompts).lengths_P.float().mean().item()
     engine.reload()
-    assert engine.drawn == []
+    assert engine.passes == []
 
 
 def test_overall_rates_are_those_of_all_devices():
@@ -126,15 +128,15 @@ def test_overall_rates_are_those_of_all_devices():
 
 
 def test_a_clock_books_times_by_name_and_the_peak_of_the_process():
-    clock = Clock()
-    clock.lap("sample_s")
-    clock.lap("learn_s")
-    times = clock.times()
+    timer = Timer()
+    timer.record("sample_s")
+    timer.record("learn_s")
+    times = timer.times()
     assert times["time/step_s"] == pytest.approx(times["time/sample_s"] + times["time/learn_s"])
     before = times["time/learn_s"]
     time.sleep(0.002)
-    clock.lap("learn_s")  # a phase with another in between
-    assert clock.times()["time/learn_s"] >= before + 0.002
+    timer.record("learn_s")  # a phase with another in between
+    assert timer.times()["time/learn_s"] >= before + 0.002
     if not torch.cuda.is_available():
         assert 0.05 < times["memory/process_gib"] < 1000
 
@@ -142,13 +144,13 @@ def test_a_clock_books_times_by_name_and_the_peak_of_the_process():
 @pytest.mark.gpu
 def test_on_a_gpu_each_phase_has_its_own_peak():
     torch.cuda.empty_cache()
-    clock = Clock()
+    timer = Timer()
     buffer = torch.zeros(2**28, device="cuda")  # 1 GiB
-    clock.lap("sample_s")
+    timer.record("sample_s")
     del buffer
-    clock.lap("learn_s")
-    clock.lap("log_s")
-    numbers = clock.times()
+    timer.record("learn_s")
+    timer.record("log_s")
+    numbers = timer.times()
     assert numbers["memory/sample_gib"] - numbers["memory/log_gib"] == pytest.approx(1, abs=0.01)
     # The buffer was still there when the phase began.
     assert numbers["memory/learn_gib"] == pytest.approx(numbers["memory/sample_gib"], abs=0.01)

@@ -9,7 +9,7 @@ from stage_rl.errors import DivergedError
 from stage_rl.recipe import AlgorithmConfig
 from stage_rl.training import update
 from stage_rl.training.update import Precision, Update, learn, measure, measure_all, micro_batches
-from stage_rl.types import Judged, Prompt, Rollout
+from stage_rl.types import Prompt, Rewards, Rollout
 
 TEXTS = ("a red circle", "the photo of two blue square and three green star", "a star")
 SIZE = 3
@@ -30,7 +30,7 @@ def a_rollout(seed=0):
 
 def a_judgement(kept=(True, True, True)):
     rewards = torch.tensor([[1.0, 0.0, 0.5], [0.0, 0.0, 1.0], [0.3, 0.3, 0.3]])
-    return Judged(rewards, torch.tensor(kept), {}, ("",) * rewards.numel())
+    return Rewards(rewards, torch.tensor(kept), {}, ("",) * rewards.numel())
 
 
 class Recorder(torch.optim.SGD):
@@ -121,7 +121,7 @@ def test_a_group_that_left_the_step_changes_nothing_for_the_others(policy):
     full = a_rollout()
     first_two = Rollout(full.prompts[:2], SIZE, full.tokens_NT[: 2 * SIZE], full.images_NHWC)
     judged = a_judgement()
-    two = Judged(judged.rewards_PG[:2], judged.kept_P[:2], {}, ())
+    two = Rewards(judged.rewards_PG[:2], judged.valid_P[:2], {}, ())
     _, expected = learned(policy, rollout=first_two, judged=two)
     _, gradient = learned(other, judged=a_judgement((True, True, False)), groups=1)
     assert (gradient - expected).norm() <= 1e-6 * expected.norm()
@@ -167,7 +167,7 @@ def test_entropy_as_a_loss_moves_the_entropy_towards_the_reference(policy):
         return (means[0] - means[1]).square().mean().item()
 
     settings = {"beta": 0.0, "entropy": {"mode": "loss", "penalty_scale": 1.0}}
-    equal = Judged(torch.zeros(3, SIZE), torch.ones(3, dtype=torch.bool), {}, ())
+    equal = Rewards(torch.zeros(3, SIZE), torch.ones(3, dtype=torch.bool), {}, ())
     _, _ = learned(policy, judged=equal, lr=0.0, **settings)  # moves the policy away by 1 %
     optimizer = torch.optim.SGD([p for p in policy.module.parameters() if p.requires_grad])
     before = gap()

@@ -110,13 +110,13 @@ def interleaved(
     rounds: int,
     *,
     calls: int = 1,
-    clock: Callable[[], float] = time.perf_counter,
+    timer: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     """Median seconds per call of each function over `rounds`, after one call each to warm up.
 
     Each round times every function once, so a change of load falls on all of them; a function far
     below a millisecond is timed over several `calls`. For work on one CPU thread
-    `clock=time.thread_time` counts what the thread ran, not what it waited for others: wall time on
+    `timer=time.thread_time` counts what the thread ran, not what it waited for others: wall time on
     a busy machine stretches the longer function more and so flatters the shorter.
     """
     assert rounds > 0, rounds
@@ -125,20 +125,20 @@ def interleaved(
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
-            times[name].append(seconds_of(function, calls, clock) / calls)
+            times[name].append(seconds_of(function, calls, timer) / calls)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
 def seconds_of(
-    function: Callable[[], Any], calls: int = 1, clock: Callable[[], float] = time.perf_counter
+    function: Callable[[], Any], calls: int = 1, timer: Callable[[], float] = time.perf_counter
 ) -> float:
     """Seconds of some calls, with what they leave a GPU to do."""
     _synchronize()
-    start = clock()
+    start = timer()
     for _ in range(calls):
         function()
     _synchronize()
-    return clock() - start
+    return timer() - start
 
 
 def _synchronize() -> None:
@@ -260,12 +260,12 @@ class Work:
         return self.num_images * row
 
 
-def copy_bytes_per_s(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
+def copy_bytes_per_s(device: torch.device, timer: Callable[[], float] = time.perf_counter) -> float:
     """Bytes a second that a copy reads and writes, far larger than what a processor caches."""
     size = 2**30 if device.type == "cuda" else 2**27
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
-    return 2 * size / interleaved({"copy": lambda: target.copy_(source)}, 5, clock=clock)["copy"]
+    return 2 * size / interleaved({"copy": lambda: target.copy_(source)}, 5, timer=timer)["copy"]
 
 
 def matmul_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:

@@ -15,7 +15,7 @@ from torch.multiprocessing.spawn import spawn
 
 from stage_rl.bench.base import BenchResult, Setting, at_least, one_thread
 from stage_rl.config import load_recipe, resolved_json
-from stage_rl.distributed import ALONE, Ranks, joined_ranks
+from stage_rl.distributed import SINGLE, World, init_distributed
 from stage_rl.recipe import Recipe
 from stage_rl.training.checkpoint import TrainerState, latest_checkpoint, trained_parameters
 from stage_rl.training.loop import train_step
@@ -102,10 +102,10 @@ def compare(recipe: Recipe, num_ranks: int, folder: Path) -> dict[str, float]:
     """
     file = folder / "recipe.json"
     file.write_text(resolved_json(recipe))
-    alone = trace(recipe, ALONE, range(STEPS), save_to=folder / "one")
+    alone = trace(recipe, SINGLE, range(STEPS), save_to=folder / "one")
     spawn(_several, (num_ranks, _free_port(), folder), nprocs=num_ranks)
     several, resumed = (Trace(*parts) for parts in torch.load(folder / "several.pt"))
-    back = trace(recipe, ALONE, range(SAVED_AT, STEPS), resume=folder / "several")
+    back = trace(recipe, SINGLE, range(SAVED_AT, STEPS), resume=folder / "several")
     # Later updates start from parameters that differ in their last bits.
     pairs = [
         (alone.gradients[0], several.gradients[0]),
@@ -126,7 +126,7 @@ def compare(recipe: Recipe, num_ranks: int, folder: Path) -> dict[str, float]:
 
 def trace(
     recipe: Recipe,
-    ranks: Ranks,
+    ranks: World,
     steps: Iterable[int],
     *,
     save_to: Path | None = None,
@@ -163,7 +163,7 @@ def _several(rank: int, num_ranks: int, port: int, folder: Path) -> None:
     }
     torch.set_num_threads(1)
     recipe = load_recipe(folder / "recipe.json")
-    with joined_ranks(CPU) as ranks:
+    with init_distributed(CPU) as ranks:
         unbroken = trace(recipe, ranks, range(STEPS), save_to=folder / "several")
         resumed = trace(recipe, ranks, range(SAVED_AT, STEPS), resume=folder / "one")
         if ranks.first:

@@ -53,7 +53,7 @@ def run(*, recipe: str = "shapes_geneval", steps: int = 16, overrides: str = "")
 def step_gradient(trainer: Trainer, step: int) -> Tensor:
     """The gradient of one step, D, with the policy left as it is."""
     rollout = trainer.sample(trainer.engine, trainer.prompts_of(step), step=step)
-    judged = trainer.judge.submit(rollout).result()
+    judged = trainer.rewards.submit(rollout).result()
     batches = trainer.batches(rollout)
     reference = measure_all(trainer.reference, batches, trainer.precision)
     taken: list[Tensor] = []

@@ -104,7 +104,7 @@ def _costs(
         seconds = interleaved(passes, rounds)
     else:
         with one_thread():
-            seconds = interleaved(passes, rounds, clock=time.thread_time)
+            seconds = interleaved(passes, rounds, timer=time.thread_time)
     peaks = {name: peak_bytes(function, hidden_ND.device) for name, function in passes.items()}
     figures = {f"{name}_ms": value * 1e3 for name, value in seconds.items()}
     figures |= {f"{name}_mib": value / 2**20 for name, value in peaks.items()}

@@ -84,7 +84,7 @@ def compare(recipe: Recipe) -> BenchResult:
 
 
 def _on_gpu(trainer: Trainer) -> dict[str, float]:
-    laps = train_step(trainer, 1).clock.laps
+    laps = train_step(trainer, 1).timer.timings
     return {phase: laps[f"memory/{phase}_gib"] * 2**30 for phase in PHASES}
 
 
@@ -100,7 +100,7 @@ def _on_cpu(trainer: Trainer, before: int) -> dict[str, float]:
     trainer.engine.reload()
     prompts = trainer.prompts_of(1)
     phase("sample", lambda: kept.append(trainer.sample(trainer.engine, prompts, step=1)))
-    judged = trainer.judge.submit(kept[0]).result()
+    judged = trainer.rewards.submit(kept[0]).result()
     batches = trainer.batches(kept[0])
     references = []
     phase(

@@ -14,7 +14,7 @@ from stage_rl.bench.step import recipe_of
 from stage_rl.errors import InputError
 from stage_rl.recipe import Recipe
 from stage_rl.rewards.base import Score
-from stage_rl.rewards.judge import Judge, WeightedReward
+from stage_rl.rewards.judge import RewardFunctions, WeightedReward
 from stage_rl.training.loop import train_step
 from stage_rl.training.trainer import build_trainer
 from stage_rl.types import Prompt
@@ -83,12 +83,12 @@ def measure(
     """The benchmark for a recipe, whose rewards are replaced by the slow one."""
     trainer = build_trainer(recipe, recipe.prompts.build())
     reward = SlowReward()
-    trainer.judge = Judge([WeightedReward("slow", 1.0, reward)])
+    trainer.rewards = RewardFunctions([WeightedReward("slow", 1.0, reward)])
     number = iter(range(2 + rounds * (1 + len(lengths))))
 
     def step(reward_s: float) -> dict[str, float]:
         reward.seconds = reward_s
-        return train_step(trainer, next(number)).clock.times() | {"reward_s": reward.took_s}
+        return train_step(trainer, next(number)).timer.times() | {"reward_s": reward.took_s}
 
     step(0.0)
     reference_s = step(0.0)["time/reference_s"]

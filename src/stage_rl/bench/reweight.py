@@ -88,7 +88,7 @@ def _measure(codes_PGTC: Tensor, advantages_PG: Tensor, rounds: int) -> dict[str
         "pairs": lambda: pair_loop_similarity(codes_PGTC, advantages_PG),
     }
     with one_thread():
-        seconds = interleaved(forms, rounds, calls=10, clock=time.thread_time)
+        seconds = interleaved(forms, rounds, calls=10, timer=time.thread_time)
         difference = (forms["product"]() - forms["pairs"]()).abs().max().item()
     return {
         f"product_ms_g{size}": seconds["product"] * 1e3,

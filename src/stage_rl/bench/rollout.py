@@ -73,8 +73,8 @@ def run(
     policy = policy_of(model, bench_device())
     text = LONG_TEXT if model in SIZES else TEXT
     case = Case(policy, [Prompt(text, i) for i in range(num_prompts)], group_size, guidance_scale)
-    clock = time.process_time if processor_time else time.perf_counter
-    measures = measure(case, rounds, sized=model in SIZES, clock=clock)
+    timer = time.process_time if processor_time else time.perf_counter
+    measures = measure(case, rounds, sized=model in SIZES, timer=timer)
     return BenchResult(
         name="rollout",
         headline=_headline(measures),
@@ -113,7 +113,7 @@ class Case:
 
 
 def measure(
-    case: Case, rounds: int, *, sized: bool, clock: Callable[[], float]
+    case: Case, rounds: int, *, sized: bool, timer: Callable[[], float]
 ) -> dict[str, float]:
     """All figures of the benchmark; `sized`: the model is too large for what compares in full."""
     policy, scale = case.policy, case.guidance_scale
@@ -128,13 +128,13 @@ def measure(
     grown = [prompt for prompt in case.prompts for _ in range(case.group_size)]
     if not sized:
         forms["growing"] = lambda: grow(baseline, grown, guidance_scale=scale)
-    seconds = interleaved(forms, rounds, clock=clock)
+    seconds = interleaved(forms, rounds, timer=timer)
     if sized:
         for engine in engines.values():
             engine.release()
         seconds["growing"] = grow_seconds(baseline, grown, guidance_scale=scale, rounds=rounds)
     measures = _measures(seconds, case)
-    rate = copy_bytes_per_s(policy.device, clock)
+    rate = copy_bytes_per_s(policy.device, timer)
     measures |= _against_the_limit(seconds, engines, case, rate=rate)
     if not sized:
         measures["greedy_equal"] = _greedy_agreement(

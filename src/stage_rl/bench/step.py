@@ -28,9 +28,9 @@ from stage_rl.policies.base import Policy
 from stage_rl.policies.janus import JanusPolicy
 from stage_rl.prompts.files import prompts_of_step
 from stage_rl.recipe import AlgorithmConfig, Recipe
-from stage_rl.rewards.judge import Judge
+from stage_rl.rewards.judge import RewardFunctions
 from stage_rl.training.loop import train_step
-from stage_rl.training.metrics import Clock
+from stage_rl.training.metrics import Timer
 from stage_rl.training.optim import apply_gradient, build_optimizer
 from stage_rl.training.trainer import Trainer, build_trainer
 from stage_rl.types import Measured, Prompt, Rollout
@@ -126,7 +126,7 @@ def compare(recipe: Recipe, *, rounds: int, settings: Mapping[str, Setting]) -> 
     """The benchmark for a recipe with a Janus policy and the objective's default preset."""
     prompts = recipe.prompts.build()
     trainer = build_trainer(recipe, prompts)
-    eager = EagerStep(recipe, trainer.judge, trainer.policy.device)
+    eager = EagerStep(recipe, trainer.rewards, trainer.policy.device)
     forms: dict[str, Step] = {
         "trainer": trainer_form(trainer),
         "eager": lambda step: eager.step(_prompts_of(recipe, prompts, step)),
@@ -169,7 +169,7 @@ def alone(recipe: Recipe, *, rounds: int, settings: Mapping[str, Setting]) -> Be
 
 def trainer_form(trainer: Trainer) -> Step:
     """The trainer's step of a number; seconds by phase."""
-    return lambda step: train_step(trainer, step).clock.times()
+    return lambda step: train_step(trainer, step).timer.times()
 
 
 def ideal_ms(trainer: Trainer) -> dict[str, float]:
@@ -254,7 +254,7 @@ def _table(measures: Mapping[str, float]) -> tuple[str, ...]:
 class EagerStep:
     """A policy, its reference and an optimizer, each its own, and the step that trains them."""
 
-    def __init__(self, recipe: Recipe, judge: Judge, device: torch.device):
+    def __init__(self, recipe: Recipe, judge: RewardFunctions, device: torch.device):
         settings = recipe.algorithm
         assert settings == AlgorithmConfig(beta=settings.beta), "eager_loss is the default preset"
         self.recipe, self.judge = recipe, judge
@@ -265,18 +265,18 @@ class EagerStep:
 
     def step(self, prompts: Sequence[Prompt]) -> dict[str, float]:
         """Samples, judges, measures and learns; seconds by phase, as the trainer names them."""
-        settings, clock = self.recipe.optimizer, Clock()
+        settings, timer = self.recipe.optimizer, Timer()
         rollout = self.sample(prompts)
-        clock.lap("sample_s")
-        rewards_PG = self.judge.judge(rollout).rewards_PG.to(self.policy.device)
-        clock.lap("judge_wait_s")
+        timer.record("sample_s")
+        rewards_PG = self.judge.score(rollout).rewards_PG.to(self.policy.device)
+        timer.record("judge_wait_s")
         with torch.no_grad():
             reference = self.measure(self.reference, rollout)
-        clock.lap("reference_s")
+        timer.record("reference_s")
         self.loss(rollout, rewards_PG, reference).backward()
         apply_gradient(self.optimizer, rate=settings.lr, max_grad_norm=settings.max_grad_norm)
-        clock.lap("learn_s")
-        return clock.times()
+        timer.record("learn_s")
+        return timer.times()
 
     def sample(self, prompts: Sequence[Prompt]) -> Rollout:
         """A group of images for each prompt, by `generate` on one left-padded batch."""

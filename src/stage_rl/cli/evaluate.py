@@ -163,6 +163,7 @@ def _shapes(model: str, against: str | None, request: Request, images_per_task: 
 def _published(
     model: str | None, against: str | None, names: Sequence[str], request: Request
 ) -> dict[str, Outcome]:
+    from stage_rl.distributed import launched
     from stage_rl.evaluation import run as runner
 
     outcomes: Sequence[Outcome]
@@ -170,7 +171,7 @@ def _published(
         outcomes = runner.compare_suites(model, against, names, request)
     else:
         outcomes = runner.evaluate_suites(model, names, request)
-    if runner.launched().first:
+    if launched().first:
         for outcome in outcomes:
             typer.echo(f"{outcome.table()}\n")
         for line in runner.skipped(names, request):

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from stage_rl.console import progress, stop_signals
-from stage_rl.distributed import ALONE, Ranks, joined_ranks
+from stage_rl.distributed import SINGLE, World, init_distributed
 from stage_rl.errors import InputError, RewardError, StageError, Stopped
 from stage_rl.evaluation import published
 from stage_rl.evaluation.images import DrawnPrompt, ImageFolder, find_images, read_images
@@ -90,7 +90,7 @@ def evaluate_suites(
     best = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     load = None if model is None else functools.partial(_load, model, best)
     name = str(request.images) if model is None else _name(model)
-    with joined_ranks(best) as ranks:
+    with init_distributed(best) as ranks:
         return run_suites(load, benchmarks, request, model=name, ranks=ranks)
 
 
@@ -275,7 +275,7 @@ def run_suites(
     request: Request,
     *,
     model: str,
-    ranks: Ranks = ALONE,
+    ranks: World = SINGLE,
 ) -> list[Results]:
     """The results of benchmarks (`all`: every one) on a model, or on `request.images`.
 
@@ -316,11 +316,11 @@ def _job(suite: Suite, request: Request) -> _Job:
     scorers = scorers_of(suite, request.scorers, tiny=request.smoke)
     for name, (scorer, config) in scorers.items():
         for prompt in prompts:
-            objection = config.objection(prompt) if scorer.asks(prompt) else None
-            if objection:
+            unsupported_reason = config.unsupported_reason(prompt) if scorer.asks(prompt) else None
+            if unsupported_reason:
                 raise InputError(
-                    f"{suite.name}: {name} {objection} ('{prompt.text[:40]}'); leave it out: "
-                    f"{name}=null"
+                    f"{suite.name}: {name} {unsupported_reason} ('{prompt.text[:40]}'); "
+                    f"leave it out: {name}=null"
                 )
     return _Job(suite, prompts, request.images_per_prompt or own, scorers)
 
@@ -333,7 +333,7 @@ class _Run:
     request: Request
     model: str
     out: Path
-    ranks: Ranks
+    ranks: World
     signals: Sequence[int]
 
     def results_of(self, job: _Job) -> Results:
@@ -429,7 +429,7 @@ def _suite_setup(job: _Job, drawn: Sequence[DrawnPrompt], request: Request) -> S
     return SuiteSetup(job.suite.name, prompts, images, settings)
 
 
-def _open(policy: Policy | None, request: Request, model: str, ranks: Ranks) -> Path:
+def _open(policy: Policy | None, request: Request, model: str, ranks: World) -> Path:
     """The folder of the evaluation; one of other images is an `InputError`."""
     about = {"images": str(request.images and request.images.resolve())}
     if policy is not None:
@@ -444,7 +444,7 @@ def _open(policy: Policy | None, request: Request, model: str, ranks: Ranks) -> 
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
     slug = re.sub(r"[^A-Za-z0-9.@]+", "-", model).strip("-.")[-60:]
     out = request.out or Path("evaluations") / f"{slug or 'images'}-{digest}"
-    ranks.from_first(lambda: _claim(out, about))
+    ranks.broadcast_object(lambda: _claim(out, about))
     return out
 
 

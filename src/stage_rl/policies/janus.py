@@ -233,7 +233,7 @@ class JanusPolicy:
         """Writes weights, configurations, tokenizer and processor; an adapter is merged into them.
 
         `like` is the folder in DeepSeek's layout that the policy was loaded from, if it was; see
-        `stage_rl.policies.deepseek.files.write_folder`.
+        `stage_rl.policies.janus_deepseek.write_folder`.
         """
         state = merged_state(self.module) if has_adapter(self.module) else self.module.state_dict()
         if layout == "deepseek":

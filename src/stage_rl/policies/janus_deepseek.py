@@ -45,7 +45,7 @@ def is_deepseek(config: Mapping[str, Any]) -> bool:
 def describe(folder: Path, source: str) -> tuple[Any, JanusProcessor, GenerationConfig]:
     """Configuration, processor and generation settings of a folder; its tensors are not read."""
     processor, ids = read_processor(folder, source)
-    config = tensors_to_transformers(read_json(folder, "config.json", source), source, ids)
+    config = config_to_transformers(read_json(folder, "config.json", source), source, ids)
     generation = GenerationConfig(
         bos_token_id=ids["bos"],
         eos_token_id=ids["eos"],
@@ -91,7 +91,7 @@ def write_folder(
     dtype = str(module.dtype).removeprefix("torch.")
     if like is None:
         tied = module.lm_head.weight is module.get_input_embeddings().weight
-        write_json(folder / "config.json", tensors_to_deepseek(module.config, dtype, tied=tied))
+        write_json(folder / "config.json", config_to_deepseek(module.config, dtype, tied=tied))
         write_processor(processor, pad_id, folder)
     else:
         unused = {name: t for name, t in read_tensors(like).items() if is_unused(name)}

@@ -18,7 +18,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
-    HTTPError,
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage]
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -84,8 +84,8 @@ class HubFolder:
         except (RepositoryNotFoundError, GatedRepoError) as error:
             raise WeightsError(
                 f"{self.name}: neither a folder nor a model of the hub that you may read; write "
-                f"a folder with a Janus checkpoint, a hub id such as {EXAMPLE}, or {SHIPPED_MODEL}; "
-                "for a gated model log in with `hf auth login`"
+                f"a folder with a Janus checkpoint, a hub id such as {EXAMPLE}, or "
+                f"{SHIPPED_MODEL}; for a gated model log in with `hf auth login`"
             ) from error
         except RevisionNotFoundError as error:
             raise WeightsError(

@@ -80,7 +80,7 @@ class _MixedCausal(torch.autograd.Function):
         out_ANSD = value_NASD.new_empty(num_heads, num_rows, num_slots, width)
         scores_NSS = torch.empty(num_rows, num_slots, num_slots)
         unseen_SS = _unseen(num_slots)
-        with onednn_products(value_NASD.device):
+        with onednn_matmul(value_NASD.device):
             for head, (query, key) in enumerate(zip(queries, keys, strict=True)):
                 weights_NSS = weights_ANSS[head % num_kept]
                 torch.baddbmm(unseen_SS, query, key.transpose(1, 2), alpha=scale, out=scores_NSS)
@@ -133,7 +133,7 @@ ROUNDS_TO_BF16 = ("amx_bf16", "amx_fp16", "avx10_2")
 
 
 @contextmanager
-def onednn_products(device: torch.device) -> Iterator[None]:
+def onednn_matmul(device: torch.device) -> Iterator[None]:
     """Lets oneDNN multiply matrices inside the block, in fp32.
 
     Torch asks oneDNN for fp32 products only where bf16 is allowed for them. A processor without

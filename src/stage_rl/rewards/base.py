@@ -72,7 +72,7 @@ class DetectorConfig(Component):
     def build(self, device: torch.device) -> Detector:
         """The detector with its weights on a device."""
 
-    def objection(self, prompt: Prompt) -> str | None:
+    def unsupported_reason(self, prompt: Prompt) -> str | None:
         """Why this detector cannot find what a prompt asks for; None: it can."""
         return None
 
@@ -105,7 +105,7 @@ class RewardConfig(Component):
             return {**data, "name": kind.rpartition(":")[2]}
         return data
 
-    def objection(self, prompt: Prompt) -> str | None:
+    def unsupported_reason(self, prompt: Prompt) -> str | None:
         """Why this reward cannot judge a prompt, in words that follow its name; None: it can."""
         missing = [field for field in self.required_fields if field not in prompt.metadata]
         return f"needs '{missing[0]}', which this prompt lacks" if missing else None

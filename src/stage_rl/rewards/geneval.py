@@ -108,14 +108,14 @@ def judge(
     )
     clip = compat == "fixed" if clip_count is None else clip_count
     terms, strict = _soft_terms(found, record["include"], compat=compat, clip_count=clip)
-    objection = _official_objection(found, record)
+    fault = _official_fault(found, record)
     why = "; ".join(term.why for term in terms)
     return Verdict(
         reward=sum(term.value for term in terms) / len(terms),
-        correct=objection is None,
+        correct=fault is None,
         strict=strict,
         clauses=terms,
-        why=why if objection is None else f"{why}; not correct: {objection}",
+        why=why if fault is None else f"{why}; not correct: {fault}",
     )
 
 
@@ -212,7 +212,7 @@ def _released_position(place: Clause) -> list[Clause]:
     return [always] if place.value == 1 else [Clause("position", 0.0, place.why), always]
 
 
-def _official_objection(found: Found, record: Mapping[str, Any]) -> str | None:
+def _official_fault(found: Found, record: Mapping[str, Any]) -> str | None:
     """What the published evaluator objects to first; None: the image is correct.
 
     It takes the most confident objects of a class, as many as wanted, and overlooks the others.
@@ -304,9 +304,9 @@ class GenEvalRewardConfig(RewardConfig):
         )
         return GenEvalReward(self.detector.build(device), rules, self.score)
 
-    def objection(self, prompt: Prompt) -> str | None:
+    def unsupported_reason(self, prompt: Prompt) -> str | None:
         """Also what the detector cannot find."""
-        return super().objection(prompt) or self.detector.objection(prompt)
+        return super().unsupported_reason(prompt) or self.detector.unsupported_reason(prompt)
 
     def reference_cases(self) -> tuple[ReferenceCase, ...]:
         """Those of the detector: the rules themselves need no weights."""

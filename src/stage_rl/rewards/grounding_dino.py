@@ -226,12 +226,12 @@ class GroundingDinoRewardConfig(RewardConfig):
             raise complaint("detector.min_score", f"{text}; write at most {self.threshold}")
         return self
 
-    def objection(self, prompt: Prompt) -> str | None:
+    def unsupported_reason(self, prompt: Prompt) -> str | None:
         """Also why a spatial or a numeracy prompt cannot be judged."""
-        from stage_rl.rewards.t2i_r1 import scene_objection
+        from stage_rl.rewards.t2i_r1 import scene_unsupported_reason
 
-        missing = super().objection(prompt)
-        return missing or scene_objection(prompt.metadata, compat=self.compat)
+        missing = super().unsupported_reason(prompt)
+        return missing or scene_unsupported_reason(prompt.metadata, compat=self.compat)
 
     def build(self, device: torch.device) -> SceneReward:
         """The reward with its detector on a device."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stage_rl.errors import InputError, RewardError, StageError
 from stage_rl.rewards.base import Reward, RewardConfig, Score
-from stage_rl.types import Judged, Prompt, Rollout
+from stage_rl.types import Prompt, Rewards, Rollout
 
 log = logging.getLogger(__name__)
 
@@ -38,31 +38,31 @@ def check_fields(rewards: Sequence[RewardConfig], prompts: Sequence[Prompt]) -> 
     """Raises an InputError when a reward cannot judge a prompt, such as for want of metadata."""
     for config in rewards:
         for prompt in prompts:
-            objection = config.objection(prompt)
-            if objection:
+            unsupported_reason = config.unsupported_reason(prompt)
+            if unsupported_reason:
                 raise InputError(
                     f"prompt {prompt.index} ('{prompt.text[:40]}'): reward '{config.name}' "
-                    f"{objection}; mend the prompts or drop the reward"
+                    f"{unsupported_reason}; mend the prompts or drop the reward"
                 )
 
 
-class Judge:
+class RewardFunctions:
     """Scores rollouts, each on a thread of its own, so that the model can work meanwhile."""
 
     def __init__(self, rewards: Sequence[WeightedReward]) -> None:
         self._rewards = tuple(rewards)
 
-    def submit(self, rollout: Rollout) -> Future[Judged]:
+    def submit(self, rollout: Rollout) -> Future[Rewards]:
         """Starts judging; `result()` waits for it."""
         # The thread ends with its rollout. On a CPU, one that stayed would keep a second team of
         # OpenMP workers, and OpenMP lets all workers sleep between two operations where they are
         # more than the cores: sampling then takes 1.3 to 1.6 times as long (measured, two cores).
         executor = ThreadPoolExecutor(1, thread_name_prefix="judge")
-        judged = executor.submit(self.judge, rollout)
+        judged = executor.submit(self.score, rollout)
         executor.shutdown(wait=False)
         return judged
 
-    def judge(self, rollout: Rollout) -> Judged:
+    def score(self, rollout: Rollout) -> Rewards:
         """All scores. A reward that fails twice on a group takes that group out of the step."""
         size = rollout.group_size
         shape = (len(rollout.prompts), size)
@@ -85,7 +85,7 @@ class Judge:
         total[~kept] = 0.0
         if len(terms) > 1 and size > 1:
             columns |= _shares(terms, kept)
-        return Judged(total, kept, columns, tuple(reasons))
+        return Rewards(total, kept, columns, tuple(reasons))
 
 
 def _score_groups(item: WeightedReward, rollout: Rollout) -> list[list[Score] | None]:
@@ -164,7 +164,7 @@ def _columns(name: str, groups: list[list[Score] | None], size: int) -> dict[str
     return {key: torch.tensor(column).view(-1, size) for key, column in values.items()}
 
 
-def _shares(terms: dict[str, Tensor], kept_P: Tensor) -> dict[str, Tensor]:
+def _shares(terms: dict[str, Tensor], valid_P: Tensor) -> dict[str, Tensor]:
     """How much of a group's spread is each reward's, PG columns NAME_share that sum to 1.
 
     The standard deviation of a weighted term within the group over the sum of all terms'; NaN in
@@ -172,7 +172,7 @@ def _shares(terms: dict[str, Tensor], kept_P: Tensor) -> dict[str, Tensor]:
     """
     spread_RP1 = torch.stack([term_PG.std(1, keepdim=True) for term_PG in terms.values()])
     share_RP1 = spread_RP1 / spread_RP1.sum(0)  # 0 / 0 where nothing differs: NaN
-    share_RP1[:, ~kept_P] = math.nan
+    share_RP1[:, ~valid_P] = math.nan
     size = next(iter(terms.values())).shape[1]
     return {
         f"{name}_share": share_P1.expand(-1, size)

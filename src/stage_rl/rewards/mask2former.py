@@ -324,7 +324,7 @@ class Mask2FormerConfig(DetectorConfig):
         )
         return detector if self.jpeg_quality is None else OnJpeg(detector, self.jpeg_quality)
 
-    def objection(self, prompt: Prompt) -> str | None:
+    def unsupported_reason(self, prompt: Prompt) -> str | None:
         """That a clause asks for something that is never found; random weights take anything."""
         clauses = prompt.metadata.get("include") or ()
         unknown = [clause["class"] for clause in clauses if clause["class"] not in CLASSES]

@@ -334,14 +334,14 @@ class OcrRewardConfig(RewardConfig):
     threads: Count = 1
     """Threads of one engine."""
 
-    def objection(self, prompt: Prompt) -> str | None:
+    def unsupported_reason(self, prompt: Prompt) -> str | None:
         """Also that a prompt has no text to be read."""
 
         try:
             target_of(prompt)
         except ValueError as error:
             return str(error)
-        return super().objection(prompt)
+        return super().unsupported_reason(prompt)
 
     def build(self, device: torch.device) -> OcrReward:
         """The reward with its engine, on the CPU; an InputError where that is not installed."""

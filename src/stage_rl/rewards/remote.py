@@ -47,7 +47,7 @@ class RemoteReward:
     """Scores images with a reward of a server, several requests at a time."""
 
     def __init__(
-        self, client: PatientClient, offer: Offer, *, batch_size: int, connections: int
+        self, client: RetryingClient, offer: Offer, *, batch_size: int, connections: int
     ) -> None:
         self._client = client
         self._offer = offer
@@ -99,7 +99,7 @@ class RemoteReward:
             ) from error
         try:
             answer = self._client.ask("POST", SCORES_PATH.format(name=name), body, stop=stop)
-        except Unscored as error:
+        except ScoringFailed as error:
             # Not the user's mistake: the judge asks again by group, and drops those that fail.
             raise RuntimeError(f"reward '{name}' failed on its server: {error}") from error
         try:
@@ -108,7 +108,7 @@ class RemoteReward:
             raise RewardError(f"reward server: its answer holds {error}; update it") from error
 
 
-def find_offer(client: PatientClient, name: str) -> tuple[Offer, int]:
+def find_offer(client: RetryingClient, name: str) -> tuple[Offer, int]:
     """The server's reward of a name, or its only one for '', and the most images of a request.
 
     An InputError for an unknown name.
@@ -170,12 +170,12 @@ JITTER = random.Random()
 """Of its own, so that a wait leaves the streams that anyone has seeded as they are."""
 
 
-class Unscored(Exception):
+class ScoringFailed(Exception):
     """The reward failed on the images of a request; others may well be scored."""
 
 
 @dataclass(frozen=True)
-class Trouble:
+class RetryableError:
     """Why an attempt did not bring an answer."""
 
     what: str
@@ -183,7 +183,7 @@ class Trouble:
     """Least time until the next attempt, as the server asks."""
 
 
-class PatientClient:
+class RetryingClient:
     """One server and what it wants to see; several threads may ask at once."""
 
     def __init__(
@@ -207,7 +207,7 @@ class PatientClient:
     ) -> bytes:
         """The body of the answer, after as many attempts as fit in the time to give up.
 
-        A RewardError where the server refuses or none answers, an `Unscored` where the reward
+        A RewardError where the server refuses or none answers, an `ScoringFailed` where the reward
         failed. All attempts have one key, by which the server knows them as one request. `stop`
         ends the waiting between them.
         """
@@ -230,13 +230,15 @@ class PatientClient:
             stop.wait(pause_s)
         raise AssertionError
 
-    def _attempt(self, method: str, path: str, body: bytes, key: str) -> bytes | Trouble:
+    def _attempt(self, method: str, path: str, body: bytes, key: str) -> bytes | RetryableError:
         try:
             response = self._http.request(
                 method, self._url + path, content=body, headers={KEY_HEADER: key}
             )
         except httpx2.TransportError as error:
-            return Trouble(f"{type(error).__name__} ({error})" if str(error) else repr(error))
+            return RetryableError(
+                f"{type(error).__name__} ({error})" if str(error) else repr(error)
+            )
         except httpx2.InvalidURL as error:
             raise InputError(f"url '{self._url}': {error}; write http://HOST:PORT") from error
         if response.status_code == 200:
@@ -244,13 +246,13 @@ class PatientClient:
         code, message = _complaint(response)
         is_foreign = response.status_code >= 500 and not code
         if response.status_code in PASSING or is_foreign:
-            return Trouble(f"{response.status_code} {message}", _advice(response))
+            return RetryableError(f"{response.status_code} {message}", _advice(response))
         if code == "reward_failed":
-            raise Unscored(message)
+            raise ScoringFailed(message)
         what = f"reward server {self._url}: {response.status_code} {message}"
         raise InputError(what) if response.status_code == UNKNOWN else RewardError(what)
 
-    def _tell(self, trouble: Trouble) -> None:
+    def _tell(self, trouble: RetryableError) -> None:
         """Warns once until the next answer."""
         if self._is_answered:
             log.warning(
@@ -317,7 +319,7 @@ class RemoteRewardConfig(RewardConfig):
             raise complaint("url", f"'{self.url}' is no address; write http://HOST:PORT")
         return self
 
-    def objection(self, prompt: Prompt) -> str | None:
+    def unsupported_reason(self, prompt: Prompt) -> str | None:
         """What the server's reward requires; asks the server the first time."""
         if self._fields is None:
             client = self._client()
@@ -334,13 +336,13 @@ class RemoteRewardConfig(RewardConfig):
         size = min(self.batch_size, most)
         return RemoteReward(client, offer, batch_size=size, connections=self.connections)
 
-    def _client(self) -> PatientClient:
+    def _client(self) -> RetryingClient:
         if importlib.util.find_spec("httpx2") is None:
             raise InputError(
                 f"reward '{self.name}': httpx2 is not installed; run pip install 'stage-rl[server]'"
             )
 
-        return PatientClient(
+        return RetryingClient(
             self.url,
             token=read_token(self.token_file, self.token_env),
             timeout_s=self.timeout_s,

@@ -53,7 +53,9 @@ def caption_of(nouns: Sequence[str]) -> tuple[str, list[list[Span]]]:
     return " . ".join(nouns) + ".", spans
 
 
-def scene_objection(metadata: Mapping[str, Any], *, compat: Compat = "fixed") -> str | None:
+def scene_unsupported_reason(
+    metadata: Mapping[str, Any], *, compat: Compat = "fixed"
+) -> str | None:
     """Why a prompt with nouns and a task type cannot be judged, in words; None where it can be."""
     task, named = metadata["task_type"], []
     if task == "spatial":

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, linear, scaled_dot_product_attention
 
 from stage_rl.policies.base import DecoderWeights, LayerWeights
-from stage_rl.policies.trunk import onednn_products
+from stage_rl.policies.trunk import onednn_matmul
 from stage_rl.rollout.attention import (
     Attend,
     Backend,
@@ -177,7 +177,7 @@ class Decoder:
         On a GPU with bf16 trunk its products take TF32: next to what the trunk rounds, nothing.
         """
         *inner, (last_weight, last_bias) = self.head_layers
-        with _tf32(self.linear_dtype == torch.bfloat16), onednn_products(states_RD.device):
+        with _tf32(self.linear_dtype == torch.bfloat16), onednn_matmul(states_RD.device):
             for weight, bias in inner:
                 states_RD = gelu(linear(states_RD, weight, bias))
             if last_bias is None:

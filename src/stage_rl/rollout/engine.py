@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class DrawnPass:
+class PassStats:
     """The extent of one pass, for what it read and computed."""
 
     num_rows: int
@@ -74,7 +74,7 @@ class Engine:
         self._decoder: Decoder | None = None
         self._cache: KeyValueCache | None = None
         self._passes: dict[Hashable, _Pass] = {}
-        self.drawn: list[DrawnPass] = []
+        self.passes: list[PassStats] = []
         """The passes since the last reload."""
         self.reload()
 
@@ -87,7 +87,7 @@ class Engine:
         if self._decoder is None:
             self._decoder = Decoder(weights, dtype=self.dtype, backend=self._backend)
         self._decoder.load(weights)
-        self.drawn = []
+        self.passes = []
 
     @property
     def decoder(self) -> Decoder:
@@ -125,7 +125,7 @@ class Engine:
         embeds_BLD, lengths_B = _rows_of(prefix, sampling)
         longest, num_tokens = embeds_BLD.shape[1], uniforms_NT.shape[1]
         num_rows = len(embeds_BLD) * group_size
-        self.drawn.append(DrawnPass(num_rows, num_tokens, lengths_B))
+        self.passes.append(PassStats(num_rows, num_tokens, lengths_B))
         cache = self._cache_for(num_rows, longest + num_tokens - 1)
         current = self._pass_of(cache, sampling, uniforms_NT=uniforms_NT, forced_T=forced_T)
         states_BD = self.decoder.prefill(

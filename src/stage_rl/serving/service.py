@@ -69,10 +69,10 @@ class RewardService:
             raise Refusal(413, "images", f"{len(items)} images; send {most} in a request")
         prompts = [Prompt(item.prompt, item.index, item.metadata) for item in items]
         for place, prompt in enumerate(prompts):
-            objection = self._config.objection(prompt)
-            if objection:
+            unsupported_reason = self._config.unsupported_reason(prompt)
+            if unsupported_reason:
                 what = f"items.{place} ('{prompt.text[:40]}'): reward '{self._config.name}'"
-                raise Refusal(422, "prompt", f"{what} {objection}")
+                raise Refusal(422, "prompt", f"{what} {unsupported_reason}")
         return prompts, *png_files(items, self._limits)
 
     async def _score(self, images_NHWC, prompts: list[Prompt]) -> list[Score]:

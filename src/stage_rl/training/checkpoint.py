@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from stage_rl.distributed import ALONE, Ranks
+from stage_rl.distributed import SINGLE, World
 from stage_rl.errors import CheckpointError
 from stage_rl.training.parallelize import is_sharded, spread_like
 
@@ -88,7 +88,7 @@ def save_checkpoint(
     *,
     state: TrainerState,
     keep: int = 2,
-    ranks: Ranks = ALONE,
+    ranks: World = SINGLE,
 ) -> Path:
     """Writes `root`/step_N and removes all but the newest `keep` and the best; all ranks call it.
 
@@ -115,7 +115,7 @@ def save_checkpoint(
     return final
 
 
-def _write_parts(folder: Path, contents: Contents, state: TrainerState, ranks: Ranks) -> None:
+def _write_parts(folder: Path, contents: Contents, state: TrainerState, ranks: World) -> None:
     """All files of a checkpoint; the manifest comes last."""
     if ranks.first:
         shutil.rmtree(folder, ignore_errors=True)

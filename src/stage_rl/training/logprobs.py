@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from stage_rl.policies.base import Policy, Prefix
-from stage_rl.policies.trunk import onednn_products
+from stage_rl.policies.trunk import onednn_matmul
 from stage_rl.rollout.sampling import Sampling, guide
 
 Head = Callable[[Tensor], Tensor]
@@ -45,7 +45,7 @@ def head_logprobs(
     assert hidden_ND.ndim == 2, hidden_ND.shape
     assert tokens_N.shape == hidden_ND.shape[:1], (tokens_N.shape, hidden_ND.shape)
     assert chunk_rows > 0, chunk_rows
-    with onednn_products(hidden_ND.device):
+    with onednn_matmul(hidden_ND.device):
         if torch.is_grad_enabled() and _has_trainable(head, hidden_ND):
             run = _recomputed
         elif torch.is_grad_enabled() and hidden_ND.requires_grad:

@@ -13,15 +13,15 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from stage_rl.console import live_view, stop_signals
-from stage_rl.distributed import Ranks, joined_ranks
+from stage_rl.distributed import World, init_distributed
 from stage_rl.errors import InputError, Stopped
 from stage_rl.prompts.files import prompts_of_step
 from stage_rl.recipe import Recipe
 from stage_rl.rewards.judge import check_fields
 from stage_rl.training.checkpoint import latest_checkpoint
 from stage_rl.training.metrics import (
-    Clock,
-    Drawn,
+    RolloutStats,
+    Timer,
     learning_metrics,
     over_ranks,
     overall_rates,
@@ -30,7 +30,7 @@ from stage_rl.training.metrics import (
 )
 from stage_rl.training.monitor import Watch, measure_drift
 from stage_rl.training.optim import learning_rate
-from stage_rl.training.resample import redraw
+from stage_rl.training.resample import resample
 from stage_rl.training.run import RunFolder, check_run, open_run
 from stage_rl.training.trainer import (
     Step,
@@ -41,7 +41,7 @@ from stage_rl.training.trainer import (
     pick_device,
 )
 from stage_rl.training.update import measure_all
-from stage_rl.types import Judged, Prompt
+from stage_rl.types import Prompt, Rewards
 
 
 def train(recipe: Recipe) -> Path:
@@ -50,17 +50,17 @@ def train(recipe: Recipe) -> Path:
     Raises `Stopped` after Ctrl-C or SIGTERM, when the step is done and saved; a `StageError` for
     everything else that ends a run.
     """
-    with joined_ranks(pick_device(recipe.training.device)) as ranks:
+    with init_distributed(pick_device(recipe.training.device)) as ranks:
         return train_on(recipe, ranks)
 
 
-def train_on(recipe: Recipe, ranks: Ranks) -> Path:
+def train_on(recipe: Recipe, ranks: World) -> Path:
     """`train` by one of the processes of a run; all of them call it."""
     prompts = recipe.prompts.build()
     check_prompts(recipe, prompts)
     check_ranks(recipe, ranks, num_prompts=len(prompts))
-    folder = ranks.from_first(lambda: check_run(recipe))
-    done = ranks.from_first(lambda: finished_steps(folder))
+    folder = ranks.broadcast_object(lambda: check_run(recipe))
+    done = ranks.broadcast_object(lambda: finished_steps(folder))
     if done >= recipe.steps:
         # Nothing is written: the run may have more steps than this recipe asks for.
         with live_view(first=done, last=done, rank=ranks.rank) as view:
@@ -76,7 +76,7 @@ def train_on(recipe: Recipe, ranks: Ranks) -> Path:
 def train_steps(trainer: Trainer, run: RunFolder, signals: Sequence[int]) -> None:
     """All steps from the newest checkpoint on; `signals` fills while they run."""
     recipe, ranks = trainer.recipe, trainer.ranks
-    saved = ranks.from_first(lambda: latest_checkpoint(run.checkpoints))
+    saved = ranks.broadcast_object(lambda: latest_checkpoint(run.checkpoints))
     first = saved.state.step if saved else 0
     watch = Watch(recipe, saved.state if saved else None)
     with live_view(first=first, last=recipe.steps, rank=ranks.rank) as view:
@@ -133,54 +133,54 @@ def _finished(recipe: Recipe, run: RunFolder, done: int) -> str:
 
 def train_step(trainer: Trainer, step: int) -> Step:
     """One pass of the loop."""
-    recipe, clock = trainer.recipe, Clock()
+    recipe, timer = trainer.recipe, Timer()
     # Sample: G images of every prompt, from copies of the weights as they are now.
     trainer.engine.reload()
     rollout = trainer.sample(trainer.engine, trainer.prompts_of(step), step=step)
-    clock.lap("sample_s")
-    drawn = Drawn.of(trainer.engine.drawn)
+    timer.record("sample_s")
+    drawn = RolloutStats.of(trainer.engine.passes)
 
     # Judge, while reference and policy measure; where the recipe asks so, draw equal rewards again
     # first.
-    verdict, numbers = trainer.judge.submit(rollout), {}
+    verdict, numbers = trainer.rewards.submit(rollout), {}
     if recipe.rollout.resample_equal_groups:
-        rollout, verdict, numbers = redraw(trainer, rollout, verdict, step=step)
-        clock.lap("resample_s")
+        rollout, verdict, numbers = resample(trainer, rollout, verdict, step=step)
+        timer.record("resample_s")
     batches = trainer.batches(rollout)
     reference = measure_all(trainer.reference, batches, trainer.precision)
-    clock.lap("reference_s")
+    timer.record("reference_s")
     numbers |= trainer.untrained_mismatch(batches[0])
-    clock.lap("mismatch_s")
+    timer.record("mismatch_s")
 
     # Measure the policy, wait for the verdict, credit each token, learn: one pass of the policy
     # where there is one update.
     rate = learning_rate(step, recipe.steps, recipe.optimizer)
-    judged = functools.cache(functools.partial(awaited, trainer, verdict, clock))
+    judged = functools.cache(functools.partial(awaited, trainer, verdict, timer))
     learned = trainer.learn(batches, judged, reference, rate=rate)
-    clock.lap("learn_s")
+    timer.record("learn_s")
     if learned:
         numbers |= learning_metrics(learned, reference)
         numbers |= trained_mismatch(learned.measured, rollout, recipe.algorithm)
-        numbers |= trainer.rates(drawn, clock.laps)
+        numbers |= trainer.rates(drawn, timer.timings)
 
     # Watch the drift from the reference on its own samples.
     if trainer.is_probed(step):
         drift = measure_drift(trainer.policy, trainer.reference, trainer.probe(), trainer.precision)
         numbers |= {"probe/kl": drift.kl, "probe/entropy_drift": drift.entropy}
-        clock.lap("probe_s")
+        timer.record("probe_s")
     trainer.refresh_reference_after(step)
 
     numbers = over_ranks(trainer.ranks.gather(numbers))
     numbers |= reward_metrics(judged()) | {"optimizer/lr": rate}
-    taken = Step(step, rollout, judged(), reference, learned, numbers, clock)
+    taken = Step(step, rollout, judged(), reference, learned, numbers, timer)
     return taken.joined(trainer.ranks) if trainer.is_logged(step) else taken
 
 
-def awaited(trainer: Trainer, verdict: Future[Judged], clock: Clock) -> Judged:
+def awaited(trainer: Trainer, verdict: Future[Rewards], timer: Timer) -> Rewards:
     """The verdict on the images of all ranks, which is asked for while the step learns."""
-    clock.lap("learn_s")
+    timer.record("learn_s")
     judged = trainer.ranks.join(verdict.result())
-    clock.lap("judge_wait_s")
+    timer.record("judge_wait_s")
     return judged
 
 
@@ -188,8 +188,8 @@ def record(trainer: Trainer, run: RunFolder, taken: Step) -> dict[str, float]:
     """Writes a step into the run folder, the samples where they are due; returns its numbers."""
     if taken.learned and trainer.is_logged(taken.number):
         log_samples(run, taken, num_groups=trainer.recipe.run.log_groups)
-        taken.clock.lap("log_s")
-    numbers = taken.numbers | taken.clock.times()
-    numbers |= overall_rates(taken.judged.rewards_PG.numel(), taken.rollout, numbers)
+        taken.timer.record("log_s")
+    numbers = taken.numbers | taken.timer.times()
+    numbers |= overall_rates(taken.rewards.rewards_PG.numel(), taken.rollout, numbers)
     run.log_metrics(taken.number, numbers)
     return numbers

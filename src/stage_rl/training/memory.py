@@ -357,7 +357,7 @@ def check_memory(recipe: Recipe, memory_gb: float | None, *, num_processes: int 
     if _fits(plan, memory_gb):
         return
     phase = max(plan.totals, key=plan.totals.__getitem__)
-    found = savings(recipe, size, memory_gb, num_processes=num_processes)
+    found = suggest_overrides(recipe, size, memory_gb, num_processes=num_processes)
     raise RecipeError(
         f"memory: the phase {phase} needs {plan.peak / GB:.0f} GB, and the GPU has "
         f"{memory_gb:.0f} GB; write {' '.join(found) if found else _others(recipe, memory_gb)}"
@@ -376,7 +376,7 @@ def gpu_memory_gb(recipe: Recipe) -> float | None:
     return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / GB
 
 
-def savings(
+def suggest_overrides(
     recipe: Recipe, size: ModelSize, memory_gb: float, *, num_processes: int = 1
 ) -> list[str]:
     """The overrides with which a recipe fits, as few as do; none where no such are known."""
@@ -474,7 +474,7 @@ def _others(recipe: Recipe, memory_gb: float) -> str:
     ways = []
     adapted = with_overrides(recipe, [ADAPTER, "policy.dtype=bfloat16", "optimizer.kind=adamw"])
     if adapted is not None:
-        more = savings(adapted, size, memory_gb)
+        more = suggest_overrides(adapted, size, memory_gb)
         if more or _fits(predict(adapted, size), memory_gb):
             ways.append(" ".join([ADAPTER, "policy.dtype=bfloat16", *more]))
     for count in PROCESSES[1:]:

@@ -20,18 +20,18 @@ from stage_rl.algorithm import equal_reward_groups, importance_ratio
 from stage_rl.policies.base import Policy
 from stage_rl.recipe import AlgorithmConfig
 from stage_rl.rollout.decoder import Decoder
-from stage_rl.rollout.engine import DrawnPass
+from stage_rl.rollout.engine import PassStats
 from stage_rl.rollout.sampling import Sampling
 from stage_rl.training.logprobs import CONDITIONAL, Scoring, scoring_of
-from stage_rl.training.update import Credit, Learned, MicroBatch, Precision, measure
-from stage_rl.types import Judged, Measured, Rollout
+from stage_rl.training.update import Credit, MicroBatch, Precision, UpdateStats, measure
+from stage_rl.types import Measured, Rewards, Rollout
 
 
-def reward_metrics(judged: Judged) -> dict[str, float]:
+def reward_metrics(judged: Rewards) -> dict[str, float]:
     """What the rewards said; a column that applies to no image is left out."""
-    numbers = {"reward/failed_groups": float((~judged.kept_P).sum())}
-    if judged.kept_P.any():
-        rewards_PG = judged.rewards_PG[judged.kept_P]
+    numbers = {"reward/failed_groups": float((~judged.valid_P).sum())}
+    if judged.valid_P.any():
+        rewards_PG = judged.rewards_PG[judged.valid_P]
         numbers |= {
             "reward/mean": rewards_PG.mean().item(),
             "reward/std": rewards_PG.std(1).mean().item(),
@@ -59,7 +59,7 @@ def over_ranks(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     }
 
 
-def learning_metrics(learned: Learned, reference: Sequence[Measured]) -> dict[str, float]:
+def learning_metrics(learned: UpdateStats, reference: Sequence[Measured]) -> dict[str, float]:
     """What the update saw and did."""
     ref_entropy = torch.cat([measured.entropy_NT for measured in reference]).mean().item()
     entropy = learned.measured.entropy_NT.mean().item()
@@ -83,8 +83,8 @@ def learning_metrics(learned: Learned, reference: Sequence[Measured]) -> dict[st
 
 def report_arrays(
     rollout: Rollout,
-    judged: Judged,
-    learned: Learned,
+    judged: Rewards,
+    learned: UpdateStats,
     reference: Sequence[Measured],
     *,
     num_groups: int,
@@ -119,34 +119,34 @@ def _mean(credits: Sequence[Credit], name: str) -> float:
 # Where the time and the memory of a step go.
 
 
-class Clock:
-    """Seconds, and on a GPU the peak of memory, since the last lap, by name."""
+class Timer:
+    """Seconds, and on a GPU the peak of memory, since the last record, by name."""
 
     def __init__(self) -> None:
         self._on_gpu = torch.cuda.is_available()
         self._started = self._last = time.perf_counter()
-        self.laps: dict[str, float] = {}
+        self.timings: dict[str, float] = {}
         if self._on_gpu:
             torch.cuda.reset_peak_memory_stats()
 
-    def lap(self, name: str) -> None:
-        """Adds the time since the last lap to time/NAME; NAME ends in _s. On a GPU also the peak of
-        the memory, under memory/ and the name with _gib.
+    def record(self, name: str) -> None:
+        """Adds the time since the last call to time/NAME; NAME ends in _s. On a GPU also the peak
+        of the memory, under memory/ and the name with _gib.
         """
         if self._on_gpu:
             torch.cuda.synchronize()
             peak, key = torch.cuda.max_memory_allocated(), f"memory/{name.removesuffix('_s')}_gib"
-            self.laps[key] = max(peak / 2**30, self.laps.get(key, 0.0))
+            self.timings[key] = max(peak / 2**30, self.timings.get(key, 0.0))
             torch.cuda.reset_peak_memory_stats()
         now = time.perf_counter()
-        self.laps[f"time/{name}"] = self.laps.get(f"time/{name}", 0.0) + now - self._last
+        self.timings[f"time/{name}"] = self.timings.get(f"time/{name}", 0.0) + now - self._last
         self._last = now
 
     def times(self) -> dict[str, float]:
-        """The laps, time/step_s from the start to the last of them, and without a GPU the peak of
+        """The timings, time/step_s from the start to the last one, and without a GPU the peak of
         the process so far, memory/process_gib.
         """
-        numbers = self.laps | {"time/step_s": self._last - self._started}
+        numbers = self.timings | {"time/step_s": self._last - self._started}
         if not self._on_gpu:
             numbers["memory/process_gib"] = process_peak_bytes() / 2**30
         return numbers
@@ -206,7 +206,7 @@ class DecoderSize:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class RolloutStats:
     """The extent of a rollout on one device, whatever its number of passes."""
 
     num_rows: int
@@ -218,14 +218,14 @@ class Drawn:
     num_passes: int = 1
 
     @classmethod
-    def of(cls, passes: Sequence[DrawnPass]) -> Drawn:
+    def of(cls, passes: Sequence[PassStats]) -> RolloutStats:
         """All passes of a rollout; their groups are equal, so each prompt has as many rows."""
         rows = [drawn.num_rows for drawn in passes]
         slots = [drawn.num_rows * drawn.lengths_B.float().mean().item() for drawn in passes]
         return cls(sum(rows), passes[0].num_tokens, sum(slots) / sum(rows), len(passes))
 
 
-def rollout_bytes(size: DecoderSize, drawn: Drawn) -> float:
+def rollout_bytes(size: DecoderSize, drawn: RolloutStats) -> float:
     """Bytes that the decode steps read: in each pass T times the weights, and by each row its live
     slots, T P + T (T + 1) / 2 of them.
     """
@@ -235,7 +235,7 @@ def rollout_bytes(size: DecoderSize, drawn: Drawn) -> float:
     return weights + drawn.num_rows * size.slot_bytes * live_slots
 
 
-def row_flops(size: DecoderSize, drawn: Drawn) -> float:
+def row_flops(size: DecoderSize, drawn: RolloutStats) -> float:
     """Operations of a forward pass of one row: 2 x (trunk x S + image head x T) and in attention
     4 x layers x width x S (S + 1) / 2, what lies behind a slot left out.
     """
@@ -246,7 +246,7 @@ def row_flops(size: DecoderSize, drawn: Drawn) -> float:
 
 def rates(
     size: DecoderSize,
-    drawn: Drawn,
+    drawn: RolloutStats,
     times: Mapping[str, float],
     *,
     num_images: int,

@@ -17,7 +17,7 @@ from stage_rl.rollout.engine import Engine
 from stage_rl.training.checkpoint import TrainerState
 from stage_rl.training.trainer import Step, Trainer
 from stage_rl.training.update import MicroBatch, Precision, trunk_states
-from stage_rl.types import Judged
+from stage_rl.types import Rewards
 
 
 class Watch:
@@ -51,7 +51,7 @@ class Watch:
         # Every rank draws the panel; the first one's score decides, on all.
         numbers = trainer.ranks.gather(numbers)[0]
         taken.numbers.update(numbers)
-        taken.clock.lap("panel_s")
+        taken.timer.record("panel_s")
         score = numbers["panel/score"]
         self.best = best_of(self.best, Best(done, score))
         place = "this one" if self.best.step == done else f"step {self.best.step}"
@@ -61,7 +61,7 @@ class Watch:
         """Raises DivergedError where the run is dead or a tripwire stops it, after the step is in
         the metrics; else says which wire tripped.
         """
-        self._liveness.check(taken.judged, taken.grad_norm)
+        self._liveness.check(taken.rewards, taken.grad_norm)
         for line in self._tripwires.check():
             say(line)
 
@@ -235,16 +235,16 @@ class Liveness:
         self._settings = settings
         self.counters: dict[str, int] = dict(counters or {})
 
-    def check(self, judged: Judged, grad_norm: float | None) -> None:
+    def check(self, judged: Rewards, grad_norm: float | None) -> None:
         """Takes a step into account; raises DivergedError when a sign has held for too long.
 
         `grad_norm` is None for a step that had nothing to learn from.
         """
-        rewards_PG = judged.rewards_PG[judged.kept_P]
+        rewards_PG = judged.rewards_PG[judged.valid_P]
         equal = len(rewards_PG) > 0 and bool(equal_reward_groups(rewards_PG).all())
         signs = {
             "failed_reward_steps": (
-                not judged.kept_P.all(),
+                not judged.valid_P.all(),
                 f"a reward failed on some group (at last: {_failure(judged)})",
             ),
             # One number for all images is the narrower sign: it is named first.
@@ -264,8 +264,8 @@ class Liveness:
                 )
 
 
-def _failure(judged: Judged) -> str:
+def _failure(judged: Rewards) -> str:
     """The reason of a group that left the step; empty where none did."""
-    group_size = len(judged.reasons) // len(judged.kept_P)
-    lost = (~judged.kept_P).nonzero().flatten().tolist()
+    group_size = len(judged.reasons) // len(judged.valid_P)
+    lost = (~judged.valid_P).nonzero().flatten().tolist()
     return judged.reasons[lost[0] * group_size] if lost else ""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from stage_rl.algorithm import equal_reward_groups
 from stage_rl.training.trainer import Trainer
-from stage_rl.types import Judged, Prompt, Rollout
+from stage_rl.types import Prompt, Rewards, Rollout
 
 ATTEMPT_STRIDE = 2**41
 """Between the streams of two attempts lie more steps than any run has, and those of the probe."""
@@ -28,49 +28,49 @@ Draw = Callable[[Sequence[Prompt], int], Rollout]
 """(prompts, number that keys their streams as a step does) -> a group for each prompt."""
 
 
-class Redrawn(NamedTuple):
+class Resampled(NamedTuple):
     """A rollout whose equal-reward groups were drawn again."""
 
     rollout: Rollout
-    judged: Judged
+    rewards: Rewards
     numbers: dict[str, float]
     """Metrics of what was drawn and what the first draws said."""
 
 
-def redraw(
-    trainer: Trainer, rollout: Rollout, verdict: Future[Judged], *, step: int
-) -> tuple[Rollout, Future[Judged], dict[str, float]]:
+def resample(
+    trainer: Trainer, rollout: Rollout, verdict: Future[Rewards], *, step: int
+) -> tuple[Rollout, Future[Rewards], dict[str, float]]:
     """The rollout that a step learns from, its verdict (already there), metrics of the draws."""
 
     def draw(prompts: Sequence[Prompt], key: int) -> Rollout:
         trainer.ranks.any_of(len(prompts))
         return trainer.sample(trainer.engine, prompts, step=key)
 
-    redrawn = redraw_equal_groups(
+    resampled = resample_groups(
         rollout,
         verdict.result(),
         step=step,
         cap=trainer.recipe.rollout.resample_equal_groups,
         draw=draw,
-        judge=trainer.judge.judge,
+        score=trainer.rewards.score,
     )
     # A draw gathers shards of all ranks: those that need no more draw along with the others.
     while trainer.ranks.any_of(None):
         trainer.sample(trainer.engine, rollout.prompts[:1], step=step, group_size=1)
-    judged: Future[Judged] = Future()
-    judged.set_result(redrawn.judged)
-    return redrawn.rollout, judged, redrawn.numbers
+    judged: Future[Rewards] = Future()
+    judged.set_result(resampled.rewards)
+    return resampled.rollout, judged, resampled.numbers
 
 
-def redraw_equal_groups(
+def resample_groups(
     rollout: Rollout,
-    judged: Judged,
+    judged: Rewards,
     *,
     step: int,
     cap: int,
     draw: Draw,
-    judge: Callable[[Rollout], Judged],
-) -> Redrawn:
+    score: Callable[[Rollout], Rewards],
+) -> Resampled:
     """Draws groups of equal rewards again, at most `cap` times each.
 
     A group is replaced by its first draw whose rewards differ. Where none does, and where a reward
@@ -84,23 +84,23 @@ def redraw_equal_groups(
         num_drawn += len(places)
         prompts = tuple(rollout.prompts[place] for place in places)
         again = draw(prompts, step + attempt * ATTEMPT_STRIDE)
-        verdict = judge(again)
-        differs_P = verdict.kept_P & ~equal_reward_groups(verdict.rewards_PG)
+        verdict = score(again)
+        differs_P = verdict.valid_P & ~equal_reward_groups(verdict.rewards_PG)
         taken = [(place, new) for new, place in enumerate(places) if differs_P[new]]
         rollout = _with_groups(rollout, again, taken)
         judged = _with_verdicts(judged, verdict, taken, rollout.group_size)
     numbers = {"resample/groups": float(num_drawn)}
-    if first.kept_P.any():
-        rewards_PG = first.rewards_PG[first.kept_P]
+    if first.valid_P.any():
+        rewards_PG = first.rewards_PG[first.valid_P]
         numbers["resample/first_reward"] = rewards_PG.mean().item()
         numbers["resample/first_equal_groups"] = (
             equal_reward_groups(rewards_PG).float().mean().item()
         )
-    return Redrawn(rollout, judged, numbers)
+    return Resampled(rollout, judged, numbers)
 
 
-def _equal_places(judged: Judged) -> list[int]:
-    equal_P = equal_reward_groups(judged.rewards_PG) & judged.kept_P
+def _equal_places(judged: Rewards) -> list[int]:
+    equal_P = equal_reward_groups(judged.rewards_PG) & judged.valid_P
     return equal_P.nonzero().flatten().tolist()
 
 
@@ -132,14 +132,14 @@ def _with_groups(rollout: Rollout, again: Rollout, taken: Sequence[tuple[int, in
 
 
 def _with_verdicts(
-    judged: Judged, verdict: Judged, taken: Sequence[tuple[int, int]], size: int
-) -> Judged:
+    judged: Rewards, verdict: Rewards, taken: Sequence[tuple[int, int]], size: int
+) -> Rewards:
     rewards_PG, reasons = judged.rewards_PG.clone(), list(judged.reasons)
     for place, new in taken:
         rewards_PG[place] = verdict.rewards_PG[new]
         reasons[place * size : (place + 1) * size] = verdict.reasons[new * size : (new + 1) * size]
     columns = _columns(judged.columns, verdict.columns, taken, rewards_PG)
-    return Judged(rewards_PG, judged.kept_P, columns, tuple(reasons))
+    return Rewards(rewards_PG, judged.valid_P, columns, tuple(reasons))
 
 
 def _columns(

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from stage_rl.config import diff_recipes, load_recipe, resolved_json, run_folder
-from stage_rl.distributed import ALONE, Ranks
+from stage_rl.distributed import SINGLE, World
 from stage_rl.errors import InputError
 from stage_rl.files import replace_file, replace_text, writing
 from stage_rl.policies.base import Policy, base_digest
@@ -80,14 +80,14 @@ class RunFolder:
 
 
 @contextlib.contextmanager
-def open_run(recipe: Recipe, ranks: Ranks = ALONE) -> Iterator[RunFolder]:
+def open_run(recipe: Recipe, ranks: World = SINGLE) -> Iterator[RunFolder]:
     """The folder of a recipe, made or taken up, and locked while it is open; all ranks call it,
     the first one writes.
 
     Raises what `check_run` raises. Open it when nothing can be wrong with the recipe any more.
     """
     with contextlib.ExitStack() as opened:
-        run = ranks.from_first(lambda: opened.enter_context(_made(recipe, ranks.size)))
+        run = ranks.broadcast_object(lambda: opened.enter_context(_made(recipe, ranks.size)))
         if not run.path.is_dir():
             raise InputError(
                 f"{run.path}: was made by the first process and is not seen by process "

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
-from stage_rl.distributed import ALONE, Ranks
+from stage_rl.distributed import SINGLE, World
 from stage_rl.errors import RecipeError
 from stage_rl.pictures import image_grid
 from stage_rl.policies.base import Policy, base_digest
 from stage_rl.prompts.files import prompts_of_step
 from stage_rl.recipe import Recipe
-from stage_rl.rewards.judge import Judge, WeightedReward
+from stage_rl.rewards.judge import RewardFunctions, WeightedReward
 from stage_rl.rewards.selftest import require_order
 from stage_rl.rollout.engine import Engine
 from stage_rl.rollout.sample import rollout as sample_rollout
@@ -33,9 +33,9 @@ from stage_rl.training.checkpoint import (
 from stage_rl.training.logprobs import scoring_of
 from stage_rl.training.memory import check_memory, gpu_memory_gb, keep_freed_memory
 from stage_rl.training.metrics import (
-    Clock,
     DecoderSize,
-    Drawn,
+    RolloutStats,
+    Timer,
     rates,
     report_arrays,
     untrained_mismatch,
@@ -44,8 +44,15 @@ from stage_rl.training.optim import build_optimizer
 from stage_rl.training.parallelize import prepare_blocks, shard_both
 from stage_rl.training.reference import build_reference
 from stage_rl.training.run import RunFolder
-from stage_rl.training.update import Learned, MicroBatch, Precision, Update, learn, micro_batches
-from stage_rl.types import Judged, Measured, Prompt, Rollout
+from stage_rl.training.update import (
+    MicroBatch,
+    Precision,
+    Update,
+    UpdateStats,
+    learn,
+    micro_batches,
+)
+from stage_rl.types import Measured, Prompt, Rewards, Rollout
 
 PROBE_STEP = 2**40
 """The step that keys the random streams of the probe set; no run gets that far."""
@@ -60,11 +67,11 @@ class Trainer:
     policy: Policy
     reference: Policy
     engine: Engine
-    judge: Judge
+    rewards: RewardFunctions
     optimizer: torch.optim.Optimizer
     base: str
     """`base_digest` of the policy before the first step of the run."""
-    ranks: Ranks = ALONE
+    ranks: World = SINGLE
     """Where the run is spread over: prompts by rank, parameters in shards."""
     _refreshed: bool = field(default=False)
     _probe: MicroBatch | None = field(default=None)
@@ -130,7 +137,7 @@ class Trainer:
             num_images=self.recipe.probe.mismatch_images,
         )
 
-    def rates(self, drawn: Drawn, times: Mapping[str, float]) -> dict[str, float]:
+    def rates(self, drawn: RolloutStats, times: Mapping[str, float]) -> dict[str, float]:
         """What this device reached in each phase of a step; see `throughput.rates`."""
         return rates(
             DecoderSize.of(self.engine.decoder),
@@ -144,11 +151,11 @@ class Trainer:
     def learn(
         self,
         batches: Sequence[MicroBatch],
-        verdict: Callable[[], Judged],
+        verdict: Callable[[], Rewards],
         reference: Sequence[Measured],
         *,
         rate: float,
-    ) -> Learned | None:
+    ) -> UpdateStats | None:
         """Learns from this rank's part of a step; the losses are those of all ranks together.
 
         `verdict` gives that of all ranks; None where it kept no group.
@@ -254,7 +261,7 @@ class Trainer:
 # Builds what a run is made of from its recipe, and refuses what cannot run.
 
 
-def build_trainer(recipe: Recipe, prompts: tuple[Prompt, ...], ranks: Ranks = ALONE) -> Trainer:
+def build_trainer(recipe: Recipe, prompts: tuple[Prompt, ...], ranks: World = SINGLE) -> Trainer:
     """Loads the model, spreads it over the ranks, and builds everything around it."""
     device = pick_device(recipe.training.device)
     if device.type == "cpu":
@@ -284,14 +291,14 @@ def build_trainer(recipe: Recipe, prompts: tuple[Prompt, ...], ranks: Ranks = AL
         policy=policy,
         reference=reference,
         engine=Engine(policy, dtype=recipe.rollout.dtype, max_images=recipe.rollout.max_images),
-        judge=Judge(rewards),
+        rewards=RewardFunctions(rewards),
         optimizer=build_optimizer(trained_parameters(policy.module).values(), recipe.optimizer),
         base=base,
         ranks=ranks,
     )
 
 
-def check_ranks(recipe: Recipe, ranks: Ranks, *, num_prompts: int) -> None:
+def check_ranks(recipe: Recipe, ranks: World, *, num_prompts: int) -> None:
     """A RecipeError for what cannot be spread over the ranks; asked before anything is loaded."""
     ranks.check_even(recipe.rollout.prompts_per_step, "rollout.prompts_per_step")
     if recipe.probe.every:
@@ -352,21 +359,21 @@ class Step:
     number: int
     """Counted from 0."""
     rollout: Rollout
-    judged: Judged
+    rewards: Rewards
     reference: Sequence[Measured]
     """By micro-batch."""
-    learned: Learned | None
+    learned: UpdateStats | None
     """None where no group was judged."""
     numbers: dict[str, float]
     """The step's metrics, without its times."""
-    clock: Clock
+    timer: Timer
 
     @property
     def grad_norm(self) -> float | None:
         """Before clipping; None for a step that had nothing to learn from."""
         return self.learned.grad_norm if self.learned else None
 
-    def joined(self, ranks: Ranks) -> Step:
+    def joined(self, ranks: World) -> Step:
         """The same with the samples of all ranks, whose parts are in the order of the groups."""
         learned = ranks.join(self.learned)
         if learned is not None and self.learned is not None:
@@ -381,7 +388,7 @@ class Step:
 
 def log_samples(run: RunFolder, step: Step, *, num_groups: int) -> None:
     """Writes a grid with rewards and reasons, and the arrays of its groups."""
-    rollout, judged, size = step.rollout, step.judged, step.rollout.group_size
+    rollout, judged, size = step.rollout, step.rewards, step.rollout.group_size
     shown = rollout.prompts[:num_groups]
     rewards = judged.rewards_PG.flatten().tolist()
     count = len(shown) * size

@@ -23,7 +23,7 @@ from stage_rl.recipe import AlgorithmConfig
 from stage_rl.training.logprobs import CONDITIONAL, Scoring, head_logprobs
 from stage_rl.training.optim import apply_gradient
 from stage_rl.training.parallelize import in_one_pass
-from stage_rl.types import Judged, Measured, Prompt, Rollout
+from stage_rl.types import Measured, Prompt, Rewards, Rollout
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Losses(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Learned:
+class UpdateStats:
     """What a step did, for metrics and logs; without gradient."""
 
     measured: Measured
@@ -129,10 +129,10 @@ def learn(
     optimizer: torch.optim.Optimizer,
     batches: Sequence[MicroBatch],
     *,
-    verdict: Callable[[], Judged],
+    verdict: Callable[[], Rewards],
     reference: Sequence[Measured],
     update: Update,
-) -> Learned | None:
+) -> UpdateStats | None:
     """One or more updates on a rollout; None where no group was judged. The old policy is the one
     of the first pass.
 
@@ -141,7 +141,7 @@ def learn(
     """
     first = _FirstPass([], [], [_measure_to_learn(policy, batches[0], update)])
     judged = verdict()
-    if not judged.kept_P.any():
+    if not judged.valid_P.any():
         return None
 
     def one_update() -> tuple[Losses, Tensor]:
@@ -158,7 +158,7 @@ def learn(
         raise DivergedError(f"{error}; the parameters were left as they were") from error
     for _ in range(update.num_updates - 1):
         losses, norm = one_update()
-    return Learned(
+    return UpdateStats(
         measured=first.measured(),
         credits=tuple(first.credits),
         losses=losses,
@@ -189,13 +189,13 @@ def _backward(
     policy: Policy,
     batches: Sequence[MicroBatch],
     *,
-    judged: Judged,
+    judged: Rewards,
     reference: Sequence[Measured],
     update: Update,
     first: _FirstPass,
 ) -> Losses:
     """The losses and their gradient, summed over the micro-batches; fills `first` once."""
-    num_kept, settings = int(judged.kept_P.sum()), update.settings
+    num_kept, settings = int(judged.valid_P.sum()), update.settings
     parts: list[Losses] = []
     for index, (batch, ref) in enumerate(zip(batches, reference, strict=True)):
         now = first.begun.pop() if first.begun else _measure_to_learn(policy, batch, update)
@@ -216,14 +216,14 @@ def _credit(
     batch: MicroBatch,
     old: Measured,
     ref: Measured,
-    judged: Judged,
+    judged: Rewards,
     settings: AlgorithmConfig,
 ) -> Credit:
     device = old.logprobs_NT.device
     codes_NTC = policy.codebook.vectors(batch.tokens_NT)
     credits = credit(
         judged.rewards_PG[batch.groups].to(device),
-        kept_P=judged.kept_P[batch.groups].to(device),
+        valid_P=judged.valid_P[batch.groups].to(device),
         entropy_PG=algorithm.completion_entropy(batch.by_group(old.entropy_NT)),
         ref_entropy_PG=algorithm.completion_entropy(batch.by_group(ref.entropy_NT)),
         codes_PGTC=codes_NTC.view(len(batch.prompts), batch.group_size, *codes_NTC.shape[1:]),
@@ -263,9 +263,9 @@ def _losses(
     )
     penalty = logprobs_PGT.new_zeros(())
     if settings.entropy.mode == "loss":
-        kept_P1 = weights.kept_P[:, None]
+        valid_P1 = weights.valid_P[:, None]
         entropy_PG, ref_entropy_PG = (
-            algorithm.completion_entropy(batch.by_group(measured.entropy_NT)) * kept_P1
+            algorithm.completion_entropy(batch.by_group(measured.entropy_NT)) * valid_P1
             for measured in (now, ref)
         )
         penalty = algorithm.entropy_penalty(
@@ -277,7 +277,7 @@ def _losses(
         kl=grpo.kl,
         entropy=penalty,
         clip_fraction=grpo.clip_fraction,
-        mean_kl=(kl_PGT * weights.kept_P[:, None, None]).mean(),
+        mean_kl=(kl_PGT * weights.valid_P[:, None, None]).mean(),
     )
 
 
@@ -384,7 +384,7 @@ class Credit:
     """With the entropy bonus."""
     equal_P: Tensor
     """Groups whose rewards were all equal before the bonus."""
-    kept_P: Tensor
+    valid_P: Tensor
     """0 for groups that left the step, else 1."""
     similarity_PGT: Tensor
     mask_PGT: Tensor
@@ -397,7 +397,7 @@ class Credit:
 def credit(
     rewards_PG: Tensor,
     *,
-    kept_P: Tensor,
+    valid_P: Tensor,
     entropy_PG: Tensor,
     ref_entropy_PG: Tensor,
     codes_PGTC: Tensor,
@@ -406,7 +406,7 @@ def credit(
     """Credits the tokens of whole groups; a group's credit needs nothing of the others."""
     equal_P = algorithm.equal_reward_groups(rewards_PG)
     factors = algorithm.equal_group_factors(equal_P, settings.equal_reward_groups)
-    kept_P = kept_P.to(rewards_PG.dtype)
+    valid_P = valid_P.to(rewards_PG.dtype)
     rewards_PG = _with_bonus(rewards_PG, entropy_PG, ref_entropy_PG, settings)
     advantages_PG = algorithm.group_advantages(
         rewards_PG, settings.advantage_eps, settings.advantage_std_floor
@@ -424,13 +424,13 @@ def credit(
     return Credit(
         rewards_PG=rewards_PG,
         equal_P=equal_P,
-        kept_P=kept_P,
+        valid_P=valid_P,
         similarity_PGT=sim_PGT,
         mask_PGT=mask_PGT,
         advantages_PGT=algorithm.reweight_advantages(
-            advantages_PG * (factors.policy_P * kept_P)[:, None], factor_PGT
+            advantages_PG * (factors.policy_P * valid_P)[:, None], factor_PGT
         ),
-        kl_weight_PGT=weight_PGT * (factors.kl_P * kept_P)[:, None, None],
+        kl_weight_PGT=weight_PGT * (factors.kl_P * valid_P)[:, None, None],
     )
 
 
