@@ -1,6 +1,10 @@
-"""Imports go down only: the floors of the package, bottom up."""
+"""Imports point down: floor by floor between the parts of the package, and file by file within one.
+
+Late imports and those for types alone count as well.
+"""
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -8,66 +12,124 @@ import pytest
 import stage_rl
 
 ROOT = Path(stage_rl.__file__).parent
-FLOORS = {
-    "algorithm config errors health objective pictures recipe_errors": 0,
-    "registry schema settings types": 0,
-    "policies prompts": 1,
-    "rollout rewards shapes": 2,
-    "training evaluation serving": 3,
-    "report bench shapes.pretrain shapes.show": 4,
-    "cli __main__": 5,
+
+FLOORS = (
+    ("algorithm", "types", "errors", "settings", "files", "pictures"),
+    ("distributed", "console"),
+    ("policies", "prompts"),
+    ("rollout", "rewards"),
+    ("recipe", "config"),
+    ("evaluation",),
+    ("training",),
+    ("shapes", "report", "serving", "bench", "api"),
+    ("cli", "__main__"),
+)
+"""Files and folders of the package, bottom up."""
+
+KNOWN = {
+    ("evaluation.run", "shapes.suite"),
+    ("evaluation.run", "training.run"),
+    ("evaluation.smoke", "shapes.prompts"),
+    ("rollout.attention", "rollout.kernels"),
 }
-FLOOR_OF = {part: floor for parts, floor in FLOORS.items() for part in parts.split()}
+"""Imports that still point up or close a circle; none may be added."""
 
 
-def floor(module: str) -> int:
-    """The floor of the longest listed name that a dotted name below stage_rl begins with."""
-    return FLOOR_OF[max((part for part in FLOOR_OF if module.startswith(part)), key=len)]
+def imports_of(root: Path) -> dict[str, set[str]]:
+    """The modules of the package in `root` that each of its files imports, by dotted name."""
+    package = root.name
+    files = {
+        ".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): file
+        for file in root.rglob("*.py")
+        if file != root / "__init__.py"  # the table of public names
+    }
+    imports = {}
+    for module, file in files.items():
+        named = set()
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                named |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert not node.level, f"{file}:{node.lineno}: write the import from {package} on"
+                named |= {f"{node.module}.{alias.name}" for alias in node.names}
+        below = [n.removeprefix(f"{package}.") for n in named if n.startswith(f"{package}.")]
+        # Of `module.Name` the name is no file.
+        imports[module] = {n if n in files else n.rpartition(".")[0] for n in below}
+    return imports
 
 
-def runtime_imports(node: ast.AST) -> set[str]:
-    """Dotted names below stage_rl that a file imports, wherever; those only for types left out.
-
-    A relative import is refused: its name does not tell the floor.
-    """
-    if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-        return set()
-    names = set()
-    if isinstance(node, ast.Import):
-        names = {alias.name for alias in node.names}
-    elif isinstance(node, ast.ImportFrom):
-        assert not node.level, f"line {node.lineno}: write the import from stage_rl on"
-        names = {f"{node.module}.{alias.name}" for alias in node.names}
-    below = {name.removeprefix("stage_rl.") for name in names if name.startswith("stage_rl.")}
-    return below.union(*(runtime_imports(child) for child in ast.iter_child_nodes(node)))
-
-
-def all_imports() -> list[tuple[str, str]]:
-    files = [file for file in ROOT.rglob("*.py") if file != ROOT / "__init__.py"]
-    modules = {file: ".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files}
-    return [
+def upward(imports: dict[str, set[str]]) -> set[tuple[str, str]]:
+    """The imports of a higher floor."""
+    floor = {part: number for number, parts in enumerate(FLOORS) for part in parts}
+    return {
         (module, name)
-        for file, module in modules.items()
-        for name in runtime_imports(ast.parse(file.read_text(encoding="utf-8")))
-    ]
+        for module, names in imports.items()
+        for name in names
+        if floor[name.split(".")[0]] > floor[module.split(".")[0]]
+    }
 
 
-def test_a_relative_import_does_not_escape():
+def circle(imports: dict[str, set[str]]) -> list[str]:
+    """The modules of one circle of imports; none where there is none."""
+    try:
+        TopologicalSorter(imports).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+@pytest.fixture
+def package(tmp_path):
+    """A function from files and their text to the imports of a package that has them."""
+
+    def write(**texts):
+        for name, text in texts.items():
+            file = tmp_path / "stage_rl" / f"{name.replace('__', '/')}.py"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+        return imports_of(tmp_path / "stage_rl")
+
+    return write
+
+
+def test_no_import_points_up_and_none_runs_in_a_circle():
+    imports = imports_of(ROOT)
+    assert len(imports) > 50
+    assert upward(imports) <= KNOWN
+    known = {m: {n for n in names if (m, n) not in KNOWN} for m, names in imports.items()}
+    assert circle(known) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import stage_rl.training.loop",
+        "from stage_rl.training import loop",
+        "def f():\n    from stage_rl.training.loop import train",
+        "if TYPE_CHECKING:\n    from stage_rl.training.loop import train",
+    ],
+)
+def test_an_upward_import_is_found_wherever_it_stands(package, text):
+    imports = package(rewards__base=text, training__loop="import stage_rl.rewards.base")
+    assert upward(imports) == {("rewards.base", "training.loop")}
+
+
+def test_a_circle_of_files_on_one_floor_is_found(package):
+    imports = package(
+        training__loop="from stage_rl.training.run import open_run",
+        training__run="from stage_rl.training.memory import plan",
+        training__memory="def f():\n    from stage_rl.training.loop import train",
+    )
+    assert upward(imports) == set()
+    assert set(circle(imports)) == {"training.loop", "training.run", "training.memory"}
+
+
+def test_a_relative_import_is_refused(package):
     with pytest.raises(AssertionError, match="write the import from stage_rl on"):
-        runtime_imports(ast.parse("def f():\n    from ..training import loop"))
-
-
-def test_no_import_points_up():
-    imports = all_imports()
-    assert len(imports) > 10
-    assert [pair for pair in imports if floor(pair[1]) > floor(pair[0])] == []
+        package(rewards__base="def f():\n    from ..training import loop")
 
 
 def test_rewards_know_neither_rollout_nor_policies():
-    bad = ("rollout", "policies")
-    assert [p for p in all_imports() if p[0].startswith("rewards") and p[1].startswith(bad)] == []
-
-
-def test_a_module_has_at_most_300_lines():
-    sizes = {str(f): len(f.read_text(encoding="utf-8").splitlines()) for f in ROOT.rglob("*.py")}
-    assert [file for file, lines in sizes.items() if lines > 300] == []
+    imports = imports_of(ROOT)
+    below = {n for m, names in imports.items() if m.startswith("rewards.") for n in names}
+    assert not [name for name in below if name.startswith(("rollout", "policies"))]
