@@ -153,6 +153,10 @@ BUILT_IN = {
 }
 
 
+SHIPPED_MODELS = {"shapes": "shapes/checkpoint"}
+"""Weights that come with the package: short name and folder in it."""
+
+
 def resolve(family: str, name: str) -> Any:
     """The class behind a name of a family (policy, prompts, reward, detector)."""
     target = BUILT_IN[family].get(name, name)

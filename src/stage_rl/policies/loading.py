@@ -28,8 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from stage_rl.errors import RecipeError, WeightsError
-
-SHIPPED_MODEL = "shapes"
+from stage_rl.settings import SHIPPED_MODELS
 
 EXAMPLE = "deepseek-community/Janus-Pro-1B"
 
@@ -85,7 +84,7 @@ class HubFolder:
             raise WeightsError(
                 f"{self.name}: neither a folder nor a model of the hub that you may read; write "
                 f"a folder with a Janus checkpoint, a hub id such as {EXAMPLE}, or "
-                f"{SHIPPED_MODEL}; for a gated model log in with `hf auth login`"
+                f"{' or '.join(SHIPPED_MODELS)}; for a gated model log in with `hf auth login`"
             ) from error
         except RevisionNotFoundError as error:
             raise WeightsError(
@@ -105,13 +104,13 @@ class HubFolder:
 
 
 def find(path: str | Path) -> Source:
-    """The weights behind a folder, `shapes`, or a hub id: OWNER/NAME, OWNER/NAME/FOLDER, @REVISION.
+    """The weights behind a folder, a shipped name or a hub id: OWNER/NAME[/FOLDER][@REVISION].
 
     Of a hub model only the descriptions are fetched. What names nothing is a `WeightsError`.
     """
     name = str(path)
-    if name == SHIPPED_MODEL:
-        return Source(name, _shapes_folder())
+    if name in SHIPPED_MODELS:
+        return Source(name, _shipped_folder(name))
     folder = Path(path).expanduser()
     if folder.is_dir():
         return Source(name, folder)
@@ -121,7 +120,7 @@ def find(path: str | Path) -> Source:
     if match is None or name[0] in "./~" or ".." in name.split("/"):
         raise WeightsError(
             f"{path}: no such folder; write a folder with a Janus checkpoint, "
-            f"a hub id such as {EXAMPLE}, or {SHIPPED_MODEL}"
+            f"a hub id such as {EXAMPLE}, or {' or '.join(SHIPPED_MODELS)}"
         )
     hub = HubFolder(name, match[1], match[2].strip("/"), match[3])
     return Source(name, hub.download(DESCRIPTIONS), hub)
@@ -133,12 +132,12 @@ def one_line(error: Exception) -> str:
     return text if len(text) <= 300 else text[:297] + "..."
 
 
-def _shapes_folder() -> Path:
-    folder = Path(str(resources.files("stage_rl") / "shapes" / "checkpoint"))
+def _shipped_folder(name: str) -> Path:
+    folder = Path(str(resources.files("stage_rl") / SHIPPED_MODELS[name]))
     if not (folder / "config.json").is_file():
         raise WeightsError(
-            "shapes: this copy of the package has no weights; reinstall it, "
-            "or build them with `stage shapes pretrain`"
+            f"{name}: this copy of the package has no weights; reinstall it, "
+            f"or build them with `stage {name} pretrain`"
         )
     return folder
 

@@ -31,7 +31,6 @@ from torch.nn import functional as F
 from stage_rl.errors import CheckpointError, InputError
 from stage_rl.files import replace_text, writing
 from stage_rl.policies.janus import load_janus
-from stage_rl.policies.loading import SHIPPED_MODEL
 from stage_rl.shapes.detector import CELL, WEIGHTS, DetectorNet, DetectorOutput
 from stage_rl.shapes.model import JanusSize, build_janus, save_janus
 from stage_rl.shapes.pretrain_policy import PolicyTraining, chunk_sizes, train_policy, write_chunk
@@ -207,7 +206,7 @@ def _settings(plan: Plan) -> dict[str, Any]:
 def _start(plan: Plan) -> tuple[Any, Any]:
     """The model as training finds it, and its processor."""
     if plan.start_from:
-        return load_janus(SHIPPED_MODEL)
+        return load_janus("shapes")
     return build_janus(plan.size, words=WORDS, seed=plan.seed)
 
 

@@ -16,9 +16,10 @@ from stage_rl.config import load_recipe, resolved_json
 from stage_rl.errors import InputError, StageError
 from stage_rl.policies.base import Policy
 from stage_rl.policies.janus import DTYPES, JanusPolicy, original_folder, quiet
-from stage_rl.policies.loading import HUB_ID, SHIPPED_MODEL, find
+from stage_rl.policies.loading import HUB_ID, find
 from stage_rl.policies.lora import has_adapter, save_adapter
 from stage_rl.recipe import Recipe
+from stage_rl.settings import SHIPPED_MODELS
 from stage_rl.training.run import find_run, load_policy
 
 Layout = Literal["transformers", "deepseek"]
@@ -105,7 +106,7 @@ def _write(policy: Policy, folder: Path, *, base: str, layout: Layout, adapter: 
 
 def _absolute(base: str) -> str:
     """A base as it can be found from another working directory: a hub id, or a whole path."""
-    local = base == SHIPPED_MODEL or Path(base).expanduser().is_dir()
+    local = base in SHIPPED_MODELS or Path(base).expanduser().is_dir()
     return str(find(base).folder.absolute()) if local else base
 
 
