@@ -7,8 +7,7 @@ image together, D model width, C codebook channels, V codebook size, H x W pixel
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -26,7 +25,6 @@ from transformers import (
     JanusProcessor,
 )
 from transformers import JanusConfig as HfJanusConfig
-from transformers.utils import logging
 
 from stage_rl.errors import InputError, WeightsError
 from stage_rl.policies import janus_deepseek as deepseek
@@ -46,6 +44,7 @@ from stage_rl.policies.loading import (
     Source,
     find,
     one_line,
+    quiet,
     read_tensors,
     select_trainable,
 )
@@ -513,17 +512,3 @@ def _load_processor(source: Source) -> JanusProcessor:
             "the files of a JanusProcessor beside the weights"
         )
     return processor
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps transformers' bars and reports off the console; what matters becomes an error."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

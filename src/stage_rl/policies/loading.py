@@ -8,7 +8,8 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -26,6 +27,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers.utils import logging as transformers_logs
 
 from stage_rl.errors import RecipeError, WeightsError
 from stage_rl.settings import SHIPPED_MODELS
@@ -132,6 +134,20 @@ def one_line(error: Exception) -> str:
     return text if len(text) <= 300 else text[:297] + "..."
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps transformers' bars and reports off the console; what matters becomes an error."""
+    verbosity, bars = transformers_logs.get_verbosity(), transformers_logs.is_progress_bar_enabled()
+    transformers_logs.set_verbosity_error()
+    transformers_logs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logs.set_verbosity(verbosity)
+        if bars:
+            transformers_logs.enable_progress_bar()
+
+
 def _shipped_folder(name: str) -> Path:
     folder = Path(str(resources.files("stage_rl") / SHIPPED_MODELS[name]))
     if not (folder / "config.json").is_file():
@@ -197,12 +213,14 @@ def describe_faults(wanted: Mapping[str, torch.Size], found: Mapping[str, Tensor
         "unexpected": found.keys() - wanted.keys(),
         "of another shape": {name for name in both if wanted[name] != found[name].shape},
     }
-    return "; ".join(f"{kind}: {_some(names)}" for kind, names in faults.items() if names)
+    return "; ".join(f"{kind}: {first_names(names)}" for kind, names in faults.items() if names)
 
 
-def _some(names: set[str]) -> str:
+def first_names(names: Iterable[str]) -> str:
+    """Three of the names, and how many more there are."""
+    names = sorted(names)
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(sorted(names)[:3]) + more
+    return ", ".join(names[:3]) + more
 
 
 def _indexed(index: Path) -> list[Path]:

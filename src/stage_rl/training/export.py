@@ -15,8 +15,8 @@ from torch import nn
 from stage_rl.config import load_recipe, resolved_json
 from stage_rl.errors import InputError, StageError
 from stage_rl.policies.base import Policy
-from stage_rl.policies.janus import DTYPES, JanusPolicy, original_folder, quiet
-from stage_rl.policies.loading import HUB_ID, find
+from stage_rl.policies.janus import DTYPES, JanusPolicy, original_folder
+from stage_rl.policies.loading import HUB_ID, find, quiet
 from stage_rl.policies.lora import has_adapter, save_adapter
 from stage_rl.recipe import Recipe
 from stage_rl.settings import SHIPPED_MODELS
