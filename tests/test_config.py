@@ -113,6 +113,7 @@ def test_a_module_that_fails_is_named_with_its_error(tiny_recipe, source, messag
     [
         ("rollout.guidance=3", "rollout.guidance: unknown key; did you mean 'guidance_scale'?"),
         ("lr=1e-5", "lr: unknown key; did you mean 'optimizer.lr'?"),
+        ("tripwires.panel_drop=1", "tripwires.panel_drop: was renamed; write 'tripwires.valid"),
         ("eps=1e-5", "eps: unknown key; did you mean 'steps'?"),
         ("evaluation={benchmark: geneval}", "evaluation.benchmark: unknown value 'geneval'; "),
         ("zzz=1", "zzz: unknown key; write one of: name, steps, seed, "),
@@ -285,3 +286,12 @@ def test_settings_are_frozen_and_strict():
 def test_every_built_in_recipe_is_listed_with_its_first_line():
     recipes = list_recipes()
     assert recipes["shapes_grpo"].startswith("Baseline GRPO in the shapes world")
+
+
+def test_a_recipe_of_a_former_version_is_told_the_new_key(tiny_recipe, tmp_path):
+    saved = json.loads(resolved_json(load_recipe(tiny_recipe)))
+    saved["tripwires"]["panel_drop"] = saved["tripwires"].pop("validation_drop")
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps(saved))
+    message = "tripwires.panel_drop: was renamed; write 'tripwires.validation_drop'"
+    assert refusal(file) == message

@@ -30,6 +30,13 @@ COMMENT_COLUMN = 44
 
 FILE_SUFFIXES = (".yaml", ".yml", ".json")
 
+RENAMED = {
+    "evaluation.panel_images_per_task": "evaluation.validation_images_per_task",
+    "evaluation.panel_seed": "evaluation.validation_seed",
+    "tripwires.panel_drop": "tripwires.validation_drop",
+}
+"""Keys of former versions, and what they are called now."""
+
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a built-in recipe by name, or a file, with overrides of the form dotted.key=value.
@@ -288,7 +295,9 @@ def _allowed(expected: str, given: Any) -> str:
 
 
 def _look_elsewhere(key: str, text: str) -> str:
-    """Answers a key in the wrong section, such as `lr`, with its full name."""
+    """Answers a former key, or one in the wrong section such as `lr`, with the right one."""
+    if key in RENAMED:
+        return f"was renamed; write '{RENAMED[key]}'"
     if not text.startswith("unknown key") or "did you mean" in text:
         return text
     word = key.rpartition(".")[2]

@@ -185,13 +185,13 @@ class EvaluationConfig(Settings):
     seed: Seed = 0
     """Seed of the random streams, the same for both policies."""
     every: Every = 0
-    """Steps between evaluations on the held-out panel while training; 0: none. The checkpoint that
-    is best by it is kept as RUN@best."""
-    panel_images_per_task: Count = 16
-    """Images per task of the panel."""
-    panel_seed: Seed = 1
-    """Seed of the panel's random streams; another than seed, so that the choice is not judged on
-    the images it was made by."""
+    """Steps between validations on held-out prompts while training; 0: none. The checkpoint that
+    is best by them is kept as RUN@best."""
+    validation_images_per_task: Count = 16
+    """Images per task of a validation."""
+    validation_seed: Seed = 1
+    """Seed of a validation's random streams; another than seed, so that the choice is not judged
+    on the images it was made by."""
 
 
 class LivenessConfig(Settings):
@@ -220,8 +220,8 @@ class TripwiresConfig(Settings):
     """Largest kl/mean, nats."""
     grad_norm: Positive | None = None
     """Largest grad/norm, before clipping."""
-    panel_drop: Positive | None = None
-    """Largest fall of the held-out panel below its best; needs evaluation.every."""
+    validation_drop: Positive | None = None
+    """Largest fall of held-out validation below its best; needs evaluation.every."""
 
 
 TAKEN_NAMES = ("mean", "std", "equal_groups", "failed_groups")
@@ -371,7 +371,7 @@ class Recipe(Settings):
             text = "unclipped is for one update per rollout; write clipped, or "
             raise complaint("algorithm.ratio", f"{text}optimizer.updates_per_rollout=1")
         self._check_scoring()
-        self._check_panel()
+        self._check_validation()
         if self.optimizer.warmup_steps > self.steps:
             text = f"{self.optimizer.warmup_steps} is more than steps ({self.steps}); write fewer"
             raise complaint("optimizer.warmup_steps", text)
@@ -386,11 +386,11 @@ class Recipe(Settings):
                 text = f"guided log-probabilities are those of the whole distribution; write {off},"
                 raise complaint(f"rollout.{key}", f"{text} or algorithm.logprobs=conditional")
 
-    def _check_panel(self) -> None:
+    def _check_validation(self) -> None:
         evaluation = self.evaluation
-        if self.tripwires.panel_drop is not None and not (evaluation and evaluation.every):
-            text = "needs a panel while training; write evaluation.every, or null here"
-            raise complaint("tripwires.panel_drop", text)
-        if evaluation and evaluation.every and evaluation.panel_seed == evaluation.seed:
+        if self.tripwires.validation_drop is not None and not (evaluation and evaluation.every):
+            text = "needs validation while training; write evaluation.every, or null here"
+            raise complaint("tripwires.validation_drop", text)
+        if evaluation and evaluation.every and evaluation.validation_seed == evaluation.seed:
             text = "is evaluation.seed too, so the best checkpoint would be judged on the images it"
-            raise complaint("evaluation.panel_seed", f"{text} was chosen by; write another")
+            raise complaint("evaluation.validation_seed", f"{text} was chosen by; write another")

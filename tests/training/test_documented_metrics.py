@@ -8,7 +8,7 @@ import pytest
 from run_files import steps_of
 
 from stage_rl.evaluation.results import ImageScore, Results
-from stage_rl.training import monitor as panel
+from stage_rl.training import monitor
 from stage_rl.training.loop import train
 
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
@@ -29,7 +29,7 @@ class Constant:
 
 @pytest.fixture
 def full_run(recipe, monkeypatch):
-    monkeypatch.setitem(panel.BENCHMARKS, "shapes-geneval", Constant())
+    monkeypatch.setitem(monitor.BENCHMARKS, "shapes-geneval", Constant())
     return train(
         recipe(
             "steps=2",
@@ -46,7 +46,7 @@ def test_every_metric_of_a_run_is_in_the_table(full_run):
     missing = [n for n in written if not any(fnmatch.fnmatchcase(n, known) for known in names)]
     assert missing == []
     groups = {name.partition("/")[0] for name in written}
-    assert groups >= {"resample", "panel", "tripwires", "mismatch", "throughput", "memory"}
+    assert groups >= {"resample", "validation", "tripwires", "mismatch", "throughput", "memory"}
 
 
 def test_every_exact_name_of_the_table_is_written_by_some_run(full_run):

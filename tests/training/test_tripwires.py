@@ -15,7 +15,12 @@ def wires(counters=None, **settings):
 
 def take(tripwires, *, best=None, **numbers):
     """The counts and lines of one step."""
-    names = {"gap": "entropy/gap", "kl": "kl/mean", "norm": "grad/norm", "panel": "panel/score"}
+    names = {
+        "gap": "entropy/gap",
+        "kl": "kl/mean",
+        "norm": "grad/norm",
+        "validation": "validation/score",
+    }
     counts = tripwires.count({names[key]: value for key, value in numbers.items()}, best)
     return counts, list(tripwires.check())
 
@@ -44,12 +49,12 @@ def test_a_step_that_learned_nothing_neither_trips_nor_resets():
     assert len(take(tripwires, norm=2.0)[1]) == 1
 
 
-def test_the_first_fall_of_the_panel_below_its_best_trips():
-    tripwires = wires(panel_drop=0.1)
-    assert take(tripwires, panel=0.8, best=Best(1, 0.8)) == ({}, [])
-    assert take(tripwires, panel=0.75, best=Best(1, 0.8)) == ({}, [])
-    counts, (line,) = take(tripwires, panel=0.6, best=Best(1, 0.8))
-    assert counts == {"tripwires/panel_drop": 1}
+def test_the_first_fall_of_validation_below_its_best_trips():
+    tripwires = wires(validation_drop=0.1)
+    assert take(tripwires, validation=0.8, best=Best(1, 0.8)) == ({}, [])
+    assert take(tripwires, validation=0.75, best=Best(1, 0.8)) == ({}, [])
+    counts, (line,) = take(tripwires, validation=0.6, best=Best(1, 0.8))
+    assert counts == {"tripwires/validation_drop": 1}
     assert "0.2 below its best, above 0.1 (the best checkpoint is that of step 1)" in line
 
 
@@ -83,11 +88,14 @@ def test_a_run_stops_where_the_recipe_says_so_and_its_metrics_show_why(recipe, t
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["tripwires.panel_drop=0.1"], r"tripwires\.panel_drop: needs a panel while training"),
+        (
+            ["tripwires.validation_drop=0.1"],
+            r"tripwires\.validation_drop: needs validation while training",
+        ),
         (["tripwires.action=halt"], r"tripwires\.action: unknown value 'halt'"),
         (
-            ["evaluation={benchmark: shapes-geneval, every: 2, panel_seed: 0}"],
-            r"evaluation\.panel_seed: is evaluation\.seed too",
+            ["evaluation={benchmark: shapes-geneval, every: 2, validation_seed: 0}"],
+            r"evaluation\.validation_seed: is evaluation\.seed too",
         ),
     ],
 )

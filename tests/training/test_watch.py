@@ -1,4 +1,4 @@
-"""The held-out panel of a run: its metrics, its best checkpoint, RUN@best."""
+"""Held-out validation of a run: its metrics, its best checkpoint, RUN@best."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from run_files import parameters_of, steps_of
 
 from stage_rl.errors import DivergedError, InputError
 from stage_rl.evaluation.results import ImageScore, Results
-from stage_rl.training import monitor as panel
+from stage_rl.training import monitor
 from stage_rl.training.checkpoint import checkpoints, step_of
 from stage_rl.training.loop import train
 from stage_rl.training.monitor import Best, best_of
@@ -34,14 +34,14 @@ class Scripted:
 def scripted(monkeypatch):
     def script(*golds):
         benchmark = Scripted(*golds)
-        monkeypatch.setitem(panel.BENCHMARKS, "shapes-geneval", benchmark)
+        monkeypatch.setitem(monitor.BENCHMARKS, "shapes-geneval", benchmark)
         return benchmark
 
     return script
 
 
-PANEL = ("evaluation={benchmark: shapes-geneval, every: 1, panel_images_per_task: 3}",)
-KEPT = (*PANEL, "run.keep_checkpoints=1", "run.save_every=0", "probe.every=0")
+VALIDATION = ("evaluation={benchmark: shapes-geneval, every: 1, validation_images_per_task: 3}",)
+KEPT = (*VALIDATION, "run.keep_checkpoints=1", "run.save_every=0", "probe.every=0")
 
 
 def steps_kept(run):
@@ -51,20 +51,20 @@ def steps_kept(run):
 def test_the_best_checkpoint_is_kept_beside_the_newest_and_is_a_model(recipe, scripted, capsys):
     benchmark = scripted(0.2, 0.6, 0.6, 0.4)
     run = train(recipe(*KEPT))
-    assert [line["panel/score"] for line in steps_of(run)] == [0.2, 0.6, 0.6, 0.4]
-    assert [line["panel/detector"] for line in steps_of(run)] == [0.25] * 4
-    assert steps_of(run)[0]["time/panel_s"] > 0
-    # The first of two equal panels stays the best.
+    assert [line["validation/score"] for line in steps_of(run)] == [0.2, 0.6, 0.6, 0.4]
+    assert [line["validation/detector"] for line in steps_of(run)] == [0.25] * 4
+    assert steps_of(run)[0]["time/validation_s"] > 0
+    # The first of two equal validations stays the best.
     assert steps_kept(run) == [2, 4]
     best = dict(load_policy(f"{run}@best", torch.device("cpu")).module.named_parameters())
     assert torch.equal(best[NORM], parameters_of(run, 2)[NORM])
-    # The panel saw the policy after the update, its own images and the rollout's guidance.
+    # Validation saw the policy after the update, its own images and the rollout's guidance.
     assert torch.equal(benchmark.weights[1], parameters_of(run, 2)[NORM])
     setup = benchmark.setups[0]
     assert (setup.images_per_task, setup.seed, setup.guidance_scale) == (3, 1, 2.0)
     said = capsys.readouterr().out
-    assert "held-out panel after step 2: 0.600, best so far: this one" in said
-    assert "held-out panel after step 4: 0.400, best so far: step 2" in said
+    assert "held-out validation after step 2: 0.600, best so far: this one" in said
+    assert "held-out validation after step 4: 0.400, best so far: step 2" in said
 
 
 def test_a_resumed_run_knows_its_best(recipe, scripted):
@@ -75,38 +75,38 @@ def test_a_resumed_run_knows_its_best(recipe, scripted):
     assert steps_kept(run) == [1, 4]
 
 
-def test_the_panel_is_scored_every_so_many_steps_and_after_the_last(recipe, scripted):
+def test_validation_is_scored_every_so_many_steps_and_after_the_last(recipe, scripted):
     scripted(0.1, 0.2)
-    run = train(recipe(*PANEL, "evaluation.every=2", "steps=3", "probe.every=0"))
-    assert [line["step"] for line in steps_of(run) if "panel/score" in line] == [1, 2]
+    run = train(recipe(*VALIDATION, "evaluation.every=2", "steps=3", "probe.every=0"))
+    assert [line["step"] for line in steps_of(run) if "validation/score" in line] == [1, 2]
 
 
-def test_a_panel_that_falls_stops_the_run_and_names_the_best(recipe, scripted):
+def test_a_validation_that_falls_stops_the_run_and_names_the_best(recipe, scripted):
     scripted(0.9, 0.5)
-    stops = ("tripwires.panel_drop=0.3", "tripwires.action=stop")
+    stops = ("tripwires.validation_drop=0.3", "tripwires.action=stop")
     with pytest.raises(DivergedError, match=r"0\.4 below its best.*the best .* is that of step 1"):
         train(recipe(*KEPT, *stops))
 
 
-def test_a_run_without_a_panel_has_no_best(recipe):
+def test_a_run_without_validation_has_no_best(recipe):
     run = train(recipe("steps=1", "probe.every=0"))
-    assert "panel/score" not in steps_of(run)[0]
-    with pytest.raises(InputError, match=r"no held-out panel has chosen .* evaluation\.every"):
+    assert "validation/score" not in steps_of(run)[0]
+    with pytest.raises(InputError, match=r"no held-out validation has chosen .* evaluation\.every"):
         load_policy(f"{run}@best", torch.device("cpu"))
 
 
-def test_of_equal_panels_the_earlier_is_the_best():
+def test_of_equal_validations_the_earlier_is_the_best():
     assert best_of(None, Best(1, 0.5)) == Best(1, 0.5)
     assert best_of(Best(1, 0.5), Best(2, 0.5)) == Best(1, 0.5)
     assert best_of(Best(1, 0.5), Best(2, 0.6)) == Best(2, 0.6)
 
 
-def test_the_shapes_panel_draws_with_the_engine_it_is_given(tiny_shapes):
+def test_shapes_validation_draws_with_the_engine_it_is_given(tiny_shapes):
     from stage_rl.recipe import EvaluationConfig
     from stage_rl.rollout.engine import Engine
 
-    settings = EvaluationConfig(every=1, panel_images_per_task=1)
+    settings = EvaluationConfig(every=1, validation_images_per_task=1)
     engine = Engine(tiny_shapes)
-    numbers = panel.score_panel(engine, settings, guidance_scale=1.0)
-    assert numbers["panel/score"] == numbers["panel/gold"]
-    assert {"panel/detector", "panel/retention"} <= set(numbers)
+    numbers = monitor.score_validation(engine, settings, guidance_scale=1.0)
+    assert numbers["validation/score"] == numbers["validation/gold"]
+    assert {"validation/detector", "validation/retention"} <= set(numbers)

@@ -49,7 +49,7 @@ class TrainerState:
     base: str = ""
     """`base_digest` of the weights the run began with; empty in checkpoints that lack it."""
     best_step: int | None = None
-    """Steps of the checkpoint that is best by the held-out panel; None: there was no panel yet."""
+    """Steps of the checkpoint that is best by held-out validation; None: there was none yet."""
     best_score: float | None = None
 
 

@@ -124,7 +124,14 @@ def _write_card(model: str, folder: Path, *, layout: Layout, adapter: bool) -> N
 
 TITLE = "STAGE: Stable and Generalizable GRPO for Autoregressive Image Generation"
 
-SHOWN = ("reward/", "entropy/policy", "entropy/reference", "kl/mean", "probe/kl", "panel/score")
+SHOWN = (
+    "reward/",
+    "entropy/policy",
+    "entropy/reference",
+    "kl/mean",
+    "probe/kl",
+    "validation/score",
+)
 """Beginnings of the metrics that the card shows."""
 
 WINDOW = 10

@@ -1,4 +1,4 @@
-"""What watches over a run from step to step: signs of death, tripwires, the held-out panel."""
+"""What watches over a run from step to step: signs of death, tripwires, held-out validation."""
 
 from __future__ import annotations
 
@@ -34,28 +34,28 @@ class Watch:
             self.best = Best(saved.best_step, saved.best_score)
 
     def look(self, trainer: Trainer, taken: Step, say: Callable[[str], None]) -> None:
-        """Adds what it sees to a step's numbers: the panel where it is due, tripwires passed."""
-        self._score_panel(trainer, taken, say)
+        """Adds what it sees to a step's numbers: validation where it is due, tripwires passed."""
+        self._validate(trainer, taken, say)
         taken.numbers.update(self._tripwires.count(taken.numbers, self.best))
 
-    def _score_panel(self, trainer: Trainer, taken: Step, say: Callable[[str], None]) -> None:
+    def _validate(self, trainer: Trainer, taken: Step, say: Callable[[str], None]) -> None:
         settings, done = self._evaluation, taken.number + 1
         if settings is None or not settings.every:
             return
         if done % settings.every and done != self._last:
             return
         trainer.engine.reload()
-        numbers = score_panel(
+        numbers = score_validation(
             trainer.engine, settings, guidance_scale=trainer.sampling.guidance_scale
         )
-        # Every rank draws the panel; the first one's score decides, on all.
+        # Every rank draws the same images; the first one's score decides, on all.
         numbers = trainer.ranks.gather(numbers)[0]
         taken.numbers.update(numbers)
-        taken.timer.record("panel_s")
-        score = numbers["panel/score"]
+        taken.timer.record("validation_s")
+        score = numbers["validation/score"]
         self.best = best_of(self.best, Best(done, score))
         place = "this one" if self.best.step == done else f"step {self.best.step}"
-        say(f"held-out panel after step {done}: {score:.3f}, best so far: {place}")
+        say(f"held-out validation after step {done}: {score:.3f}, best so far: {place}")
 
     def check(self, taken: Step, say: Callable[[str], None]) -> None:
         """Raises DivergedError where the run is dead or a tripwire stops it, after the step is in
@@ -66,7 +66,7 @@ class Watch:
             say(line)
 
     def is_best(self, done: int) -> bool:
-        """Whether the policy after `done` steps is the best by the panel."""
+        """Whether the policy after `done` steps is the best by validation."""
         return self.best is not None and self.best.step == done
 
     def state(self, done: int, base: str) -> TrainerState:
@@ -89,7 +89,7 @@ WORDS = {
     "entropy_gap": "the entropy is {value:.3g} nats from the reference's",
     "kl": "the KL from the reference is {value:.3g} nats a token",
     "grad_norm": "the gradient norm is {value:.3g}",
-    "panel_drop": "the held-out panel is {value:.3g} below its best",
+    "validation_drop": "held-out validation is {value:.3g} below its best",
 }
 
 
@@ -106,7 +106,7 @@ class Tripwires:
     def count(self, numbers: Mapping[str, float], best: Best | None) -> dict[str, float]:
         """Takes the metrics of a step into account; those of the wires that it is beyond.
 
-        The panel counts the steps that it is scored at, and its first fall trips at once.
+        Validation counts the steps that it is scored at, and its first fall trips at once.
         """
         self._tripped = []
         beyond = {}
@@ -117,7 +117,7 @@ class Tripwires:
             wire = PREFIX + name
             count = self.counters.get(wire, 0) + 1 if value > threshold else 0
             self.counters[wire] = count
-            if count == (1 if name == "panel_drop" else self._settings.steps):
+            if count == (1 if name == "validation_drop" else self._settings.steps):
                 self._tripped.append(self._says(name, value, threshold, best))
             if count:
                 beyond[f"tripwires/{name}"] = float(count)
@@ -132,7 +132,7 @@ class Tripwires:
         return self._tripped
 
     def _says(self, name: str, value: float, threshold: float, best: Best | None) -> str:
-        held = "" if name == "panel_drop" else f" for {self._settings.steps} steps in a row"
+        held = "" if name == "validation_drop" else f" for {self._settings.steps} steps in a row"
         kept = f" (the best checkpoint is that of step {best.step})" if best else ""
         return (
             f"tripwire {name}: {WORDS[name].format(value=value)}, above {threshold:g}{held}{kept}; "
@@ -146,8 +146,8 @@ def _watched(numbers: Mapping[str, float], best: Best | None) -> dict[str, float
         "entropy_gap": abs(numbers["entropy/gap"]) if "entropy/gap" in numbers else None,
         "kl": numbers.get("kl/mean"),
         "grad_norm": numbers.get("grad/norm"),
-        "panel_drop": best.score - numbers["panel/score"]
-        if best and "panel/score" in numbers
+        "validation_drop": best.score - numbers["validation/score"]
+        if best and "validation/score" in numbers
         else None,
     }
     return {name: value for name, value in watched.items() if value is not None}
@@ -190,41 +190,42 @@ def measure_drift(
     return Drift(torch.cat(kl).mean().item(), torch.cat(entropy).mean().item())
 
 
-# The held-out panel: a benchmark in small, scored while a run trains, to keep its best policy.
+# Held-out validation: a benchmark in small, scored while a run trains, to keep its best policy.
 
 
 @dataclass(frozen=True)
 class Best:
-    """The best panel of a run so far."""
+    """The best validation of a run so far."""
 
     step: int
     """Steps done when it was scored: the number of its checkpoint."""
     score: float
 
 
-def score_panel(
+def score_validation(
     engine: Engine, settings: EvaluationConfig, *, guidance_scale: float
 ) -> dict[str, float]:
-    """Scores the weights of the engine's last reload; every measure's overall mean as panel/NAME.
+    """Scores the weights of the engine's last reload: every measure's overall mean.
 
-    panel/score is the measure that decides, the first one the benchmark prints by task.
+    validation/score is the measure that decides, the first one the benchmark prints by task.
     `guidance_scale` is that of the rollout, for an evaluation that names none.
     """
     own = settings.guidance_scale
     setup = Setup(
         settings.benchmark,
-        settings.panel_images_per_task,
+        settings.validation_images_per_task,
         guidance_scale if own is None else own,
-        settings.panel_seed,
+        settings.validation_seed,
         engine.dtype,
     )
-    results = BENCHMARKS[settings.benchmark].run(engine.policy, setup, name="panel", engine=engine)
-    numbers = {f"panel/{name}": results.summary(name).overall.mean for name in results.scores}
-    return numbers | {"panel/score": numbers[f"panel/{results.by_task[0]}"]}
+    benchmark = BENCHMARKS[settings.benchmark]
+    results = benchmark.run(engine.policy, setup, name="validation", engine=engine)
+    numbers = {f"validation/{name}": results.summary(name).overall.mean for name in results.scores}
+    return numbers | {"validation/score": numbers[f"validation/{results.by_task[0]}"]}
 
 
 def best_of(best: Best | None, new: Best) -> Best:
-    """The better one of the best so far and a new panel; of equals, the earlier."""
+    """The better one of the best so far and a new validation; of equals, the earlier."""
     return new if best is None or new.score > best.score else best
 
 

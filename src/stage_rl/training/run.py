@@ -194,7 +194,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def load_policy(model: str, device: torch.device) -> Policy:
     """The policy behind a folder, a hub id, `shapes`, RUN (its newest checkpoint), RUN@STEP or
-    RUN@best, its best one by the held-out panel.
+    RUN@best, its best one by held-out validation.
     """
     found = find_run(model)
     if found is None:
@@ -239,7 +239,7 @@ def _best_step(model: str, root: Path) -> str:
     newest = latest_checkpoint(root)
     if newest is None or newest.state.best_step is None:
         raise InputError(
-            f"{model}: no held-out panel has chosen a best checkpoint; train with evaluation.every,"
-            " or write RUN@STEP"
+            f"{model}: no held-out validation has chosen a best checkpoint; train with "
+            "evaluation.every, or write RUN@STEP"
         )
     return str(newest.state.best_step)
