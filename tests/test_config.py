@@ -9,7 +9,6 @@ from pydantic import ValidationError
 from stage_rl.config import (
     describe,
     diff_recipes,
-    list_recipes,
     load_recipe,
     resolved_json,
     run_folder,
@@ -17,6 +16,7 @@ from stage_rl.config import (
 )
 from stage_rl.errors import RecipeError
 from stage_rl.recipe import AlgorithmConfig, RolloutConfig
+from stage_rl.recipes import list_recipes
 from stage_rl.rewards.base import RewardConfig
 
 BRIGHTNESS = '''

@@ -14,7 +14,7 @@ import stage_rl
 ROOT = Path(stage_rl.__file__).parent
 
 FLOORS = (
-    ("algorithm", "types", "errors", "settings", "files", "pictures"),
+    ("algorithm", "types", "errors", "settings", "files", "pictures", "recipes"),
     ("distributed", "console"),
     ("policies", "prompts"),
     ("rollout", "rewards"),

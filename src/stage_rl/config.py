@@ -10,8 +10,6 @@ import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from importlib import resources
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +21,11 @@ from yaml import MarkedYAMLError, YAMLError
 
 from stage_rl.errors import RecipeError
 from stage_rl.recipe import Recipe
+from stage_rl.recipes import find_recipe
 from stage_rl.rewards.base import RewardConfig
 from stage_rl.settings import Component, Settings, near_or_all
 
 COMMENT_COLUMN = 44
-
-FILE_SUFFIXES = (".yaml", ".yml", ".json")
 
 RENAMED = {
     "evaluation.panel_images_per_task": "evaluation.validation_images_per_task",
@@ -44,7 +41,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     The file's stem is the run's name where the file gives none. Raises RecipeError.
     """
     where = str(name_or_path)
-    source = _find(where)
+    source = find_recipe(where)
     try:
         text = source.read_text(encoding="utf-8")
     except OSError as error:
@@ -76,16 +73,6 @@ def load_reward(kind: str, overrides: Sequence[str] = ()) -> RewardConfig:
         return RewardConfig.model_validate(_plain(tree, kind))
     except ValidationError as error:
         raise RecipeError(f"{kind}: {explain(error)}") from error
-
-
-def list_recipes() -> dict[str, str]:
-    """The built-in recipes: name and first line of the opening comment."""
-    files = sorted(_folder().iterdir(), key=lambda file: file.name)
-    return {
-        Path(file.name).stem: file.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-        for file in files
-        if file.name.endswith(".yaml")
-    }
 
 
 def describe(recipe: Recipe) -> str:
@@ -121,23 +108,6 @@ def diff_recipes(one: Recipe, other: Recipe) -> tuple[str, ...]:
     absent = object()
     keys = dict.fromkeys([*left, *right])
     return tuple(key for key in keys if left.get(key, absent) != right.get(key, absent))
-
-
-def _folder() -> Traversable:
-    return resources.files("stage_rl") / "recipes"
-
-
-def _find(name: str) -> Traversable:
-    path = Path(name)
-    if path.suffix in FILE_SUFFIXES or len(path.parts) > 1:
-        if path.is_file():
-            return path
-        raise RecipeError(f"{name}: no such file; name a recipe file, or one of `stage recipes`")
-    file = _folder() / f"{name}.yaml"
-    if file.is_file():
-        return file
-    hint = near_or_all(name, list_recipes())
-    raise RecipeError(f"{name}: unknown recipe; {hint} (or a path that ends in .yaml)")
 
 
 def _parse(text: str, where: str) -> DictConfig:

@@ -43,8 +43,3 @@ def test_wrong_files_are_one_line(tmp_path, run_main):
     code, printed = run_main("data", "geneval", "--out", tmp_path)
     assert code == 1
     assert "Is a directory; name another file" in printed
-
-
-def test_data_needs_no_torch(tmp_path, stage_process):
-    done = stage_process("data", "geneval", "--out", tmp_path / "t.jsonl", "--num-prompts", 5)
-    assert done.returncode == 0, done.stderr

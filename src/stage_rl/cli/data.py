@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from stage_rl.cli.options import write_text
 from stage_rl.errors import InputError, StageError
+from stage_rl.settings import BUILT_IN
 
 if TYPE_CHECKING:
     from stage_rl.types import Prompt
 
 app = typer.Typer(help="Build and check prompt sets.", no_args_is_help=True)
-BUILT_IN = "geneval"
 
 
 @app.command("geneval")
@@ -33,15 +34,13 @@ def geneval(
     from stage_rl.prompts.geneval import geneval_prompts
     from stage_rl.prompts.sets import GenEvalPromptsConfig
 
-    records = geneval_prompts()
-    if not evaluation:
+    if evaluation:
+        records = geneval_prompts()
+    else:
         config = GenEvalPromptsConfig(mix=mix, num_prompts=num_prompts, seed=seed)
         records = [dict(prompt.metadata) for prompt in config.build()]
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-    try:
-        out.write_text("".join(lines), encoding="utf-8")
-    except OSError as error:
-        raise StageError(f"--out {out}: {error.strerror}; name another file") from error
+    write_text("--out", out, "".join(lines))
     distinct = len({record["prompt"] for record in records})
     typer.echo(f"{out}: {len(records)} prompts, {distinct} of them distinct")
 
@@ -71,9 +70,8 @@ def _prompts(source: str) -> tuple[Prompt, ...]:
     from stage_rl.config import explain
     from stage_rl.prompts.files import PromptsConfig, as_prompts
     from stage_rl.prompts.geneval import geneval_prompts
-    from stage_rl.settings import BUILT_IN
 
-    if source == BUILT_IN:
+    if source == "geneval":
         return as_prompts(geneval_prompts())
     kind, colon, path = source.partition(":")
     if not colon or kind not in BUILT_IN["prompts"]:

@@ -1,8 +1,7 @@
-"""Options taken from a function's own signature, so that no setting is declared twice."""
+"""What verbs share: options from a function's own signature, numbers and files of options."""
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import json
 import math
@@ -13,6 +12,7 @@ from typing import Any
 import typer
 
 from stage_rl.errors import InputError, StageError
+from stage_rl.settings import near_or_all
 
 FORWARD = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 """Typer settings of a command that hands its arguments to `call`."""
@@ -25,28 +25,37 @@ def call(function: Callable[..., Any], arguments: Sequence[str]) -> Any:
     `--help` prints the parameters and stops.
     Raises InputError for an unknown option, a missing value and a value of another type.
     """
-    defaults = {
-        name.rstrip("_"): parameter.default
+    parameters = {
+        f"--{name.rstrip('_').replace('_', '-')}": parameter
         for name, parameter in inspect.signature(function).parameters.items()
     }
     if "--help" in arguments:
-        typer.echo(_help(function, defaults))
+        typer.echo(f"{inspect.getdoc(function) or ''}\n\nOptions and their defaults:")
+        for option, parameter in parameters.items():
+            typer.echo(f"  {option} {parameter.default}")
         raise typer.Exit
-    options: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     rest = list(arguments)
     while rest:
-        option, equals, inline = rest.pop(0).partition("=")
-        name = _known(option, defaults)
-        if equals:
-            text = inline
-        elif isinstance(defaults[name], bool):
+        option, equals, text = rest.pop(0).partition("=")
+        if option not in parameters:
+            raise InputError(f"{option}: unknown option; {near_or_all(option, parameters)}")
+        parameter = parameters[option]
+        if not equals and isinstance(parameter.default, bool):
             text = "true"
-        elif rest:
+        elif not equals:
+            if not rest:
+                raise InputError(f"{option}: the value is missing; write {option} VALUE")
             text = rest.pop(0)
-        else:
-            raise InputError(f"{option}: the value is missing; write {option} VALUE")
-        options[name] = _typed(option, text, defaults[name])
-    return function(**_as_parameters(function, options))
+        values[parameter.name] = _typed(option, text, parameter.default)
+    return function(**values)
+
+
+def finite(value: float | None) -> float | None:
+    """Refuses nan and inf as the value of an option."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number.")
+    return value
 
 
 def check_writable(file: Path | None) -> None:
@@ -57,30 +66,16 @@ def check_writable(file: Path | None) -> None:
 
 def write_json(file: Path | None, figures: Mapping[str, Any]) -> None:
     """Writes figures where a file is given; raises StageError where it cannot be written."""
-    if file is None:
-        return
-    text = json.dumps(figures, indent=2, allow_nan=False) + "\n"
+    if file is not None:
+        write_text("--json", file, json.dumps(figures, indent=2, allow_nan=False) + "\n")
+
+
+def write_text(option: str, file: Path, text: str) -> None:
+    """Writes the file of an option; raises StageError where it cannot be written."""
     try:
         file.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise StageError(f"--json {file}: {error.strerror}; name another file") from error
-
-
-def finite(value: float | None) -> float | None:
-    """Refuses nan and inf as the value of an option."""
-    if value is not None and not math.isfinite(value):
-        raise typer.BadParameter(f"{value} is not a finite number.")
-    return value
-
-
-def _known(option: str, defaults: Mapping[str, Any]) -> str:
-    name = option.removeprefix("--").replace("-", "_")
-    if option.startswith("--") and name in defaults:
-        return name
-    names = [_spelled(known) for known in defaults]
-    near = difflib.get_close_matches(option, names, n=1)
-    hint = f"did you mean '{near[0]}'?" if near else f"write one of: {', '.join(names)}"
-    raise InputError(f"{option}: unknown option; {hint}")
+        raise StageError(f"{option} {file}: {error.strerror}; name another file") from error
 
 
 def _typed(option: str, text: str, default: Any) -> Any:
@@ -100,17 +95,3 @@ def _typed(option: str, text: str, default: Any) -> Any:
     if not math.isfinite(value):
         raise InputError(f"{option}: '{text}' is not a finite number; write one")
     return value
-
-
-def _as_parameters(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    names = {name.rstrip("_"): name for name in inspect.signature(function).parameters}
-    return {names[name]: value for name, value in options.items()}
-
-
-def _help(function: Callable[..., Any], defaults: Mapping[str, Any]) -> str:
-    lines = [inspect.getdoc(function) or "", "", "Options and their defaults:"]
-    return "\n".join([*lines, *(f"  {_spelled(n)} {value}" for n, value in defaults.items())])
-
-
-def _spelled(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from stage_rl.recipes import find_recipe, list_recipes
+
 app = typer.Typer(help="List the built-in recipes, or show one.", rich_markup_mode=None)
 
 
@@ -14,8 +16,6 @@ def list_all(context: typer.Context) -> None:
     """List the built-in recipes, or show one."""
     if context.invoked_subcommand is not None:
         return
-    from stage_rl.config import list_recipes
-
     recipes = list_recipes()
     width = max(map(len, recipes))
     for name, purpose in recipes.items():
@@ -27,6 +27,7 @@ def show(
     name: Annotated[str, typer.Argument(help="Name of a built-in recipe, or a YAML file.")],
 ) -> None:
     """Print a recipe as resolved, every key with its meaning; the output is a recipe itself."""
+    find_recipe(name)  # a wrong name is answered without loading torch
     from stage_rl.config import describe, load_recipe
 
     typer.echo(describe(load_recipe(name)), nl=False)

@@ -27,24 +27,21 @@ def sample(
     """Draw prompts with a model and write a PNG grid."""
     if out.suffix.lower() != ".png" or not out.parent.is_dir():
         raise InputError(f"--out {out}: no place for a grid; write FILE.png in a folder that is")
-    import torch
-
     from stage_rl.pictures import image_grid
     from stage_rl.rollout.sample import sample as draw
     from stage_rl.training.run import load_policy
+    from stage_rl.training.trainer import pick_device
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rollout = draw(
-        load_policy(model, device),
+        load_policy(model, pick_device("auto")),
         prompts,
         images_per_prompt=images,
         guidance_scale=guidance_scale,
         temperature=temperature,
         seed=seed,
     )
-    picture = image_grid(rollout.images_NHWC, columns=images)
     try:
-        picture.save(out)
+        image_grid(rollout.images_NHWC, columns=images).save(out)
     except OSError as error:
         raise StageError(f"--out {out}: {error.strerror}; name another file") from error
     typer.echo(str(out))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from stage_rl.errors import Stopped
+from stage_rl.recipes import find_recipe
 
 if TYPE_CHECKING:
     from stage_rl.recipe import Recipe
@@ -28,11 +29,11 @@ def train(
     ] = False,
 ) -> None:
     """Train a recipe; the same command again goes on where the run stopped."""
+    find_recipe(recipe)  # a wrong name is answered without loading torch
     from stage_rl import config
-
-    settings = config.load_recipe(recipe, overrides or ())
     from stage_rl.distributed import launch
 
+    settings = config.load_recipe(recipe, overrides or ())
     started = launch()
     if dry_run:
         if started.rank == 0:
@@ -79,10 +80,7 @@ def _say_leaks(settings: Recipe) -> None:
 
 
 def _evaluation(settings: Recipe, folder: Path) -> str:
-    """The comparison of base and trained policy; made once for every number of steps.
-
-    A stop signal is a `Stopped`, and the same command goes on from here.
-    """
+    """The comparison of base and trained policy; made once for every number of steps."""
     from stage_rl.evaluation.run import evaluate_run
     from stage_rl.files import replace_text
     from stage_rl.training.checkpoint import latest_checkpoint
@@ -116,14 +114,10 @@ def _stopped_by_signals() -> Iterator[None]:
     """Turns Ctrl-C and SIGTERM into a `Stopped` with the exit code of the signal."""
 
     def stop(number: int, _frame: object) -> None:
-        raise Stopped(
-            "stopped during the evaluation; run the same command again to evaluate",
-            signal_number=number,
-        )
+        said = "stopped during the evaluation; run the same command again to evaluate"
+        raise Stopped(said, signal_number=number)
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in before:
-        signal.signal(number, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
