@@ -117,7 +117,7 @@ class Component(Settings):
 BUILT_IN = {
     "policy": {"janus": "stage_rl.policies.janus:JanusConfig"},
     "prompts": {
-        "geneval": "stage_rl.prompts.sets:GenEvalPromptsConfig",
+        "geneval": "stage_rl.prompts.geneval:GenEvalPromptsConfig",
         "t2i_r1": "stage_rl.prompts.sets:T2IR1PromptsConfig",
         "t2i_compbench": "stage_rl.prompts.sets:T2ICompBenchPromptsConfig",
         "ocr": "stage_rl.prompts.sets:OcrPromptsConfig",

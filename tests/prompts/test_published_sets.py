@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from stage_rl.prompts.files import as_prompts, load_prompts
-from stage_rl.prompts.geneval import CLASSES, COLORS, geneval_prompts
+from stage_rl.prompts.files import as_prompts
+from stage_rl.prompts.geneval import CLASSES, GENEVAL, geneval_prompts, load_geneval
 from stage_rl.prompts.leakage import find_leaks
 from stage_rl.prompts.sets import (
     CATEGORIES,
@@ -26,9 +26,9 @@ DATA = Path(FOLDER or ".")
 
 
 def test_geneval_files_load_by_their_kind_and_as_files():
-    assert len(load_prompts(DATA / "geneval" / "evaluation_metadata.jsonl")) == 553
+    assert len(load_geneval(DATA / "geneval" / "evaluation_metadata.jsonl", GENEVAL)) == 553
     file = DATA / "geneval" / "flow_grpo_test_metadata.jsonl"
-    prompts = load_prompts(file, classes=CLASSES, colors=COLORS)
+    prompts = load_geneval(file, GENEVAL)
     assert set(Counter(prompt.text for prompt in prompts).values()) == {4}
     assert load_file(file) == prompts
     # The file holds nothing but evaluation prompts.

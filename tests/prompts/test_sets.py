@@ -7,7 +7,13 @@ from pydantic import ValidationError
 
 from stage_rl.errors import InputError
 from stage_rl.prompts.files import PromptsConfig, as_prompts
-from stage_rl.prompts.geneval import evaluation_texts, geneval_prompts, training_mix
+from stage_rl.prompts.geneval import (
+    INVERSE,
+    evaluation_texts,
+    geneval_prompts,
+    position_record,
+    training_mix,
+)
 from stage_rl.prompts.leakage import find_leaks, sentence
 from stage_rl.prompts.sets import (
     load_drawbench,
@@ -99,15 +105,10 @@ def test_a_wrong_t2i_r1_record_is_named_with_its_line(tmp_path, changes, message
 
 
 def test_t2i_compbench_prompts_know_what_their_text_says(compbench):
-    prompts = {prompt.text: prompt.metadata for prompt in load_t2i_compbench_of(compbench)}
-    assert prompts["a green bench and a blue bowl"]["attr_nouns"] == [
-        "a green bench",
-        "a blue bowl",
-    ]
-    assert prompts["a blue rose and a green tulip"]["attr_nouns"] == [
-        "a blue rose",
-        "a green tulip",
-    ]
+    prompts = {prompt.text: prompt.metadata for prompt in some_of(compbench)}
+    bench, rose = "a green bench and a blue bowl", "a blue rose and a green tulip"
+    assert prompts[bench]["attr_nouns"] == ["a green bench", "a blue bowl"]
+    assert prompts[rose]["attr_nouns"] == ["a blue rose", "a green tulip"]
     frog = {"obj1": "frog", "obj2": "butterfly", "locality": "on the top of"}
     assert prompts["a frog on the top of a butterfly"]["spatial_info"] == frog
     mice = prompts["three mice cooked with one microwave"]["numeracy_info"]
@@ -120,10 +121,8 @@ def test_t2i_compbench_prompts_know_what_their_text_says(compbench):
     assert prompts["The cat sat on the mat."]["complex_part"] == "action"
 
 
-def load_t2i_compbench_of(folder, categories=None):
-    return load_t2i_compbench(
-        folder, categories or ("color", "spatial", "numeracy", "non_spatial", "complex")
-    )
+def some_of(folder):
+    return load_t2i_compbench(folder, ("color", "spatial", "numeracy", "non_spatial", "complex"))
 
 
 @pytest.mark.parametrize(
@@ -138,11 +137,11 @@ def load_t2i_compbench_of(folder, categories=None):
 )
 def test_a_wrong_t2i_compbench_line_is_named(compbench, name, text, message):
     written(compbench, name, text)
-    assert message in refused(load_t2i_compbench_of, compbench)
+    assert message in refused(some_of, compbench)
 
 
 def test_a_missing_t2i_compbench_file_is_named(compbench):
-    assert "texture_val.txt: no such file" in refused(load_t2i_compbench_of, compbench, ["texture"])
+    assert "texture_val.txt: no such file" in refused(load_t2i_compbench, compbench, ["texture"])
 
 
 @pytest.mark.parametrize(
@@ -179,11 +178,7 @@ def test_the_target_of_an_ocr_prompt_stands_in_quotes(tmp_path):
         ("p.txt", 'a "b"\na sign\n', 'p.txt:2: 0 double quotes; write one text in "quotes"'),
         ("p.txt", 'a "b" "c"\n', "p.txt:1: 4 double quotes"),
         ("p.txt", 'a "  "\n', "p.txt:1: the quotes are empty"),
-        (
-            "p.csv",
-            "prompt,target_text\n",
-            "p.csv:1: no column 'prompt_raw'; did you mean 'prompt'?",
-        ),
+        ("p.csv", "prompt,target_text\n", "1: no column 'prompt_raw'; did you mean 'prompt'?"),
         ("p.csv", "prompt_raw,target_text\n", "p.csv: holds no prompts"),
         ("p.csv", 'prompt_raw,target_text\n"a ""b""",c\n', "p.csv:2: target_text is 'c', but"),
         ("p.csv", 'prompt_raw,target_text\n"a, ""b"""\n', "p.csv:2: not as many cells as columns"),
@@ -217,15 +212,11 @@ def test_a_table_row_may_span_lines_and_errors_count_them(tmp_path):
 
 
 def test_hps_prompts_are_arrays_by_style(tmp_path):
-    for style in ("anime", "concept-art", "paintings", "photo"):
+    styles = ["anime", "concept-art", "paintings", "photo"]
+    for style in styles:
         written(tmp_path, f"{style}.json", json.dumps([f"{style} one", f"{style} two"]))
     prompts = load_hps(tmp_path)
-    assert [prompt.metadata["style"] for prompt in prompts[::2]] == [
-        "anime",
-        "concept-art",
-        "paintings",
-        "photo",
-    ]
+    assert [prompt.metadata["style"] for prompt in prompts[::2]] == styles
     assert [prompt.index for prompt in prompts] == list(range(8))
     assert len(load_hps(tmp_path / "photo.json")) == 2
     wrong = written(tmp_path, "photo.json", '["a", 3]')
@@ -252,29 +243,17 @@ def test_files_of_ones_own_carry_what_they_hold(tmp_path):
 
 
 def test_a_leak_is_found_in_other_words():
-    records = [r for r in geneval_prompts() if r["tag"] == "position"][:1]
+    (record,) = [r for r in geneval_prompts() if r["tag"] == "position"][:1]
+    target, placed = (clause["class"] for clause in record["include"])
+    relation = record["include"][1]["position"][0]
     # "a photo of a A left of a B" asks for what "a photo of a B right of a A" asks for.
-    target, placed = records[0]["include"]
-    inverse = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-    swapped = {
-        "tag": "position",
-        "prompt": "in other words",
-        "include": [
-            {"class": placed["class"], "count": 1},
-            {
-                "class": target["class"],
-                "count": 1,
-                "position": [inverse[placed["position"][0]], 0],
-            },
-        ],
-    }
-    wrong = {**swapped, "include": [swapped["include"][0], {**swapped["include"][1]}]}
-    wrong["include"][1]["position"] = [placed["position"][0], 0]
-    evaluation = as_prompts(records)
+    swapped = position_record(target, INVERSE[relation], placed)
+    wrong = position_record(target, relation, placed)
+    evaluation = as_prompts([record])
     (leak,) = find_leaks(as_prompts([swapped]), evaluation)
     assert not leak.same_text
     assert find_leaks(as_prompts([wrong]), evaluation) == ()
-    (same,) = find_leaks([Prompt(f"  {records[0]['prompt'].upper()}. ")], evaluation)
+    (same,) = find_leaks([Prompt(f"  {record['prompt'].upper()}. ")], evaluation)
     assert same.same_text
     assert sentence([same], 1).startswith(
         "1 of 1 evaluation prompts are in the training set (1 word for word, 0 in other words): '"

@@ -31,8 +31,7 @@ def geneval(
     ] = False,
 ) -> None:
     """Write a GenEval training set without any evaluation prompt, as a file to look at or share."""
-    from stage_rl.prompts.geneval import geneval_prompts
-    from stage_rl.prompts.sets import GenEvalPromptsConfig
+    from stage_rl.prompts.geneval import GenEvalPromptsConfig, geneval_prompts
 
     if evaluation:
         records = geneval_prompts()

@@ -1,4 +1,4 @@
-"""GenEval prompts and their metadata: the official builder.
+"""GenEval prompts: records and their check, the evaluation set, training mixes, their settings.
 
 Everything is generic over a `Vocabulary`, so that another world of objects (other classes behind
 another detector) gets prompts of the same wording and the same metadata.
@@ -6,25 +6,41 @@ another detector) gets prompts of the same wording and the same metadata.
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
+from pydantic import Field, model_validator
 
-from stage_rl.errors import RecipeError
-
-Record = dict[str, Any]
-"""One line of GenEval metadata: tag, include, perhaps exclude, prompt."""
+from stage_rl.errors import InputError, RecipeError
+from stage_rl.prompts.files import (
+    JSON_ENDINGS,
+    OneSourceConfig,
+    Record,
+    as_prompts,
+    count_of,
+    drop_none,
+    known,
+    read_lines,
+    read_records,
+    text_of,
+    whole,
+    word,
+)
+from stage_rl.settings import Count, NonNegative, Settings, complaint, near_or_all
+from stage_rl.types import Prompt
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 
-RELATIONS = ("left of", "right of", "above", "below")
+INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+
+RELATIONS = tuple(INVERSE)
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
@@ -42,6 +58,12 @@ CLASSES = (
     "toothbrush",
 )
 """The 80 class names in the order of the detector's outputs (COCO order, three of them renamed)."""
+
+MIXES: Mapping[str, Mapping[str, float]] = {
+    "stage": dict(zip(TASKS, (0, 1, 7, 1, 4, 5), strict=True)),
+    "flow_grpo": dict(zip(TASKS, (0, 1, 5, 1, 7, 3), strict=True)),
+}
+"""Training ratios by task: of the STAGE paper (appendix B.1) and of Flow-GRPO."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +85,85 @@ class Vocabulary:
         place = self.classes.index(self.uncolored)
         return self.classes[place + 1 :] + self.classes[:place]
 
+    def choices(self, task: str) -> tuple[tuple[tuple[Any, ...], int], ...]:
+        """What a prompt of a task chooses from, and how many different ones of each.
+
+        In the order of the official builder's draws, on which its seeds depend.
+        """
+        counts = tuple(range(2, self.max_count + 1))
+        return {
+            "single_object": ((self.classes, 1),),
+            "two_object": ((self.classes, 2),),
+            "counting": ((self.classes, 1), (counts, 1)),
+            "colors": ((self.colored, 1), (self.colors, 1)),
+            "position": ((self.classes, 2), (self.relations, 1)),
+            "color_attr": ((self.colored, 2), (self.colors, 2)),
+        }[task]
+
 
 GENEVAL = Vocabulary(CLASSES, uncolored="person")
+
+
+def make_record(task: str, chosen: Sequence[Any]) -> Record:
+    """The record of a task from its `Vocabulary.choices`, one after the other."""
+    match task, chosen:
+        case "single_object", (name,):
+            return single_object_record(name)
+        case "two_object", (a, b):
+            return two_object_record(a, b)
+        case "counting", (name, count):
+            return counting_record(name, count)
+        case "colors", (name, color):
+            return colors_record(color, name)
+        case "position", (a, b, relation):
+            return position_record(a, relation, b)
+        case "color_attr", (a, b, color_a, color_b):
+            return color_attr_record((color_a, a), (color_b, b))
+    raise AssertionError(task)
+
+
+def single_object_record(name: str) -> Record:
+    """A photo of a NAME."""
+    return photo_record("single_object", [{"class": name, "count": 1}], with_article(name))
+
+
+def two_object_record(a: str, b: str) -> Record:
+    """A photo of an A and a B."""
+    include = [{"class": a, "count": 1}, {"class": b, "count": 1}]
+    return photo_record("two_object", include, f"{with_article(a)} and {with_article(b)}")
+
+
+def counting_record(name: str, count: int) -> Record:
+    """A photo of COUNT (2 to 10) NAMEs; one more is excluded."""
+    assert 2 <= count < len(NUMBERS)
+    include = [{"class": name, "count": count}]
+    record = photo_record("counting", include, f"{NUMBERS[count]} {plural(name)}")
+    prompt = record.pop("prompt")
+    return {**record, "exclude": [{"class": name, "count": count + 1}], "prompt": prompt}
+
+
+def colors_record(color: str, name: str) -> Record:
+    """A photo of a COLOR NAME."""
+    include = [{"class": name, "count": 1, "color": color}]
+    return photo_record("colors", include, f"{with_article(color)} {name}")
+
+
+def position_record(a: str, relation: str, b: str) -> Record:
+    """A photo of an A RELATION a B; the clause of B comes first, that of A points to it."""
+    include = [{"class": b, "count": 1}, {"class": a, "count": 1, "position": [relation, 0]}]
+    return photo_record("position", include, f"{with_article(a)} {relation} {with_article(b)}")
+
+
+def color_attr_record(first: tuple[str, str], second: tuple[str, str]) -> Record:
+    """A photo of a COLOR NAME and a COLOR NAME; each argument is (color, name)."""
+    include = [{"class": name, "count": 1, "color": color} for color, name in (first, second)]
+    words = [f"{with_article(color)} {name}" for color, name in (first, second)]
+    return photo_record("color_attr", include, " and ".join(words))
+
+
+def photo_record(tag: str, include: list[dict[str, Any]], words: str) -> Record:
+    """A photo of WORDS, with its clauses."""
+    return {"tag": tag, "include": include, "prompt": f"a photo of {words}"}
 
 
 def with_article(words: str) -> str:
@@ -77,47 +176,71 @@ def plural(name: str) -> str:
     return f"{name}es" if name.endswith("s") else f"{name}s"
 
 
-def single_object_record(name: str) -> Record:
-    """A photo of a NAME."""
-    return _record("single_object", [{"class": name, "count": 1}], with_article(name))
+def swap_objects(record: Record) -> Record:
+    """The record of two objects that names them in the other order and asks for the same."""
+    one, other = record["include"]
+    match record["tag"]:
+        case "two_object":
+            return two_object_record(other["class"], one["class"])
+        case "color_attr":
+            return color_attr_record(*((c["color"], c["class"]) for c in (other, one)))
+        case "position":
+            return position_record(one["class"], INVERSE[other["position"][0]], other["class"])
+    raise AssertionError(record["tag"])
 
 
-def two_object_record(a: str, b: str) -> Record:
-    """A photo of an A and a B."""
-    include = [{"class": a, "count": 1}, {"class": b, "count": 1}]
-    return _record("two_object", include, f"{with_article(a)} and {with_article(b)}")
+def validate_metadata(
+    record: Mapping[str, Any], *, where: str, vocabulary: Vocabulary | None = None
+) -> Record:
+    """GenEval metadata ready to judge by: None dropped, numbers cast; else an `InputError`.
+
+    Whoever passes metadata through a table gets None for absent keys and numbers as strings; both
+    mean what they meant before. With a vocabulary, other classes and colours are refused. Further
+    keys beside tag, include and exclude are kept.
+    """
+    cleaned = drop_none(record)
+    known(cleaned.get("tag"), TASKS, f"{where}: tag")
+    if not cleaned.get("include"):
+        raise InputError(f"{where}: include: no clause; write [{{'class': 'dog', 'count': 1}}]")
+    keys = {"include": ("class", "count", "color", "position"), "exclude": ("class", "count")}
+    for key in keys.keys() & cleaned.keys():
+        if not isinstance(cleaned[key], list):
+            raise InputError(f"{where}: {key}: not a list of clauses")
+        cleaned[key] = [
+            _clause(clause, f"{where}: {key}.{i}", keys[key], i, vocabulary)
+            for i, clause in enumerate(cleaned[key])
+        ]
+    return cleaned
 
 
-def counting_record(name: str, count: int) -> Record:
-    """A photo of COUNT (2 to 10) NAMEs; one more is excluded."""
-    assert 2 <= count < len(NUMBERS)
-    include = [{"class": name, "count": count}]
-    record = _record("counting", include, f"{NUMBERS[count]} {plural(name)}")
-    prompt = record.pop("prompt")
-    return {**record, "exclude": [{"class": name, "count": count + 1}], "prompt": prompt}
+def _clause(
+    clause: Any, where: str, keys: tuple[str, ...], place: int, vocabulary: Vocabulary | None
+) -> dict[str, Any]:
+    if not isinstance(clause, Mapping):
+        raise InputError(f"{where}: not a clause; write {{'class': 'dog', 'count': 1}}")
+    for key in clause:
+        known(key, keys, f"{where}: key")
+    words = {"class": vocabulary and vocabulary.classes, "color": vocabulary and vocabulary.colors}
+    for key, allowed in words.items():
+        if key == "class" or key in clause:
+            word(clause.get(key), f"{where}.{key}")
+            if allowed is not None:
+                known(clause[key], allowed, f"{where}.{key}")
+    cleaned = {**clause, "count": count_of(clause.get("count"), f"{where}.count")}
+    if "position" in clause:
+        cleaned["position"] = _position(clause["position"], f"{where}.position", place)
+    return cleaned
 
 
-def colors_record(color: str, name: str) -> Record:
-    """A photo of a COLOR NAME."""
-    include = [{"class": name, "count": 1, "color": color}]
-    return _record("colors", include, f"{with_article(color)} {name}")
-
-
-def position_record(a: str, relation: str, b: str) -> Record:
-    """A photo of an A RELATION a B; the clause of B comes first, that of A points to it."""
-    include = [{"class": b, "count": 1}, {"class": a, "count": 1, "position": [relation, 0]}]
-    return _record("position", include, f"{with_article(a)} {relation} {with_article(b)}")
-
-
-def color_attr_record(first: tuple[str, str], second: tuple[str, str]) -> Record:
-    """A photo of a COLOR NAME and a COLOR NAME; each argument is (color, name)."""
-    include = [{"class": name, "count": 1, "color": color} for color, name in (first, second)]
-    words = [f"{with_article(color)} {name}" for color, name in (first, second)]
-    return _record("color_attr", include, " and ".join(words))
-
-
-def _record(tag: str, include: list[dict[str, Any]], words: str) -> Record:
-    return {"tag": tag, "include": include, "prompt": f"a photo of {words}"}
+def _position(value: Any, where: str, place: int) -> list[Any]:
+    if not isinstance(value, list) or len(value) != 2:
+        raise InputError(f"{where}: {value!r}; write [relation, index of an earlier clause]")
+    relation, target = value[0], whole(value[1], where)
+    known(relation, RELATIONS, where)
+    if not 0 <= target < place:
+        earlier = f"one of 0 to {place - 1}" if place else "no clause comes before this one"
+        raise InputError(f"{where}: index {target} is not an earlier include clause; {earlier}")
+    return [relation, target]
 
 
 def geneval_prompts(
@@ -133,109 +256,47 @@ def geneval_prompts(
     order = rng.choice(len(classes), size=len(classes), replace=False)
     records = [single_object_record(classes[place]) for place in order]
     for task in TASKS[1:]:
-        records += [_draw(task, rng, vocabulary) for _ in range(num_per_task)]
+        for _ in range(num_per_task):
+            chosen: list[Any] = []
+            for words, number in vocabulary.choices(task):
+                if number == 1:  # not a draw of size 1 without replacement, which takes other bits
+                    chosen.append(words[rng.choice(len(words))])
+                else:
+                    places = rng.choice(len(words), size=number, replace=False)
+                    chosen += [words[place] for place in places]
+            records.append(make_record(task, chosen))
     return list({json.dumps(record): record for record in records}.values())
-
-
-def _draw(task: str, rng: np.random.Generator, vocabulary: Vocabulary) -> Record:
-    """One random record. The order of the draws is the official one, on which the seed depends."""
-
-    def one(words: tuple[str, ...]) -> str:
-        return words[rng.choice(len(words))]
-
-    def two(words: tuple[str, ...]) -> tuple[str, str]:
-        a, b = rng.choice(len(words), size=2, replace=False)
-        return words[a], words[b]
-
-    match task:
-        case "two_object":
-            return two_object_record(*two(vocabulary.classes))
-        case "counting":
-            name = one(vocabulary.classes)
-            return counting_record(name, int(rng.integers(2, vocabulary.max_count, endpoint=True)))
-        case "colors":
-            name = one(vocabulary.colored)
-            return colors_record(one(vocabulary.colors), name)
-        case "position":
-            a, b = two(vocabulary.classes)
-            return position_record(a, one(vocabulary.relations), b)
-        case "color_attr":
-            names, colors = two(vocabulary.colored), two(vocabulary.colors)
-            return color_attr_record((colors[0], names[0]), (colors[1], names[1]))
-    raise AssertionError(task)
-
-
-# Training prompts in a given ratio of the GenEval tasks, apart from the evaluation prompts.
-
-
-MIXES: Mapping[str, Mapping[str, float]] = {
-    "stage": dict(zip(TASKS, (0, 1, 7, 1, 4, 5), strict=True)),
-    "flow_grpo": dict(zip(TASKS, (0, 1, 5, 1, 7, 3), strict=True)),
-}
-"""Training ratios by task: of the STAGE paper (appendix B.1) and of Flow-GRPO."""
-
-INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 
 def evaluation_texts() -> frozenset[str]:
     """The 553 evaluation prompts, and those that ask for the same with the objects swapped."""
     records = geneval_prompts()
-    swapped = [swap_objects(record)["prompt"] for record in records if len(record["include"]) == 2]
-    return frozenset([record["prompt"] for record in records] + swapped)
+    swapped = [swap_objects(record) for record in records if len(record["include"]) == 2]
+    return frozenset(record["prompt"] for record in [*records, *swapped])
 
 
-def swap_objects(record: Record) -> Record:
-    """The record of two objects that names them in the other order and asks for the same."""
-    one, other = record["include"]
-    match record["tag"]:
-        case "two_object":
-            return two_object_record(other["class"], one["class"])
-        case "color_attr":
-            first, second = ((clause["color"], clause["class"]) for clause in (other, one))
-            return color_attr_record(first, second)
-        case "position":
-            return position_record(one["class"], INVERSE[other["position"][0]], other["class"])
-    raise AssertionError(record["tag"])
-
-
-def space(task: str, vocabulary: Vocabulary = GENEVAL) -> tuple[int, ...]:
-    """The sizes of a task's choices; their product is the number of distinct prompts."""
-    classes, colored = len(vocabulary.classes), len(vocabulary.colored)
-    colors = len(vocabulary.colors)
-    return {
-        "single_object": (classes,),
-        "two_object": (classes, classes - 1),
-        "counting": (classes, vocabulary.max_count - 1),
-        "colors": (colored, colors),
-        "position": (classes, classes - 1, len(vocabulary.relations)),
-        "color_attr": (colored, colored - 1, colors, colors - 1),
-    }[task]
+def num_records(task: str, vocabulary: Vocabulary = GENEVAL) -> int:
+    """How many distinct prompts a task has."""
+    return math.prod(_sizes(task, vocabulary))
 
 
 def record_at(task: str, place: int, vocabulary: Vocabulary = GENEVAL) -> Record:
-    """The record at a place in [0, product of `space`); every prompt of the task has one place."""
-    choice = [int(i) for i in np.unravel_index(place, space(task, vocabulary))]
+    """The record at a place in [0, `num_records`); every prompt of the task has one place."""
+    digits = iter(np.unravel_index(place, _sizes(task, vocabulary)))
+    chosen: list[Any] = []
+    for words, number in vocabulary.choices(task):
+        first = int(next(digits))
+        chosen.append(words[first])
+        if number == 2:
+            second = int(next(digits))
+            chosen.append(words[second + (second >= first)])
+    return make_record(task, chosen)
 
-    def two(words: tuple[str, ...], i: int, j: int) -> tuple[str, str]:
-        return words[i], words[j + (j >= i)]
 
-    match task:
-        case "single_object":
-            return single_object_record(vocabulary.classes[choice[0]])
-        case "two_object":
-            return two_object_record(*two(vocabulary.classes, *choice))
-        case "counting":
-            return counting_record(vocabulary.classes[choice[0]], choice[1] + 2)
-        case "colors":
-            return colors_record(vocabulary.colors[choice[1]], vocabulary.colored[choice[0]])
-        case "position":
-            a, b = two(vocabulary.classes, *choice[:2])
-            return position_record(a, vocabulary.relations[choice[2]], b)
-        case "color_attr":
-            names = two(vocabulary.colored, *choice[:2])
-            colors = two(vocabulary.colors, *choice[2:])
-            return color_attr_record((colors[0], names[0]), (colors[1], names[1]))
-    raise AssertionError(task)
+def _sizes(task: str, vocabulary: Vocabulary) -> list[int]:
+    return [
+        len(words) - taken for words, number in vocabulary.choices(task) for taken in range(number)
+    ]
 
 
 def training_mix(
@@ -251,12 +312,17 @@ def training_mix(
     Shares are rounded by largest remainder. A task draws distinct prompts as long as there are any
     and then repeats them evenly: counting has only 240 prompts, so a useful mix has to repeat them.
     """
-    excluded = frozenset(exclude)
     records: list[Record] = []
     for task, count in _shares(ratios, num_prompts).items():
         # A generator per task: a change of one ratio does not redraw the other tasks.
         rng = np.random.default_rng((seed, TASKS.index(task)))
-        distinct = _distinct(task, count, rng, excluded=excluded, vocabulary=vocabulary)
+        distinct: list[Record] = []
+        for place in rng.permutation(num_records(task, vocabulary)):
+            if len(distinct) == count:
+                break
+            record = record_at(task, int(place), vocabulary)
+            if record["prompt"] not in exclude:
+                distinct.append(record)
         if count and not distinct:
             raise RecipeError(
                 f"training mix: {task}: every prompt is an evaluation prompt; set its ratio to 0"
@@ -272,9 +338,7 @@ def _shares(ratios: Mapping[str, float], total: int) -> dict[str, int]:
         raise RecipeError(f"training mix: num_prompts is {total}; write at least 1")
     for task, ratio in ratios.items():
         if task not in TASKS:
-            near = difflib.get_close_matches(task, TASKS, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"one of {', '.join(TASKS)}"
-            raise RecipeError(f"training mix: unknown task '{task}'; {hint}")
+            raise RecipeError(f"training mix: unknown task '{task}'; {near_or_all(task, TASKS)}")
         if not (math.isfinite(ratio) and ratio >= 0):
             raise RecipeError(f"training mix: {task}: ratio {ratio}; write a number from 0 up")
     if not any(ratios.values()):
@@ -288,20 +352,67 @@ def _shares(ratios: Mapping[str, float], total: int) -> dict[str, int]:
     return shares
 
 
-def _distinct(
-    task: str,
-    count: int,
-    rng: np.random.Generator,
-    *,
-    excluded: frozenset[str],
-    vocabulary: Vocabulary,
-) -> list[Record]:
-    """Up to `count` distinct records in random order, without the excluded texts."""
-    records: list[Record] = []
-    for place in rng.permutation(math.prod(space(task, vocabulary))):
-        if len(records) == count:
-            break
-        record = record_at(task, int(place), vocabulary)
-        if record["prompt"] not in excluded:
-            records.append(record)
-    return records
+class TaskRatios(Settings):
+    """How many prompts of each task, in proportion."""
+
+    single_object: NonNegative = 0.0
+    two_object: NonNegative = 0.0
+    counting: NonNegative = 0.0
+    colors: NonNegative = 0.0
+    position: NonNegative = 0.0
+    color_attr: NonNegative = 0.0
+
+
+class GenEvalPromptsConfig(OneSourceConfig):
+    """GenEval training prompts, built in a ratio of tasks or read from a file."""
+
+    sources = ("mix", "ratios", "path")
+    vocabulary: ClassVar[Vocabulary] = GENEVAL
+    """The words of the mix, and those that a file may use."""
+
+    mix: Literal["stage", "flow_grpo"] | None = None
+    """Ratios by name: stage is the paper's 0:1:7:1:4:5, flow_grpo is 0:1:5:1:7:3."""
+    ratios: TaskRatios | None = None
+    """Ratios of one's own, in place of `mix`."""
+    path: str | None = None
+    """A file in place of a mix: .jsonl with GenEval metadata, or one prompt per line."""
+    num_prompts: Count = 50_000
+    """Prompts of a mix; no evaluation prompt is among them."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of a mix."""
+
+    @model_validator(mode="after")
+    def _some_ratio(self) -> Self:
+        if self.ratios is not None and not any(self.ratios.model_dump().values()):
+            raise complaint("ratios", "all are 0; give at least one task a positive ratio")
+        return self
+
+    def held_out(self) -> Collection[str]:
+        """The texts that a mix may not contain."""
+        return evaluation_texts()
+
+    def build(self) -> tuple[Prompt, ...]:
+        """The prompts, numbered in their order; a file with a fault is an `InputError`."""
+        if self.path is not None:
+            return load_geneval(self.path, self.vocabulary)
+        ratios = MIXES[self.mix] if self.mix else self.ratios.model_dump() if self.ratios else {}
+        records = training_mix(
+            ratios,
+            self.num_prompts,
+            seed=self.seed,
+            exclude=self.held_out(),
+            vocabulary=self.vocabulary,
+        )
+        return as_prompts(records)
+
+
+def load_geneval(path: str | Path, vocabulary: Vocabulary) -> tuple[Prompt, ...]:
+    """The prompts of a file of GenEval metadata, or of plain text with one prompt per line."""
+    path = Path(path)
+    if path.suffix not in JSON_ENDINGS:
+        return tuple(Prompt(line, i) for i, (_, line) in enumerate(read_lines(path)))
+    prompts: list[Prompt] = []
+    for where, parsed in read_records(path):
+        record = validate_metadata(parsed, where=where, vocabulary=vocabulary)
+        prompts.append(Prompt(text_of(record, where), len(prompts), record))
+    return tuple(prompts)

@@ -16,8 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from stage_rl.prompts.files import validate_metadata
-from stage_rl.prompts.geneval import plural, with_article
+from stage_rl.prompts.geneval import plural, validate_metadata, with_article
 from stage_rl.rewards.base import (
     Detection,
     Detector,

@@ -7,27 +7,25 @@ objects and `tone` and `texture` of its background, which only the renderer read
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import model_validator
 
+from stage_rl.prompts.files import Record
 from stage_rl.prompts.geneval import (
     NUMBERS,
     TASKS,
-    Record,
+    GenEvalPromptsConfig,
     Vocabulary,
+    num_records,
+    photo_record,
     plural,
     record_at,
-    space,
-    training_mix,
     with_article,
 )
 from stage_rl.prompts.leakage import content_of
-from stage_rl.prompts.sets import MixConfig
 from stage_rl.settings import Count
 from stage_rl.shapes.scenes import COLORS, SHAPES, SIZES, TEXTURES, TONES, UNSEEN_PAIRS, seen_colors
 
@@ -79,7 +77,7 @@ def evaluation_records() -> tuple[Record, ...]:
     chosen: list[Record] = []
     for task, size in EVALUATION_SIZES.items():
         rng = np.random.default_rng((_SPLIT_SEED, TASKS.index(task)))
-        places = rng.permutation(math.prod(space(task, VOCABULARY)))
+        places = rng.permutation(num_records(task, VOCABULARY))
         records = (record_at(task, int(place), VOCABULARY) for place in places)
         seen = (record for record in records if not names_unseen_pair(record))
         chosen += [record for _, record in zip(range(size), seen, strict=False)]
@@ -87,7 +85,7 @@ def evaluation_records() -> tuple[Record, ...]:
 
 
 @functools.cache
-def _unseen_texts() -> frozenset[str]:
+def unseen_texts() -> frozenset[str]:
     """The prompts that name an unseen pair."""
     records = (record for task in ("colors", "color_attr") for record in _all_records(task))
     return frozenset(record["prompt"] for record in records if names_unseen_pair(record))
@@ -103,20 +101,7 @@ def _evaluated_texts() -> frozenset[str]:
 
 
 def _all_records(task: str) -> Iterator[Record]:
-    return (record_at(task, place, VOCABULARY) for place in range(_num_prompts(task)))
-
-
-def _num_prompts(task: str) -> int:
-    return math.prod(space(task, VOCABULARY))
-
-
-def training_records(ratios: Mapping[str, float], num_prompts: int, *, seed: int) -> list[Record]:
-    """Prompts for training by reward, in a ratio of tasks, apart from everything held out.
-
-    Single objects are the exception: there are eight, and both sets have them.
-    """
-    exclude = _evaluated_texts() | _unseen_texts()
-    return training_mix(ratios, num_prompts, seed=seed, exclude=exclude, vocabulary=VOCABULARY)
+    return (record_at(task, place, VOCABULARY) for place in range(num_records(task, VOCABULARY)))
 
 
 def pretraining_record(rng: np.random.Generator) -> Record:
@@ -125,7 +110,7 @@ def pretraining_record(rng: np.random.Generator) -> Record:
     if task == "retention":
         return retention_record(rng)
     while True:
-        place = int(rng.integers(_num_prompts(task)))
+        place = int(rng.integers(num_records(task, VOCABULARY)))
         record = record_at(task, place, VOCABULARY)
         if not names_unseen_pair(record):
             return record
@@ -170,15 +155,15 @@ def retention_record(rng: np.random.Generator) -> Record:
         case 0:
             size = str(rng.choice(list(SIZES)))
             words = f"a {size} {color} {shape}"
-            return {**_record("colors", [clause], words), "size": size}
+            return {**photo_record("colors", [clause], words), "size": size}
         case 1:
             tone = str(rng.choice(list(TONES)))
             words = f"{with_article(color)} {shape} on a {tone} background"
-            return {**_record("colors", [clause], words), "tone": tone}
+            return {**photo_record("colors", [clause], words), "tone": tone}
         case _:
             texture = str(rng.choice(TEXTURES))
             words = f"{with_article(color)} {shape} on a {texture} background"
-            return {**_record("colors", [clause], words), "texture": texture}
+            return {**photo_record("colors", [clause], words), "texture": texture}
 
 
 def transfer_record(rng: np.random.Generator) -> Record:
@@ -189,24 +174,23 @@ def transfer_record(rng: np.random.Generator) -> Record:
         case 0:
             words = f"{with_article(a)} and {with_article(b)} and {with_article(c)}"
             clauses = [{"class": shape, "count": 1} for shape in (a, b, c)]
-            return _record("two_object", clauses, words)
+            return photo_record("two_object", clauses, words)
         case 1:
             color = str(rng.choice(seen_colors(a)))
             clause = {"class": a, "count": count, "color": color}
-            return _record("color_attr", [clause], f"{NUMBERS[count]} {color} {plural(a)}")
+            return photo_record("color_attr", [clause], f"{NUMBERS[count]} {color} {plural(a)}")
         case 2:
             relation = str(rng.choice(VOCABULARY.relations))
             counted = {"class": a, "count": 2, "position": [relation, 0]}
             words = f"two {plural(a)} {relation} {with_article(b)}"
-            return _record("position", [{"class": b, "count": 1}, counted], words)
+            return photo_record("position", [{"class": b, "count": 1}, counted], words)
         case _:
             shape, color = sorted(UNSEEN_PAIRS)[int(rng.integers(len(UNSEEN_PAIRS)))]
             clause = {"class": shape, "count": 1, "color": color}
-            return _record("colors", [clause], f"{with_article(color)} {shape}")
+            return photo_record("colors", [clause], f"{with_article(color)} {shape}")
 
 
-@dataclass(frozen=True)
-class HeldOutSet:
+class HeldOutSet(NamedTuple):
     """A named list of prompts that training by reward never sees."""
 
     name: str
@@ -228,15 +212,10 @@ def held_out_sets(num_prompts: int = 96) -> tuple[HeldOutSet, ...]:
     return tuple(sets)
 
 
-def _record(tag: str, include: list[dict[str, Any]], words: str) -> Record:
-    return {"tag": tag, "include": include, "prompt": f"a photo of {words}"}
-
-
-# What a recipe may say of the shapes world; free of torch.
-
-
-class ShapesPromptsConfig(MixConfig):
+class ShapesPromptsConfig(GenEvalPromptsConfig):
     """Prompts of the shapes world, in a ratio of the GenEval tasks or read from a file."""
+
+    vocabulary = VOCABULARY
 
     mix: Literal["stage", "flow_grpo"] | None = "stage"
     """Ratios by name: stage is the paper's 0:1:7:1:4:5, flow_grpo is 0:1:5:1:7:3."""
@@ -251,12 +230,9 @@ class ShapesPromptsConfig(MixConfig):
         others = (data.get("ratios"), data.get("path"))
         return data if others == (None, None) else {**data, "mix": None}
 
-    def vocabulary(self) -> Vocabulary:
-        """The shapes and their colours."""
+    def held_out(self) -> Collection[str]:
+        """The texts that ask for what a held-out prompt asks for, or name an unseen pair.
 
-        return VOCABULARY
-
-    def mixed(self, ratios: Mapping[str, float]) -> list[Record]:
-        """Records apart from all held-out ones."""
-
-        return training_records(ratios, self.num_prompts, seed=self.seed)
+        Single objects are the exception: there are eight, and both sets have them.
+        """
+        return _evaluated_texts() | unseen_texts()

@@ -5,11 +5,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from stage_rl.prompts.files import as_prompts, validate_metadata
-from stage_rl.prompts.geneval import MIXES, TASKS
+from stage_rl.prompts.files import as_prompts
+from stage_rl.prompts.geneval import TASKS, validate_metadata
 from stage_rl.prompts.leakage import find_leaks
 from stage_rl.rewards.geneval import judge
-from stage_rl.shapes import prompts as captions
 from stage_rl.shapes.detector import ShapesDetectorConfig
 from stage_rl.shapes.gold import gold_detections
 from stage_rl.shapes.prompts import (
@@ -23,8 +22,8 @@ from stage_rl.shapes.prompts import (
     names_unseen_pair,
     pretraining_caption,
     pretraining_record,
-    training_records,
     transfer_record,
+    unseen_texts,
 )
 from stage_rl.shapes.scenes import render, scene_for
 
@@ -33,11 +32,16 @@ def texts(records):
     return {record["prompt"] for record in records}
 
 
+def mixed(**settings):
+    prompts = ShapesPromptsConfig.model_validate(settings).build()
+    return [dict(prompt.metadata) for prompt in prompts]
+
+
 @pytest.fixture(scope="module")
 def training():
     return [
-        *training_records(MIXES["stage"], 2000, seed=0),
-        *training_records(dict.fromkeys(TASKS, 1.0), 2000, seed=1),
+        *mixed(num_prompts=2000),
+        *mixed(ratios=dict.fromkeys(TASKS, 1.0), num_prompts=2000, seed=1),
     ]
 
 
@@ -52,40 +56,32 @@ def test_the_evaluation_set_has_its_sizes():
     assert len(texts(evaluation_records())) == sum(EVALUATION_SIZES.values())
 
 
-def test_training_by_reward_sees_no_held_out_prompt(training):
-    held_out = {r["prompt"] for r in evaluation_records() if r["tag"] != "single_object"}
-    for one in held_out_sets():
-        held_out |= texts(one.records)
-    assert not texts(training) & held_out
-
-
-def test_training_by_reward_asks_for_nothing_held_out_in_other_words(training):
+def test_training_by_reward_asks_for_nothing_held_out_in_other_words_or_the_same(training):
     held_out = [record for record in evaluation_records() if record["tag"] != "single_object"]
-    for one in held_out_sets():
-        held_out += one.records
+    for _, records in held_out_sets():
+        held_out += records
     assert find_leaks(as_prompts(training), as_prompts(held_out)) == ()
 
 
 def test_unseen_pairs_are_in_neither_training(training, pretraining):
     assert not any(names_unseen_pair(record) for record in [*training, *pretraining])
-    transfer = next(one for one in held_out_sets() if one.name == "transfer")
-    assert any(names_unseen_pair(record) for record in transfer.records)
+    assert any(names_unseen_pair(record) for record in dict(held_out_sets())["transfer"])
 
 
 def test_retention_is_known_from_pretraining_and_transfer_is_not(pretraining):
-    retention, transfer = held_out_sets()
-    assert (retention.name, transfer.name) == ("retention", "transfer")
-    assert len(texts(retention.records)) == len(texts(transfer.records)) == 96
+    retention, transfer = (texts(records) for _, records in held_out_sets())
+    assert [name for name, _ in held_out_sets()] == ["retention", "transfer"]
+    assert len(retention) == len(transfer) == 96
     known = texts(pretraining)
-    assert len(known & texts(retention.records)) > 30
-    assert not known & texts(transfer.records)
+    assert len(known & retention) > 30
+    assert not known & transfer
 
 
 def test_every_prompt_is_valid_metadata_in_known_words(training, pretraining):
-    sets = [*evaluation_records(), *(r for one in held_out_sets() for r in one.records)]
+    sets = [*evaluation_records(), *(r for _, records in held_out_sets() for r in records)]
     for record in [*sets, *training[:200], *pretraining[:300]]:
         where = record["prompt"]
-        validate_metadata(record, where=where, classes=VOCABULARY.classes, colors=VOCABULARY.colors)
+        validate_metadata(record, where=where, vocabulary=VOCABULARY)
         assert set(where.split()) <= set(WORDS), where
 
 
@@ -105,7 +101,7 @@ def test_a_few_pretraining_captions_are_wrong(pretraining):
     # 0.24 x 0.1 less the pairs no caption may name, and 0.15 x 0.1: 0.03 to 0.04.
     assert 0.025 < len(wrong) / len(pretraining) < 0.045
     assert {record["tag"] for record in wrong} == {"color_attr", "counting"}
-    assert not {caption for _, caption in captioned} & captions._unseen_texts()
+    assert not {caption for _, caption in captioned} & unseen_texts()
 
 
 def test_a_wrong_caption_swaps_two_colors_or_changes_the_number():
@@ -120,12 +116,11 @@ def test_a_wrong_caption_swaps_two_colors_or_changes_the_number():
 
 
 def test_the_same_seed_gives_the_same_prompts():
-    mix = MIXES["stage"]
-    assert training_records(mix, 64, seed=5) == training_records(mix, 64, seed=5)
-    assert training_records(mix, 64, seed=5) != training_records(mix, 64, seed=6)
-    captions.evaluation_records.cache_clear()
+    assert mixed(num_prompts=64, seed=5) == mixed(num_prompts=64, seed=5)
+    assert mixed(num_prompts=64, seed=5) != mixed(num_prompts=64, seed=6)
+    evaluation_records.cache_clear()
     first = evaluation_records()
-    captions.evaluation_records.cache_clear()
+    evaluation_records.cache_clear()
     assert evaluation_records() == first
 
 

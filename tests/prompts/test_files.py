@@ -1,0 +1,74 @@
+"""Which prompts a step takes, and files that cannot be read."""
+
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+
+from stage_rl.errors import InputError, RecipeError
+from stage_rl.prompts.files import prompt_order, prompts_of_step, read_lines
+from stage_rl.types import Prompt
+
+PROMPTS = tuple(Prompt(f"p{i}", i) for i in range(11))
+
+
+def test_an_epoch_takes_no_prompt_twice():
+    # 11 prompts, 3 a step: epochs of 3 steps, so steps 3, 4, 5 are the second epoch.
+    steps = [prompts_of_step(PROMPTS, step=s, prompts_per_step=3, seed=5) for s in (3, 4, 5)]
+    assert len({prompt.index for step in steps for prompt in step}) == 9
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    orders = {
+        tuple(prompt_order(11, epoch=epoch, seed=seed)) for epoch in range(4) for seed in range(4)
+    }
+    assert len(orders) == 16
+    assert all(sorted(order) == list(range(11)) for order in orders)
+
+
+def test_over_many_epochs_every_prompt_is_taken_about_as_often():
+    # 3 of 4 are taken in each of 400 epochs: 300 +- sqrt(400 * 3/4 * 1/4) = 8.7 times each.
+    taken = Counter(
+        prompt.index
+        for step in range(400)
+        for prompt in prompts_of_step(PROMPTS[:4], step=step, prompts_per_step=3, seed=0)
+    )
+    assert all(abs(times - 300) < 45 for times in taken.values())
+
+
+def test_a_step_takes_the_same_prompts_wherever_it_is_asked_for():
+    # Step 1000 (2 steps an epoch) is the first of epoch 500. NumPy promises the bits of Philox.
+    step = prompts_of_step(PROMPTS, step=1000, prompts_per_step=4, seed=2)
+    assert [prompt.index for prompt in step] == [3, 9, 8, 4]
+    assert step == tuple(PROMPTS[i] for i in prompt_order(11, epoch=500, seed=2)[:4])
+
+
+def test_a_step_of_more_prompts_than_there_are_is_a_recipe_error():
+    with pytest.raises(RecipeError, match="takes 12 prompts but the set has 11"):
+        prompts_of_step(PROMPTS, step=0, prompts_per_step=12, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, ": no such file"),
+        (b"", ": holds no prompts"),
+        (b"a dog\n\na cat\n", ":2: empty prompt; write a text or remove the line"),
+        (b"gr\xf6n", ": not UTF-8 text (byte 2)"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path, content, message):
+    file = tmp_path / "mine.txt"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        read_lines(file)
+    assert str(caught.value) == f"{file}{message}"
+    with pytest.raises(InputError, match="cannot be read: Is a directory"):
+        read_lines(tmp_path)
+
+
+def test_prompts_do_not_import_torch():
+    code = "import sys, stage_rl.prompts.sets; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
