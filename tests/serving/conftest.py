@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stage_rl.rewards.remote import RemoteRewardConfig
-from stage_rl.serving.server import Server, Serving, build_front, listening
+from stage_rl.serving.server import Server, Serving, bound_socket, build_routes
 from stage_rl.types import Prompt
 
 CPU = torch.device("cpu")
@@ -21,13 +21,13 @@ class Running:
     def __init__(self, *configs, port=0, **settings):
         serving = Serving(port=port, **settings)
         self.token = serving.token
-        with listening(serving) as door:
-            self.port = door.getsockname()[1]
+        with bound_socket(serving) as listener:
+            self.port = listener.getsockname()[1]
             self.url = f"http://127.0.0.1:{self.port}"
-            self.front = build_front(configs, serving, CPU)
-            self.server = Server(self.front, serving)
-            door = door.dup()
-        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [door]})
+            self.routes = build_routes(configs, serving, CPU)
+            self.server = Server(self.routes, serving)
+            listener = listener.dup()
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listener]})
         self.thread.start()
         while not self.server.started:
             assert self.thread.is_alive()

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from stage_rl.serving.app import RECORD_BYTES, Answers
+from stage_rl.serving.app import Answers
 from stage_rl.serving.limits import Limits, Refusal
 
 
@@ -93,7 +93,7 @@ def test_a_failure_is_forgotten():
 def test_the_oldest_answers_make_room():
     async def ask():
         # Room for two answers of two bytes.
-        answers, work = Answers(Limits(kept_bytes=2 * (RECORD_BYTES + 2))), Work()
+        answers, work = Answers(Limits(kept_bytes=2 * (Answers.RECORD_BYTES + 2))), Work()
         for key in "abc":
             await answers.get(key, b"x", work)
         assert await answers.get("c", b"x", work) == b"x3"

@@ -7,6 +7,7 @@ import pytest
 
 from stage_rl.errors import InputError, RewardError
 from stage_rl.rewards.base import Score
+from stage_rl.serving.limits import Metrics
 from stage_rl.serving.service import Batcher
 from stage_rl.types import Prompt
 
@@ -33,13 +34,11 @@ class Recorder:
         return [Score(float(prompt.text), prompt.text) for prompt in prompts]
 
 
-def run(jobs, *, reward, batch_size=4, delay_s=0.05, whole_groups=False):
+def run(jobs, *, reward, batch_size=4, delay_s=0.05):
     """The scores, or the error, of jobs that arrive at once: pairs of images and prompts."""
 
     async def all_jobs():
-        batcher = Batcher(
-            "r", reward, batch_size=batch_size, delay_s=delay_s, whole_groups=whole_groups
-        )
+        batcher = Batcher("r", reward, batch_size=batch_size, delay_s=delay_s, metrics=Metrics())
         calling = asyncio.create_task(batcher.run())
         asked = [batcher.score(*job) for job in jobs]
         outcomes = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 10)
@@ -83,9 +82,9 @@ def test_images_of_several_sizes_do_not_share_a_call():
     assert [scores[0].value for scores in outcomes] == [2, 3, 2]
 
 
-def test_whole_groups_share_no_call():
+def test_with_a_batch_size_of_0_requests_share_no_call():
     reward = Recorder()
-    run([(images(1), prompts("1"))] * 3, reward=reward, whole_groups=True, delay_s=60)
+    run([(images(1), prompts("1"))] * 3, reward=reward, batch_size=0, delay_s=60)
     assert reward.calls == [["1"]] * 3
 
 

@@ -15,12 +15,12 @@ from toy_reward import Crowd, Toy, expected
 from stage_rl.cli import rewards
 from stage_rl.config import load_recipe
 from stage_rl.errors import InputError, RewardError
-from stage_rl.rewards import remote as patient
+from stage_rl.rewards import remote as client
 from stage_rl.rewards.judge import RewardFunctions, WeightedReward
 from stage_rl.rewards.protocol import KEY_HEADER, question_json
 from stage_rl.rewards.remote import RemoteRewardConfig
 from stage_rl.serving.limits import Limits, limits
-from stage_rl.serving.server import Serving, check_reach, listening, serve
+from stage_rl.serving.server import Serving, bound_socket, check_reach, serve
 from stage_rl.types import Prompt, Rollout
 
 CPU = torch.device("cpu")
@@ -39,8 +39,8 @@ def error_of(answer):
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
-    monkeypatch.setattr(patient, "LONGEST_PAUSE_S", 0.05)
-    monkeypatch.setattr(patient, "LONGEST_ADVICE_S", 0.05)
+    monkeypatch.setattr(client, "LONGEST_PAUSE_S", 0.05)
+    monkeypatch.setattr(client, "LONGEST_ADVICE_S", 0.05)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_nothing_but_the_health_is_open_without_the_token(headers, guarded, draw
         assert error_of(answer) == (401, "token")
         assert answer.headers["WWW-Authenticate"] == "Bearer"
     assert running.ask("GET", "/health", headers=headers).json() == {"status": "ready"}
-    assert running.front.answers.num_open == 0
+    assert running.routes.answers.num_open == 0
 
 
 def test_the_client_sends_its_token(serve, drawn, tmp_path, monkeypatch):
@@ -182,7 +182,7 @@ def json_of(**changes):
 )
 def test_a_malformed_body_is_an_error_in_json(body, status, code, strict):
     assert error_of(strict.post(body)) == (status, code)
-    assert strict.front.is_idle
+    assert strict.routes.is_idle
 
 
 def test_too_many_images_or_pixels_are_refused(serve, drawn):
@@ -221,7 +221,7 @@ def test_a_body_that_does_not_arrive_is_given_up(serve):
     with socket.create_connection(("127.0.0.1", running.port), timeout=10) as wild:
         wild.sendall(b"\x16\x03\x01 not HTTP\r\n\r\n")
         assert b"400 " in wild.recv(1000)
-    while not running.front.is_idle:
+    while not running.routes.is_idle:
         time.sleep(0.005)
     assert running.ask("GET", "/health").status_code == 200
 
@@ -232,7 +232,7 @@ def test_a_failure_of_the_server_itself_tells_the_client_nothing(serve, drawn, m
     async def fail(*arguments):
         raise KeyError("/secret/path.py")
 
-    monkeypatch.setattr(running.front.answers, "get", fail)
+    monkeypatch.setattr(running.routes.answers, "get", fail)
     images_NHWC, prompts = drawn(1)
     answer = running.post(question_json(images_NHWC, prompts))
     assert error_of(answer) == (500, "internal")
@@ -285,8 +285,8 @@ def test_a_client_waits_for_work_that_takes_longer_than_a_request_is_held(serve,
 def test_a_busy_server_is_asked_again(serve, drawn):
     running = serve(TOY)
     images_NHWC, prompts = drawn(1)
-    held = running.front._held
-    with held.hold(held._most):
+    budget = running.routes.budget
+    with budget.hold(budget.max_bytes):
         answer = running.post(question_json(images_NHWC, prompts))
         assert error_of(answer) == (503, "busy")
         assert answer.headers["Retry-After"] == "1"
@@ -305,7 +305,7 @@ def test_a_stopping_server_answers_what_it_took_and_refuses_the_rest(serve, draw
     body, answers = question_json(*drawn(1)), []
     asking = threading.Thread(target=lambda: answers.append(running.post(body)))
     asking.start()
-    while not running.front.answers.num_open:
+    while not running.routes.answers.num_open:
         time.sleep(0.005)
     running.terminate()
     refused = running.post(body)
@@ -327,7 +327,7 @@ def test_a_hanging_reward_does_not_keep_the_server_from_stopping(serve, drawn, m
         body = question_json(*drawn(1))
         head = f"POST /v1/rewards/toy/scores HTTP/1.1\r\nHost: h\r\nContent-Length: {len(body)}\r\n"
         gone.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
-        while not running.front.answers.num_open:
+        while not running.routes.answers.num_open:
             time.sleep(0.005)
         running.terminate()
         started = time.monotonic()
@@ -342,7 +342,7 @@ def test_a_request_outlives_a_restart(serve, drawn):
     remote, scores = first.remote(batch_size=1, connections=2), []
     asking = threading.Thread(target=lambda: scores.extend(remote(images_NHWC, prompts)))
     asking.start()
-    while not first.front.answers.num_open:
+    while not first.routes.answers.num_open:
         time.sleep(0.005)
     first.server.should_exit = first.server.force_exit = True  # as good as killed
     first.thread.join(10)
@@ -351,7 +351,7 @@ def test_a_request_outlives_a_restart(serve, drawn):
     second = serve(TOY, port=first.port)
     asking.join(20)
     assert scores == [expected(i, p) for i, p in zip(images_NHWC, prompts, strict=True)]
-    assert second.front.is_idle
+    assert second.routes.is_idle
 
 
 def test_a_server_that_does_not_come_back_is_an_error(serve, drawn, caplog):
@@ -367,7 +367,7 @@ def test_a_server_that_does_not_come_back_is_an_error(serve, drawn, caplog):
 
 def test_an_answer_of_something_else_is_an_error(serve, drawn, monkeypatch):
     remote = serve(TOY).remote()
-    monkeypatch.setattr(patient.RetryingClient, "ask", lambda *args, **named: b"<html>")
+    monkeypatch.setattr(client.RetryingClient, "ask", lambda *args, **named: b"<html>")
     with pytest.raises(RewardError, match="its answer holds Expecting value"):
         remote(*drawn(1))
 
@@ -386,7 +386,7 @@ def test_an_address_that_is_taken_is_an_error_before_anything_is_loaded():
         def build(self, device):
             raise AssertionError
 
-    with listening(Serving(port=0)) as door:
+    with bound_socket(Serving(port=0)) as door:
         door.listen()
         port = door.getsockname()[1]
         with pytest.raises(InputError, match=f"--port {port}: Address already in use; write anoth"):
@@ -403,7 +403,7 @@ def test_what_is_no_address_is_a_wrong_recipe(url):
 
 def test_a_signal_is_a_drain_and_a_second_one_is_at_once(serve):
     running = serve(Toy(name="toy"))
-    with running.front.gate.entered():
+    with running.routes.drain.entered():
         running.terminate()
         time.sleep(0.25)
         assert running.thread.is_alive()

@@ -1,12 +1,14 @@
-"""What a reward server takes on, and how it says no."""
+"""What a reward server takes on, how it says no, and the figures of what it did."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import functools
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 MEGABYTE = 2**20
 
@@ -16,25 +18,8 @@ COPIES = 3
 PIXEL_BYTES = 6
 """Of a decoded pixel: three of its own, and three in the call that it becomes part of."""
 
-SOON_S = 1
+RETRY_AFTER_S = 1
 """When to ask a busy or stopping server again."""
-
-
-class Refusal(Exception):
-    """A request that is not answered, in words for its client."""
-
-    def __init__(self, status: int, code: str, message: str, *, retry_after_s: int = 0) -> None:
-        super().__init__(message)
-        self.status = status
-        self.code = code
-        """One word for programs; docs/server.md lists them."""
-        self.message = message
-        self.retry_after_s = retry_after_s
-
-
-def stopping() -> Refusal:
-    """To those who come when the server is about to stop."""
-    return Refusal(503, "stopping", "the server stops; ask again", retry_after_s=SOON_S)
 
 
 @dataclass(frozen=True)
@@ -65,101 +50,110 @@ class Limits:
 def limits(*, body_mb: int, side: int) -> Limits:
     """The limits for bodies of so many megabytes and images of so many pixels a side."""
     body, pixels = body_mb * MEGABYTE, side * side
-    most = max(Limits.request_pixels, pixels)
-    held = max(Limits.held_bytes, COPIES * body + PIXEL_BYTES * most)
-    return Limits(body_bytes=body, image_pixels=pixels, request_pixels=most, held_bytes=held)
+    request_pixels = max(Limits.request_pixels, pixels)
+    held = max(Limits.held_bytes, COPIES * body + PIXEL_BYTES * request_pixels)
+    return Limits(
+        body_bytes=body, image_pixels=pixels, request_pixels=request_pixels, held_bytes=held
+    )
 
 
-class Held:
-    """Bytes that requests take up, of a fixed store."""
+class Refusal(Exception):
+    """A request that is not answered, in words for its client."""
 
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self.now = 0
+    def __init__(self, status: int, code: str, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        """One word for programs; docs/server.md lists them."""
+        self.message = message
+
+
+class MemoryBudget:
+    """Bytes that requests may take up together."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.held_bytes = 0
 
     @contextlib.contextmanager
-    def hold(self, count: int) -> Iterator[None]:
+    def hold(self, num_bytes: int) -> Iterator[None]:
         """Takes bytes until the end of the block; a Refusal where there are not as many left."""
-        if self.now + count > self._most:
-            raise Refusal(503, "busy", "too much is waiting; ask again", retry_after_s=SOON_S)
-        self.now += count
+        if self.held_bytes + num_bytes > self.max_bytes:
+            raise Refusal(503, "busy", "too much is waiting; ask again")
+        self.held_bytes += num_bytes
         try:
             yield
         finally:
-            self.now -= count
+            self.held_bytes -= num_bytes
 
 
-class Gate:
+class Drain:
     """Lets requests in until the server is asked to stop."""
 
     def __init__(self) -> None:
-        self.is_draining = False
-        self.inside = 0
+        self.is_stopping = False
+        self.num_inside = 0
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
         """Counts a request in; a Refusal once the server is to stop."""
-        if self.is_draining:
+        if self.is_stopping:
             raise stopping()
-        self.inside += 1
+        self.num_inside += 1
         try:
             yield
         finally:
-            self.inside -= 1
+            self.num_inside -= 1
 
 
-# The figures of a reward server, in the text form that Prometheus reads.
+def stopping() -> Refusal:
+    """To those whom a stopping server does not answer."""
+    return Refusal(503, "stopping", "the server stops; ask again")
 
 
-PREFIX = "stage_reward_server"
+class Metrics:
+    """What Prometheus is shown of one server; `reward` is the name of one of its own, or ''."""
 
-SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
-
-IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-
-
-class Meters:
-    """Counts what one server does."""
+    SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
+    IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
     def __init__(self) -> None:
-        self._registry = CollectorRegistry()
-        self._requests = Counter(
-            f"{PREFIX}_requests",
-            "Requests for scores; outcome: ok, or the code of the error.",
-            ["reward", "outcome"],
-            registry=self._registry,
+        self.registry = CollectorRegistry()
+        name = {"namespace": "stage_reward_server", "registry": self.registry}
+        counter = functools.partial(Counter, labelnames=["reward", "outcome"], **name)
+        histogram = functools.partial(Histogram, labelnames=["reward"], **name)
+        gauge = functools.partial(Gauge, **name)
+        self.requests = counter(
+            "requests", "Requests for scores; outcome: ok, or the code of the error."
         )
-        self._request_s = self._histogram(
-            "request_seconds", "From the head of a request to its answer.", SECONDS
+        self.request_s = histogram(
+            "request_seconds", "From the head of a request to its answer.", buckets=self.SECONDS
         )
-        self._call_images = self._histogram(
+        self.call_images = histogram(
             "call_images",
             "Images of a call of the reward; their sum is the number of images scored.",
-            IMAGES,
+            buckets=self.IMAGES,
         )
-        self._call_s = self._histogram("call_seconds", "Duration of a call of the reward.", SECONDS)
-
-    def request(self, reward: str, outcome: str, seconds: float) -> None:
-        """Counts a request; `reward` must be one of the server's, or ''."""
-        self._requests.labels(reward, outcome).inc()
-        self._request_s.labels(reward).observe(seconds)
-
-    def call(self, reward: str, num_images: int, seconds: float) -> None:
-        """Counts a call of a reward."""
-        self._call_images.labels(reward).observe(num_images)
-        self._call_s.labels(reward).observe(seconds)
-
-    def show(self, name: str, what: str, now: Callable[[], float]) -> None:
-        """Adds a figure that is looked up when it is asked for."""
-        gauge = Gauge(f"{PREFIX}_{name}", what, registry=self._registry)
-        gauge.set_function(now)
-
-    def text(self) -> bytes:
-        """All figures."""
-        return generate_latest(self._registry)
-
-    def _histogram(self, name: str, what: str, buckets: Sequence[float]) -> Histogram:
-        """A figure of each reward."""
-        return Histogram(
-            f"{PREFIX}_{name}", what, ["reward"], buckets=buckets, registry=self._registry
+        self.call_s = histogram(
+            "call_seconds", "Duration of a call of the reward.", buckets=self.SECONDS
         )
+        self.waiting_images = gauge("waiting_images", "Images that wait for a call.")
+        self.open_requests = gauge("open_requests", "Requests worked on.")
+        self.held_bytes = gauge("held_bytes", "Memory of requests.")
+        self.repeated_requests = gauge(
+            "repeated_requests", "Requests that came again and were not scored again."
+        )
+
+    @contextlib.contextmanager
+    def request(self, reward: str) -> Iterator[None]:
+        """Counts and times the request that is answered inside the block."""
+        started, outcome = time.monotonic(), "internal"
+        try:
+            yield
+            outcome = "ok"
+        except Refusal as refusal:
+            outcome = refusal.code
+            raise
+        finally:
+            self.requests.labels(reward, outcome).inc()
+            self.request_s.labels(reward).observe(time.monotonic() - started)

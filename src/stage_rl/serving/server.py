@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import ipaddress
 import signal
 import socket
@@ -18,8 +17,8 @@ import uvicorn
 from stage_rl.errors import InputError, Stopped
 from stage_rl.rewards.base import RewardConfig
 from stage_rl.rewards.selftest import require_order
-from stage_rl.serving.app import Front, build_app
-from stage_rl.serving.limits import Held, Limits, Meters
+from stage_rl.serving.app import Routes, build_app
+from stage_rl.serving.limits import Limits, MemoryBudget, Metrics
 from stage_rl.serving.service import Batcher, RewardService
 
 KEEP_ALIVE_S = 75
@@ -27,96 +26,6 @@ KEEP_ALIVE_S = 75
 
 LAST_WORDS_S = 5
 """How long answers that are being sent may take after everything is scored."""
-
-
-def serve(configs: Sequence[RewardConfig], settings: Serving, device: torch.device) -> None:
-    """Serves rewards until a signal. Raises `Stopped` once all requests that it took are answered.
-
-    An InputError for an address that cannot be had, or that others reach without a token; a
-    RewardError where a reward orders its reference images wrongly.
-    """
-    check_reach(settings)
-    with listening(settings) as door:
-        front = build_front(configs, settings, device)
-        server = Server(front, settings)
-        host, port = door.getsockname()[:2]
-        shown = f"[{host}]" if ":" in host else host
-        names = ", ".join(front.services)
-        guarded = "with a token" if settings.token else "without a token"
-        with named(settings):
-            door.listen()
-        print(f"serving {names} on http://{shown}:{port} {guarded}", flush=True)
-        server.run(sockets=[door])
-    left = server.num_unanswered
-    said = f"requests left unanswered: {left}" if left else "all requests are answered"
-    raise Stopped(f"stopped; {said}", signal_number=server.stopped_by or signal.SIGTERM)
-
-
-def build_front(configs: Sequence[RewardConfig], settings: Serving, device: torch.device) -> Front:
-    """Loads and tests the rewards, and puts them behind the paths of a server."""
-    held, meters, services = Held(settings.limits.held_bytes), Meters(), []
-    for config in configs:
-        reward = config.build(device)
-        if config.self_test:
-            require_order(config, reward)
-        batcher = Batcher(
-            config.name,
-            reward,
-            batch_size=settings.batch_size,
-            delay_s=settings.delay_s,
-            whole_groups=config.whole_groups,
-            on_call=functools.partial(meters.call, config.name),
-        )
-        services.append(RewardService(config, batcher, limits=settings.limits, held=held))
-    return Front(services, settings.limits, held, meters)
-
-
-class Server(uvicorn.Server):
-    """Refuses new requests once it is asked to stop, and stops when the others are answered."""
-
-    def __init__(self, front: Front, settings: Serving) -> None:
-        config = uvicorn.Config(
-            build_app(front, settings.token),
-            http="h11",
-            ws="none",
-            lifespan="on",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=LAST_WORDS_S,
-        )
-        super().__init__(config)
-        self._front = front
-        self._drain_s = settings.drain_s
-        self._drain_until = 0.0
-        self.stopped_by: int | None = None
-        self.num_unanswered = 0
-        """Requests that were being worked on when the time to finish them was over."""
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal lets the server run dry, the second stops it at once."""
-        if self.stopped_by is not None:
-            self.should_exit = self.force_exit = True
-        self.stopped_by = sig
-        self._drain_until = time.monotonic() + self._drain_s
-        self._front.gate.is_draining = True
-
-    async def on_tick(self, counter: int) -> bool:
-        """Whether to stop now."""
-        is_over = await super().on_tick(counter)
-        if not self._front.gate.is_draining:
-            return is_over
-        return is_over or self._front.is_idle or time.monotonic() > self._drain_until
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Closes the connections once their answers are sent."""
-        self.num_unanswered = self._front.answers.num_open
-        await super().shutdown(sockets)
-
-
-# Where a reward server is reached, and by whom; free of torch.
 
 
 @dataclass(frozen=True)
@@ -135,32 +44,56 @@ class Serving:
     limits: Limits = field(default_factory=Limits)
 
 
+def serve(configs: Sequence[RewardConfig], settings: Serving, device: torch.device) -> None:
+    """Serves rewards until a signal. Raises `Stopped` once all requests that it took are answered.
+
+    An InputError for an address that cannot be had, or that others reach without a token; a
+    RewardError where a reward orders its reference images wrongly.
+    """
+    check_reach(settings)
+    with bound_socket(settings) as listener:
+        routes = build_routes(configs, settings, device)
+        server = Server(routes, settings)
+        host, port = listener.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        with _address_errors(settings):
+            listener.listen()
+        token = "with a token" if settings.token else "without a token"
+        print(f"serving {', '.join(routes.services)} on http://{shown}:{port} {token}", flush=True)
+        server.run(sockets=[listener])
+    left = server.num_unanswered
+    said = f"requests left unanswered: {left}" if left else "all requests are answered"
+    raise Stopped(f"stopped; {said}", signal_number=server.stopped_by or signal.SIGTERM)
+
+
 def check_reach(settings: Serving) -> None:
     """An InputError where others than this machine could ask without a token."""
-    if settings.token is None and not _is_loopback(settings.host):
+    is_loopback = settings.host == "localhost"
+    with contextlib.suppress(ValueError):  # a name of the network
+        is_loopback |= ipaddress.ip_address(settings.host).is_loopback
+    if settings.token is None and not is_loopback:
         raise InputError(
             f"--host {settings.host}: others reach it, which needs a token; write --token-file FILE"
         )
 
 
 @contextlib.contextmanager
-def listening(settings: Serving) -> Iterator[socket.socket]:
+def bound_socket(settings: Serving) -> Iterator[socket.socket]:
     """The socket of an address, taken before minutes are spent on loading models."""
-    with named(settings):
+    with _address_errors(settings):
         family, *_, address = socket.getaddrinfo(
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        door = socket.socket(family)
-    with door:
-        door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        with named(settings):
-            door.bind(address)
-        yield door
+        listener = socket.socket(family)
+    with listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with _address_errors(settings):
+            listener.bind(address)
+        yield listener
 
 
 @contextlib.contextmanager
-def named(settings: Serving) -> Iterator[None]:
-    """Turns what the system says of an address into an InputError."""
+def _address_errors(settings: Serving) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -168,10 +101,67 @@ def named(settings: Serving) -> Iterator[None]:
         raise InputError(f"{where}: {error.strerror}; write another") from error
 
 
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+def build_routes(
+    configs: Sequence[RewardConfig], settings: Serving, device: torch.device
+) -> Routes:
+    """Loads and tests the rewards, and puts them behind the paths of a server."""
+    budget, metrics, services = MemoryBudget(settings.limits.held_bytes), Metrics(), []
+    for config in configs:
+        reward = config.build(device)
+        if config.self_test:
+            require_order(config, reward)
+        batcher = Batcher(
+            config.name,
+            reward,
+            # Images of two requests may be of one prompt without being one group.
+            batch_size=0 if config.whole_groups else settings.batch_size,
+            delay_s=settings.delay_s,
+            metrics=metrics,
+        )
+        services.append(RewardService(config, batcher, limits=settings.limits, budget=budget))
+    return Routes(services, settings.limits, budget, metrics)
+
+
+class Server(uvicorn.Server):
+    """Refuses new requests once it is asked to stop, and stops when the others are answered."""
+
+    def __init__(self, routes: Routes, settings: Serving) -> None:
+        config = uvicorn.Config(
+            build_app(routes, settings.token),
+            http="h11",
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=LAST_WORDS_S,
+        )
+        super().__init__(config)
+        self._routes = routes
+        self._drain_s = settings.drain_s
+        self._drain_until = 0.0
+        self.stopped_by: int | None = None
+        self.num_unanswered = 0
+        """Requests that were being worked on when the time to finish them was over."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal lets the server run dry, the second stops it at once."""
+        if self.stopped_by is not None:
+            self.should_exit = self.force_exit = True
+        self.stopped_by = sig
+        self._drain_until = time.monotonic() + self._drain_s
+        self._routes.drain.is_stopping = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to stop now."""
+        is_over = await super().on_tick(counter)
+        if not self._routes.drain.is_stopping:
+            return is_over
+        return is_over or self._routes.is_idle or time.monotonic() > self._drain_until
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Closes the connections once their answers are sent."""
+        self.num_unanswered = self._routes.answers.num_open
+        await super().shutdown(sockets)
