@@ -1,8 +1,10 @@
 """A reward server in a thread of the test's process."""
 
+import re
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 import pytest
@@ -29,7 +31,11 @@ class Running:
             listener = listener.dup()
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listener]})
         self.thread.start()
-        while not self.server.started:
+        self.wait_for(lambda: self.server.started)
+
+    def wait_for(self, is_so):
+        """Returns when something is so."""
+        while not is_so():
             assert self.thread.is_alive()
             time.sleep(0.005)
 
@@ -45,6 +51,11 @@ class Running:
         """A request for scores."""
         return self.ask("POST", f"/v1/rewards/{reward}/scores", content=body, **options)
 
+    def figure(self, name):
+        """A figure of `/metrics`, by its name and labels."""
+        text = self.ask("GET", "/metrics").text
+        return float(re.search(rf"^stage_reward_server_{re.escape(name)} (.*)$", text, re.M)[1])
+
     def remote(self, **settings):
         """The client's reward."""
         settings = {"give_up_s": 20.0, **settings}
@@ -54,11 +65,15 @@ class Running:
         """What SIGTERM does."""
         self.server.handle_exit(signal.SIGTERM, None)
 
-    def stop(self):
-        """Ends the server; it must do so by itself."""
-        self.server.should_exit = True
+    def ends(self):
+        """Whether the server ends by itself."""
         self.thread.join(20)
-        assert not self.thread.is_alive()
+        return not self.thread.is_alive()
+
+    def stop(self):
+        """Ends the server."""
+        self.server.should_exit = True
+        assert self.ends()
 
 
 @pytest.fixture
@@ -86,6 +101,13 @@ def _starter():
 
 
 @pytest.fixture
+def meanwhile():
+    """Calls a function in another thread; returns the future of what it returns."""
+    with ThreadPoolExecutor(4) as executor:
+        yield executor.submit
+
+
+@pytest.fixture
 def drawn():
     """Random images, and a prompt for each."""
 
@@ -96,3 +118,9 @@ def drawn():
         return images_NHWC, [Prompt(f"prompt {i}", i, {"place": i}) for i in range(count)]
 
     return draw
+
+
+@pytest.fixture
+def anyio_backend():
+    """What runs the tests that are coroutines."""
+    return "asyncio"

@@ -25,7 +25,7 @@ from toy_reward import Toy, expected
 import stage_rl
 from stage_rl.rewards.protocol import question_json
 from stage_rl.rewards.remote import RemoteRewardConfig
-from stage_rl.serving.limits import limits
+from stage_rl.serving.limits import Limits
 from stage_rl.types import Prompt
 
 CPU = torch.device("cpu")
@@ -147,7 +147,7 @@ def test_a_crowd_is_answered_over_a_restart_and_intruders_are_not(serve, monkeyp
     monkeypatch.setenv("STAGE_REWARD_TOKEN", TOKEN)
     monkeypatch.setattr("stage_rl.rewards.remote.LONGEST_PAUSE_S", 0.2)
     monkeypatch.setattr("stage_rl.rewards.remote.LONGEST_ADVICE_S", 0.2)
-    settings = {"token": TOKEN, "limits": limits(body_mb=1, side=64)}
+    settings = {"token": TOKEN, "limits": Limits(body_bytes=2**20, image_pixels=64**2)}
     first = serve(Toy(name="toy", call_s=0.02), **settings)
     crowd = Crowd(first.url, clients=8, requests=120)
     intruder = Intruder(first.url, most_bytes=2**20)

@@ -1,10 +1,10 @@
 """A reward server over real connections: exact scores, refusals, and how it stops."""
 
+import contextlib
 import importlib.util
 import json
 import signal
 import socket
-import threading
 import time
 
 import httpx2
@@ -19,13 +19,30 @@ from stage_rl.rewards import remote as client
 from stage_rl.rewards.judge import RewardFunctions, WeightedReward
 from stage_rl.rewards.protocol import KEY_HEADER, question_json
 from stage_rl.rewards.remote import RemoteRewardConfig
-from stage_rl.serving.limits import Limits, limits
+from stage_rl.serving.limits import Limits
 from stage_rl.serving.server import Serving, bound_socket, check_reach, serve
 from stage_rl.types import Prompt, Rollout
 
 CPU = torch.device("cpu")
 TOKEN = "0123456789abcdef0123456789abcdef"
 TOY = Toy(name="toy")
+HEAD = (
+    b"POST /v1/rewards/toy/scores HTTP/1.1\r\nHost: h\r\nContent-Type: application/json\r\n"
+    b"Content-Length: %d\r\n\r\n"
+)
+
+
+def wanted(images_NHWC, prompts):
+    """What the reward itself says."""
+    return [expected(image, prompt) for image, prompt in zip(images_NHWC, prompts, strict=True)]
+
+
+@contextlib.contextmanager
+def sent(running, head):
+    """A connection over which bytes were sent."""
+    with socket.create_connection(("127.0.0.1", running.port), timeout=10) as connection:
+        connection.sendall(head)
+        yield connection
 
 
 def error_of(answer):
@@ -50,7 +67,7 @@ def guarded(serve_long):
 
 @pytest.fixture(scope="module")
 def strict(serve_long):
-    return serve_long(TOY, limits=limits(body_mb=1, side=64))
+    return serve_long(TOY, limits=Limits(body_bytes=2**20, image_pixels=64**2))
 
 
 def test_scores_are_those_of_the_reward_itself(serve, drawn):
@@ -58,8 +75,7 @@ def test_scores_are_those_of_the_reward_itself(serve, drawn):
     for place, text in ((4, "nan"), (5, "inf"), (6, "-inf")):
         prompts[place] = Prompt(text, place, {"place": place})
     scores = serve(TOY).remote(batch_size=3)(images_NHWC, prompts)
-    wanted = [expected(image, prompt) for image, prompt in zip(images_NHWC, prompts, strict=True)]
-    assert list(map(repr, scores)) == list(map(repr, wanted))
+    assert list(map(repr, scores)) == list(map(repr, wanted(images_NHWC, prompts)))
     assert scores[3].value is None
 
 
@@ -70,9 +86,8 @@ def test_the_shapes_reward_says_the_same_from_a_server(serve, drawn):
     running = serve(*recipe.rewards)
     config = RemoteRewardConfig(url=running.url, batch_size=6)
     assert [config.unsupported_reason(prompt) for prompt in prompts] == [None] * 6
-    assert config.build(CPU)(images_NHWC, prompts) == recipe.rewards[0].build(CPU)(
-        images_NHWC, prompts
-    )
+    here = recipe.rewards[0].build(CPU)
+    assert config.build(CPU)(images_NHWC, prompts) == here(images_NHWC, prompts)
 
 
 def test_images_of_a_prompt_stay_together_where_the_reward_needs_them(serve, drawn):
@@ -126,20 +141,13 @@ def test_a_failing_reward_is_an_error_and_never_a_score(serve, drawn, caplog):
     ],
 )
 def test_nothing_but_the_health_is_open_without_the_token(headers, guarded, drawn):
-    running = guarded
-    images_NHWC, prompts = drawn(1)
-    for method, path in (
-        ("GET", "/v1/rewards"),
-        ("GET", "/metrics"),
-        ("GET", "/no/such"),
-        ("POST", "/v1/rewards/toy/scores"),
-    ):
-        body = question_json(images_NHWC, prompts)
-        answer = running.ask(method, path, headers=headers, content=body)
+    body = question_json(*drawn(1))
+    for path in ("GET /v1/rewards", "GET /metrics", "GET /no/such", "POST /v1/rewards/toy/scores"):
+        answer = guarded.ask(*path.split(), headers=headers, content=body)
         assert error_of(answer) == (401, "token")
         assert answer.headers["WWW-Authenticate"] == "Bearer"
-    assert running.ask("GET", "/health", headers=headers).json() == {"status": "ready"}
-    assert running.routes.answers.num_open == 0
+    assert guarded.ask("GET", "/health", headers=headers).json() == {"status": "ready"}
+    assert guarded.routes.answers.num_open == 0
 
 
 def test_the_client_sends_its_token(serve, drawn, tmp_path, monkeypatch):
@@ -186,7 +194,7 @@ def test_a_malformed_body_is_an_error_in_json(body, status, code, strict):
 
 
 def test_too_many_images_or_pixels_are_refused(serve, drawn):
-    running = serve(TOY, limits=limits(body_mb=1, side=8))
+    running = serve(TOY, limits=Limits(body_bytes=2**20, image_pixels=8**2))
     images_NHWC, prompts = drawn(257)
     assert error_of(running.post(question_json(images_NHWC, prompts))) == (413, "images")
     images_NHWC, prompts = drawn(1, side=9)
@@ -210,19 +218,14 @@ def test_requests_of_another_form_are_refused(serve):
 
 
 def test_a_body_that_does_not_arrive_is_given_up(serve):
-    short = Limits(body_s=0.1)
-    running = serve(TOY, limits=short)
-    head = b"POST /v1/rewards/toy/scores HTTP/1.1\r\nHost: h\r\nContent-Type: application/json\r\n"
-    with socket.create_connection(("127.0.0.1", running.port), timeout=10) as slow:
-        slow.sendall(head + b"Content-Length: 1000\r\n\r\n{")
+    running = serve(TOY, limits=Limits(body_s=0.1))
+    with sent(running, HEAD % 1000 + b"{") as slow:
         assert b"408 " in slow.recv(1000)
-    with socket.create_connection(("127.0.0.1", running.port), timeout=10) as gone:
-        gone.sendall(head + b"Content-Length: 1000\r\n\r\n{")
-    with socket.create_connection(("127.0.0.1", running.port), timeout=10) as wild:
-        wild.sendall(b"\x16\x03\x01 not HTTP\r\n\r\n")
+    with sent(running, HEAD % 1000 + b"{"):
+        pass
+    with sent(running, b"\x16\x03\x01 not HTTP\r\n\r\n") as wild:
         assert b"400 " in wild.recv(1000)
-    while not running.routes.is_idle:
-        time.sleep(0.005)
+    running.wait_for(lambda: running.routes.is_idle)
     assert running.ask("GET", "/health").status_code == 200
 
 
@@ -233,12 +236,11 @@ def test_a_failure_of_the_server_itself_tells_the_client_nothing(serve, drawn, m
         raise KeyError("/secret/path.py")
 
     monkeypatch.setattr(running.routes.answers, "get", fail)
-    images_NHWC, prompts = drawn(1)
-    answer = running.post(question_json(images_NHWC, prompts))
+    answer = running.post(question_json(*drawn(1)))
     assert error_of(answer) == (500, "internal")
     assert "secret" not in answer.text
     with pytest.raises(RewardError, match="500 the server failed"):
-        running.remote()(images_NHWC, prompts)
+        running.remote()(*drawn(1))
 
 
 def test_a_request_that_comes_again_is_not_scored_again(serve, drawn):
@@ -246,76 +248,59 @@ def test_a_request_that_comes_again_is_not_scored_again(serve, drawn):
     body = question_json(*drawn(2))
     answers = [running.post(body, headers={KEY_HEADER: "k"}) for _ in range(3)]
     assert len({answer.content for answer in answers}) == 1
-    text = running.ask("GET", "/metrics").text
-    assert 'stage_reward_server_requests_total{outcome="ok",reward="toy"} 3.0' in text
-    assert 'stage_reward_server_call_images_sum{reward="toy"} 2.0' in text
-    assert "stage_reward_server_repeated_requests 2.0" in text
+    assert running.figure('requests_total{outcome="ok",reward="toy"}') == 3
+    assert running.figure('call_images_sum{reward="toy"}') == 2
+    assert running.figure("repeated_requests") == 2
 
 
 def test_requests_that_come_together_share_calls(serve, drawn):
     running = serve(TOY, delay_s=0.2)
-    images_NHWC, prompts = drawn(16)
-    assert len(running.remote(batch_size=2, connections=8)(images_NHWC, prompts)) == 16
-    text = running.ask("GET", "/metrics").text
-    (calls,) = (line for line in text.splitlines() if "call_images_count" in line)
-    assert float(calls.split()[-1]) < 8
+    assert len(running.remote(batch_size=2, connections=8)(*drawn(16))) == 16
+    assert running.figure('call_images_count{reward="toy"}') < 8
 
 
-def test_a_call_that_hangs_shows_in_the_health(serve, drawn):
+def test_a_call_that_hangs_shows_in_the_health(serve, drawn, meanwhile):
     running = serve(Toy(name="toy", call_s=0.5), limits=Limits(call_s=0.05))
-    asking = threading.Thread(target=running.post, args=(question_json(*drawn(1)),))
-    asking.start()
+    asking = meanwhile(running.post, question_json(*drawn(1)))
     while running.ask("GET", "/health").status_code == 200:
-        assert asking.is_alive()
+        assert not asking.done()
     assert running.ask("GET", "/health").json() == {"status": "stuck"}
-    asking.join()
+    asking.result()
     assert running.ask("GET", "/health").json() == {"status": "ready"}
 
 
 def test_a_client_waits_for_work_that_takes_longer_than_a_request_is_held(serve, drawn):
-    slow = Toy(name="toy", call_s=0.4)
-    running = serve(slow, limits=Limits(answer_s=0.05))
-    images_NHWC, prompts = drawn(1)
-    assert running.remote()(images_NHWC, prompts) == [expected(images_NHWC[0], prompts[0])]
-    text = running.ask("GET", "/metrics").text
-    assert 'outcome="slow"' in text
-    assert 'call_images_sum{reward="toy"} 1.0' in text
+    running = serve(Toy(name="toy", call_s=0.4), limits=Limits(answer_s=0.05))
+    assert running.remote()(*drawn(1)) == wanted(*drawn(1))
+    assert running.figure('requests_total{outcome="slow",reward="toy"}') >= 1
+    assert running.figure('call_images_sum{reward="toy"}') == 1
 
 
-def test_a_busy_server_is_asked_again(serve, drawn):
+def test_a_busy_server_is_asked_again(serve, drawn, meanwhile):
     running = serve(TOY)
-    images_NHWC, prompts = drawn(1)
-    budget = running.routes.budget
+    remote, budget = running.remote(), running.routes.budget
     with budget.hold(budget.max_bytes):
-        answer = running.post(question_json(images_NHWC, prompts))
+        answer = running.post(question_json(*drawn(1)))
         assert error_of(answer) == (503, "busy")
         assert answer.headers["Retry-After"] == "1"
-        scores = []
-        remote = running.remote()
-        asking = threading.Thread(target=lambda: scores.extend(remote(images_NHWC, prompts)))
-        asking.start()
+        asking = meanwhile(remote, *drawn(1))
         time.sleep(0.1)
-        assert not scores
-    asking.join(10)
-    assert scores == [expected(images_NHWC[0], prompts[0])]
+        assert not asking.done()
+    assert asking.result(10) == wanted(*drawn(1))
 
 
-def test_a_stopping_server_answers_what_it_took_and_refuses_the_rest(serve, drawn):
+def test_a_stopping_server_answers_what_it_took_and_refuses_the_rest(serve, drawn, meanwhile):
     running = serve(Toy(name="toy", call_s=0.4))
-    body, answers = question_json(*drawn(1)), []
-    asking = threading.Thread(target=lambda: answers.append(running.post(body)))
-    asking.start()
-    while not running.routes.answers.num_open:
-        time.sleep(0.005)
+    body = question_json(*drawn(1))
+    asking = meanwhile(running.post, body)
+    running.wait_for(lambda: running.routes.answers.num_open)
     running.terminate()
     refused = running.post(body)
     assert error_of(refused) == (503, "stopping")
     assert refused.headers["Retry-After"] == "1"
     assert running.ask("GET", "/health").json() == {"status": "stopping"}
-    asking.join(10)
-    running.thread.join(10)
-    assert not running.thread.is_alive()
-    assert answers[0].status_code == 200
+    assert asking.result(10).status_code == 200
+    assert running.ends()
     with pytest.raises(httpx2.ConnectError):
         running.post(body)
 
@@ -323,34 +308,37 @@ def test_a_stopping_server_answers_what_it_took_and_refuses_the_rest(serve, draw
 def test_a_hanging_reward_does_not_keep_the_server_from_stopping(serve, drawn, monkeypatch):
     monkeypatch.setattr("stage_rl.serving.server.LAST_WORDS_S", 0.2)
     running = serve(Toy(name="toy", call_s=3), drain_s=0.1)
-    with socket.create_connection(("127.0.0.1", running.port), timeout=10) as gone:
-        body = question_json(*drawn(1))
-        head = f"POST /v1/rewards/toy/scores HTTP/1.1\r\nHost: h\r\nContent-Length: {len(body)}\r\n"
-        gone.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
-        while not running.routes.answers.num_open:
-            time.sleep(0.005)
+    body = question_json(*drawn(1))
+    with sent(running, HEAD % len(body) + body):
+        running.wait_for(lambda: running.routes.answers.num_open)
         running.terminate()
         started = time.monotonic()
-        running.thread.join(10)
+        assert running.ends()
     assert time.monotonic() - started < 2
     assert running.server.num_unanswered == 1
 
 
-def test_a_request_outlives_a_restart(serve, drawn):
+def test_a_signal_is_a_drain_and_a_second_one_is_at_once(serve):
+    running = serve(TOY)
+    with running.routes.drain.entered():
+        running.terminate()
+        time.sleep(0.25)
+        assert running.thread.is_alive()
+        assert running.server.stopped_by == signal.SIGTERM
+        running.terminate()
+        assert running.ends()
+
+
+def test_a_request_outlives_a_restart(serve, drawn, meanwhile):
     first = serve(Toy(name="toy", call_s=0.3))
-    images_NHWC, prompts = drawn(12)
-    remote, scores = first.remote(batch_size=1, connections=2), []
-    asking = threading.Thread(target=lambda: scores.extend(remote(images_NHWC, prompts)))
-    asking.start()
-    while not first.routes.answers.num_open:
-        time.sleep(0.005)
+    asking = meanwhile(first.remote(batch_size=1, connections=2), *drawn(12))
+    first.wait_for(lambda: first.routes.answers.num_open)
     first.server.should_exit = first.server.force_exit = True  # as good as killed
-    first.thread.join(10)
+    assert first.ends()
     time.sleep(0.2)
-    assert not scores
+    assert not asking.done()
     second = serve(TOY, port=first.port)
-    asking.join(20)
-    assert scores == [expected(i, p) for i, p in zip(images_NHWC, prompts, strict=True)]
+    assert asking.result(20) == wanted(*drawn(12))
     assert second.routes.is_idle
 
 
@@ -399,18 +387,6 @@ def test_an_address_that_is_taken_is_an_error_before_anything_is_loaded():
 def test_what_is_no_address_is_a_wrong_recipe(url):
     with pytest.raises(ValueError, match="write http://HOST:PORT"):
         RemoteRewardConfig(url=url)
-
-
-def test_a_signal_is_a_drain_and_a_second_one_is_at_once(serve):
-    running = serve(Toy(name="toy"))
-    with running.routes.drain.entered():
-        running.terminate()
-        time.sleep(0.25)
-        assert running.thread.is_alive()
-        assert running.server.stopped_by == signal.SIGTERM
-        running.terminate()
-        running.thread.join(5)
-        assert not running.thread.is_alive()
 
 
 def test_a_wrong_order_of_reference_images_is_not_served(serve):

@@ -83,7 +83,7 @@ def serve(
             raise InputError(f"{module} is not installed; run pip install 'stage-rl[server]'")
     configs = _rewards(name, overrides or [])
     from stage_rl.rewards.protocol import read_token
-    from stage_rl.serving.limits import limits
+    from stage_rl.serving.limits import MEGABYTE, Limits
     from stage_rl.serving.server import Serving
     from stage_rl.serving.server import serve as run
     from stage_rl.training.trainer import pick_device
@@ -95,7 +95,7 @@ def serve(
         batch_size=batch_size,
         delay_s=delay_ms / 1000,
         drain_s=drain_s,
-        limits=limits(body_mb=max_body_mb, side=max_side),
+        limits=Limits(body_bytes=max_body_mb * MEGABYTE, image_pixels=max_side**2),
     )
     run(configs, serving, pick_device(device))
 

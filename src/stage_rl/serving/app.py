@@ -9,7 +9,7 @@ import hmac
 import re
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -24,7 +24,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from stage_rl.rewards.protocol import KEY_HEADER, PROTOCOL, REWARDS_PATH, SCORES_PATH, Offers
 from stage_rl.serving.limits import (
     COPIES,
-    RETRY_AFTER_S,
     Drain,
     Limits,
     MemoryBudget,
@@ -56,7 +55,7 @@ def build_app(routes: Routes, token: str | None) -> ASGIApp:
             Route(SCORES_PATH, routes.scores, methods=["POST"]),
         ],
         middleware=[Middleware(Auth, token)] if token else [],
-        exception_handlers={Refusal: _refused, HTTPException: _no_path, Exception: _failed},
+        exception_handlers={HTTPException: _refused, Exception: _failed},
         lifespan=calling,
     )
 
@@ -255,8 +254,7 @@ class Auth:
         if scope["type"] != "http" or scope["path"] == HEALTH_PATH or self._knows(scope):
             return await self._app(scope, receive, send)
         what = "wrong or missing token; send the header Authorization: Bearer TOKEN"
-        response = _error(Refusal(401, "token", what))
-        response.headers["WWW-Authenticate"] = "Bearer"
+        response = _error(401, "token", what, {"WWW-Authenticate": "Bearer"})
         return await response(scope, receive, send)
 
     def _knows(self, scope: Scope) -> bool:
@@ -266,20 +264,18 @@ class Auth:
 
 
 async def _refused(request: Request, error: Exception) -> Response:
-    assert isinstance(error, Refusal)
-    return _error(error)
-
-
-async def _no_path(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return _error(Refusal(error.status_code, "path", f"{error.detail}; see docs/server.md"))
+    if isinstance(error, Refusal):
+        return _error(error.status_code, error.code, error.detail, error.headers)
+    return _error(error.status_code, "path", f"{error.detail}; see docs/server.md", error.headers)
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    return _error(Refusal(500, "internal", "the server failed; its log says how"))
+    return _error(500, "internal", "the server failed; its log says how")
 
 
-def _error(refusal: Refusal) -> JSONResponse:
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if refusal.status == 503 else None
-    error = {"code": refusal.code, "message": refusal.message}
-    return JSONResponse({"error": error}, refusal.status, headers=headers)
+def _error(
+    status: int, code: str, message: str, headers: Mapping[str, str] | None = None
+) -> Response:
+    error = {"code": code, "message": message}
+    return JSONResponse({"error": error}, status, headers=headers)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from starlette.exceptions import HTTPException
 
 MEGABYTE = 2**20
 
@@ -17,9 +18,6 @@ COPIES = 3
 
 PIXEL_BYTES = 6
 """Of a decoded pixel: three of its own, and three in the call that it becomes part of."""
-
-RETRY_AFTER_S = 1
-"""When to ask a busy or stopping server again."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +29,6 @@ class Limits:
     image_pixels: int = 2048 * 2048
     request_pixels: int = 64 * MEGABYTE
     """Pixels of all images of a request, decoded."""
-    held_bytes: int = 1024 * MEGABYTE
-    """Memory of all requests that are being read or wait; above it the server is busy."""
     kept_bytes: int = 16 * MEGABYTE
     """Answers that are kept for requests that come again."""
     body_s: float = 60.0
@@ -42,30 +38,24 @@ class Limits:
     call_s: float = 600.0
     """A call of a reward that takes longer counts as stuck, in the health of the server."""
 
-    def __post_init__(self) -> None:
-        """A request that can never be held would come again for ever."""
-        assert COPIES * self.body_bytes + PIXEL_BYTES * self.request_pixels <= self.held_bytes
+    @property
+    def held_bytes(self) -> int:
+        """Memory of all requests that are being read or wait; above it the server is busy.
+
+        The largest request fits: else it would come again for ever.
+        """
+        largest = COPIES * self.body_bytes + PIXEL_BYTES * self.request_pixels
+        return max(1024 * MEGABYTE, largest)
 
 
-def limits(*, body_mb: int, side: int) -> Limits:
-    """The limits for bodies of so many megabytes and images of so many pixels a side."""
-    body, pixels = body_mb * MEGABYTE, side * side
-    request_pixels = max(Limits.request_pixels, pixels)
-    held = max(Limits.held_bytes, COPIES * body + PIXEL_BYTES * request_pixels)
-    return Limits(
-        body_bytes=body, image_pixels=pixels, request_pixels=request_pixels, held_bytes=held
-    )
-
-
-class Refusal(Exception):
+class Refusal(HTTPException):
     """A request that is not answered, in words for its client."""
 
     def __init__(self, status: int, code: str, message: str) -> None:
-        super().__init__(message)
-        self.status = status
+        # What is refused for the time being may be asked again in a second.
+        super().__init__(status, message, {"Retry-After": "1"} if status == 503 else None)
         self.code = code
         """One word for programs; docs/server.md lists them."""
-        self.message = message
 
 
 class MemoryBudget:

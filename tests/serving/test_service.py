@@ -1,0 +1,202 @@
+"""One reward of a server: which images are refused, which requests share a call of the reward."""
+
+import asyncio
+import base64
+import io
+import random
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stage_rl.errors import InputError, RewardError
+from stage_rl.rewards.base import Score
+from stage_rl.rewards.protocol import Drawing
+from stage_rl.serving.limits import Limits, Metrics, Refusal
+from stage_rl.serving.service import Batcher, decode, png_files
+from stage_rl.types import Prompt
+
+LIMITS = Limits(image_pixels=100, request_pixels=150)
+PIXELS_HWC = np.random.default_rng(0).integers(0, 256, (10, 10, 3), np.uint8)
+
+
+def png(image, **options):
+    file = io.BytesIO()
+    image.save(file, "PNG", **options)
+    return file.getvalue()
+
+
+def chunk(name, data):
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def made(width, height, *, bits=8, color=2, data=b"\0"):
+    """A PNG that claims a size, whatever it holds."""
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, 0))
+    body = chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + head + body
+
+
+def read(*files):
+    """What `png_files` makes of a request with these files."""
+    items = [Drawing(prompt="a", image_png=base64.b64encode(file).decode()) for file in files]
+    return png_files(items, LIMITS)
+
+
+GOOD = png(Image.fromarray(PIXELS_HWC))
+
+
+@pytest.mark.parametrize("options", [{}, {"compress_level": 0}, {"compress_level": 9}])
+def test_pixels_arrive_as_they_are(options):
+    files, pixels = read(png(Image.fromarray(PIXELS_HWC), **options))
+    assert pixels == 100
+    assert (decode(files) == PIXELS_HWC).all()
+
+
+@pytest.mark.parametrize(
+    ("files", "status", "complaint"),
+    [
+        ([GOOD, b""], 422, r"items\.1\.image_png: is no PNG"),
+        ([GOOD, b"GIF89a" + bytes(40)], 422, r"items\.1\.image_png: is no PNG"),
+        ([png(Image.new("L", (4, 4)))], 422, r"items\.0\.image_png: is not 8-bit RGB"),
+        ([png(Image.new("RGBA", (4, 4)))], 422, "is not 8-bit RGB"),
+        ([png(Image.new("P", (4, 4)))], 422, "is not 8-bit RGB"),
+        ([made(4, 4, bits=16)], 422, "is not 8-bit RGB"),
+        ([made(0, 4)], 422, "has no pixels"),
+        ([GOOD, GOOD], 413, "200 pixels; send at most 150 in a request"),
+        ([GOOD, png(Image.new("RGB", (5, 5)))], 422, "images of several sizes"),
+        # Less than 20 kB that would be 900 million pixels.
+        ([made(30_000, 30_000, data=bytes(10**7))], 413, "30000 x 30000; send at most 100 pixels"),
+    ],
+)
+def test_what_is_no_rgb_png_or_too_large_is_refused_by_its_header(files, status, complaint):
+    with pytest.raises(Refusal, match=complaint) as caught:
+        read(*files)
+    assert caught.value.status_code == status
+
+
+def test_what_is_no_base64_is_refused():
+    with pytest.raises(Refusal, match=r"items\.0\.image_png: "):
+        png_files([Drawing(prompt="a", image_png="not base64!")], LIMITS)
+
+
+@pytest.mark.parametrize("file", [made(4, 4), GOOD[:-30], GOOD[:40]])
+def test_a_broken_png_is_refused_when_it_is_decoded(file):
+    files, _ = read(file)
+    with pytest.raises(Refusal, match="is a broken PNG"):
+        decode(files)
+
+
+def test_data_beyond_the_claimed_size_is_not_decoded():
+    # 4 rows of a filter byte and 4 x 3 bytes are 52; the rest of the 10 MB is left packed.
+    files, _ = read(made(4, 4, data=bytes(10**7)))
+    assert decode(files).shape == (1, 4, 4, 3)
+
+
+def test_damage_anywhere_is_refused_or_harmless():
+    rng = random.Random(0)
+    outcomes = set()
+    for _ in range(500):
+        damaged = bytearray(GOOD)
+        for _ in range(rng.choice((1, 1, 3))):
+            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        try:
+            decode(read(bytes(damaged))[0])
+            outcomes.add("decoded")
+        except Refusal as refusal:
+            outcomes.add(refusal.code)
+    assert {"image", "pixels"} <= outcomes <= {"image", "pixels", "decoded"}
+
+
+def job(*texts, side=2):
+    """Images and prompts of one request."""
+    prompts = [Prompt(text, index) for index, text in enumerate(texts)]
+    return np.zeros((len(texts), side, side, 3), np.uint8), prompts
+
+
+class Recorder:
+    """Scores a prompt by its text as a number, and keeps the texts of each call."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, images_NHWC, prompts):
+        assert len(images_NHWC) == len(prompts)
+        self.calls.append([prompt.text for prompt in prompts])
+        if "exit" in self.calls[-1]:
+            raise SystemExit(3)
+        return [Score(float(prompt.text), prompt.text) for prompt in prompts]
+
+
+def run(jobs, *, reward, batch_size=4, delay_s=0.05):
+    """The values, or the error, of jobs that arrive at once."""
+
+    async def all_jobs():
+        batcher = Batcher("r", reward, batch_size=batch_size, delay_s=delay_s, metrics=Metrics())
+        calling = asyncio.create_task(batcher.run())
+        asked = [batcher.score(*job) for job in jobs]
+        outcomes = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 10)
+        assert batcher.num_waiting == 0
+        calling.cancel()
+        return outcomes
+
+    return [
+        outcome if isinstance(outcome, Exception) else [score.value for score in outcome]
+        for outcome in asyncio.run(all_jobs())
+    ]
+
+
+def test_requests_share_calls_up_to_the_batch_size_and_keep_their_scores():
+    reward = Recorder()
+    values = run([job(*"12"), job("1"), job(*"123"), job("1")], reward=reward)
+    # 2 + 1, then the last 1 fits beside them and the 3 do not.
+    assert reward.calls == [["1", "2", "1", "1"], ["1", "2", "3"]]
+    assert values == [[1, 2], [1], [1, 2, 3], [1]]
+
+
+def test_a_request_above_the_batch_size_is_one_call():
+    reward = Recorder()
+    run([job(*"123456"), job("1")], reward=reward)
+    assert [len(call) for call in reward.calls] == [6, 1]
+
+
+def test_a_full_batch_does_not_wait():
+    assert len(run([job("1", "2")] * 2, reward=Recorder(), delay_s=60)) == 2
+
+
+def test_images_of_several_sizes_do_not_share_a_call():
+    reward = Recorder()
+    values = run([job(str(side), side=side) for side in (2, 3, 2)], reward=reward)
+    assert reward.calls == [["2", "2"], ["3"]]
+    assert values == [[2], [3], [2]]
+
+
+def test_with_a_batch_size_of_0_requests_share_no_call():
+    reward = Recorder()
+    run([job("1")] * 3, reward=reward, batch_size=0, delay_s=60)
+    assert reward.calls == [["1"]] * 3
+
+
+@pytest.mark.parametrize(("text", "error"), [("bad", ValueError), ("exit", RuntimeError)])
+def test_a_failure_is_that_of_its_request_alone(text, error):
+    reward = Recorder()
+    first, second, third = run([job("1"), job(text), job("3")], reward=reward)
+    assert (first, third) == ([1], [3])
+    assert isinstance(second, error)
+    assert reward.calls == [["1", text, "3"], ["1"], [text], ["3"]]
+
+
+def test_a_reward_that_returns_something_else_is_an_error():
+    (outcome,) = run([job("1", "2")], reward=lambda images, prompts: [Score(1, "")])
+    assert isinstance(outcome, RewardError)
+    assert "1 scores for 2 images" in str(outcome)
+
+
+def test_the_users_mistake_stays_what_it_is():
+    def refuse(images_NHWC, prompts):
+        raise InputError("no such model")
+
+    (outcome,) = run([job("1")], reward=refuse)
+    assert isinstance(outcome, InputError)
