@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -11,7 +10,7 @@ import typer
 from stage_rl.cli.options import finite
 from stage_rl.errors import InputError, RewardError
 from stage_rl.recipes import is_file, list_recipes
-from stage_rl.settings import BUILT_IN
+from stage_rl.settings import BUILT_IN, near_or_all
 
 if TYPE_CHECKING:
     from stage_rl.rewards.base import RewardConfig
@@ -105,8 +104,7 @@ def _rewards(name: str, overrides: list[str]) -> tuple[RewardConfig, ...]:
     kinds, recipes = BUILT_IN["reward"], list_recipes()
     is_reward = name in kinds or ":" in name
     if not (is_reward or name in recipes or is_file(name)):
-        near = difflib.get_close_matches(name, [*kinds, *recipes], n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"write one of: {', '.join(kinds)}"
+        hint = near_or_all(name, [*kinds, *recipes])
         raise InputError(f"{name}: no reward or recipe; {hint} (or module:Class, or a recipe)")
     from stage_rl.config import load_recipe, load_reward
 
