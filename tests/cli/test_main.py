@@ -1,12 +1,9 @@
-"""`stage` itself, `stage train` and `stage recipes`: output, exit codes, no torch."""
+"""`stage` itself and `stage recipes`: output, exit codes, no torch."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-from stage_rl.config import load_recipe, resolved_json, run_folder
 from stage_rl.errors import DivergedError, InputError, Stopped
 from stage_rl.recipes import list_recipes
 
@@ -43,19 +40,6 @@ def test_a_wrong_name_is_one_line_and_exit_code_2_without_loading_torch(
     assert done.stderr.startswith(f"error: {message}")
 
 
-def test_a_wrong_key_is_one_line_and_exit_code_2(run_main):
-    assert run_main("train", "shapes_geneval", "rollout.guidance=3") == (
-        2,
-        "error: shapes_geneval: rollout.guidance: unknown key; did you mean 'guidance_scale'?\n",
-    )
-
-
-def test_a_component_beside_the_recipe_is_found(tiny_recipe, run_main, monkeypatch):
-    monkeypatch.chdir(tiny_recipe.parent)
-    monkeypatch.setattr("sys.path", [p for p in sys.path if p != str(tiny_recipe.parent)])
-    assert run_main("train", "tiny.yaml", "--dry-run")[0] in (0, None)
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -81,47 +65,11 @@ def test_an_interrupt_says_how_to_go_on(monkeypatch, run_main):
     assert run_main("train", "shapes_grpo") == (130, "stopped; the same command starts again\n")
 
 
-def test_a_dry_run_prints_the_resolved_recipe(tiny_recipe, tmp_path, stage):
-    done = stage("train", tiny_recipe, "steps=3", "--dry-run")
-    assert done.exit_code == 0
-    recipe = load_recipe(tiny_recipe, ["steps=3"])
-    assert done.stdout.startswith(f"# Run folder: {run_folder(recipe)}\n")
-    (tmp_path / "printed.yaml").write_text(done.stdout)
-    assert resolved_json(load_recipe(tmp_path / "printed.yaml")) == resolved_json(recipe)
-
-
-def test_a_dry_run_of_janus_pro_says_what_it_needs_and_is_a_recipe_still(stage, tmp_path):
-    done = stage("train", "janus_pro_7b_geneval", "training.device=cpu", "--dry-run")
-    assert done.exit_code == 0, done.output
-    for words in ("Memory of one GPU in GB", "key-value cache", "nothing was checked"):
-        assert words in done.stdout
-    (tmp_path / "printed.yaml").write_text(done.stdout)
-    assert load_recipe(tmp_path / "printed.yaml").steps == 1600
-
-
-def test_a_dry_run_refuses_what_cannot_fit(run_main):
-    code, printed = run_main(
-        "train", "janus_pro_7b_geneval_1gpu", "training.memory_gb=80", "--dry-run"
-    )
-    assert code == 2
-    assert printed.startswith("error: memory: the phase sample needs")
-    assert printed.count("\n") == 1
-
-
 def test_show_explains_a_recipe(tiny_recipe, stage):
     done = stage("recipes", "show", tiny_recipe)
     assert done.exit_code == 0
     assert "guidance_scale: 5.0" in done.stdout
     assert "# Images per prompt." in done.stdout
-
-
-def test_train_hands_the_recipe_to_the_loop(tiny_recipe, stand_in, stage):
-    seen = []
-    stand_in("stage_rl.training.loop", "train", lambda recipe: seen.append(recipe) or Path("r"))
-    done = stage("train", tiny_recipe, "steps=7")
-    assert done.exit_code == 0
-    assert [recipe.steps for recipe in seen] == [7]
-    assert done.stdout == "run: r\n"
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,65 @@
-"""`stage train` after the last step: the comparison, its label, and a stop while it is made."""
+"""`stage train`: what it prints before the first step and after the last one."""
 
 import os
 import signal
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from stage_rl.cli import train as train_verb
-from stage_rl.config import load_recipe
+from stage_rl.config import load_recipe, resolved_json, run_folder
 from stage_rl.errors import Stopped
 from stage_rl.training import checkpoint
+
+
+def test_a_wrong_key_is_one_line_and_exit_code_2(run_main):
+    assert run_main("train", "shapes_geneval", "rollout.guidance=3") == (
+        2,
+        "error: shapes_geneval: rollout.guidance: unknown key; did you mean 'guidance_scale'?\n",
+    )
+
+
+def test_a_component_beside_the_recipe_is_found(tiny_recipe, run_main, monkeypatch):
+    monkeypatch.chdir(tiny_recipe.parent)
+    monkeypatch.delitem(sys.modules, "tiny_parts", raising=False)
+    monkeypatch.setattr("sys.path", [p for p in sys.path if p != str(tiny_recipe.parent)])
+    assert run_main("train", "tiny.yaml", "--dry-run")[0] in (0, None)
+
+
+def test_a_dry_run_prints_the_resolved_recipe(tiny_recipe, tmp_path, stage):
+    done = stage("train", tiny_recipe, "steps=3", "--dry-run")
+    assert done.exit_code == 0
+    recipe = load_recipe(tiny_recipe, ["steps=3"])
+    assert done.stdout.startswith(f"# Run folder: {run_folder(recipe)}\n")
+    (tmp_path / "printed.yaml").write_text(done.stdout)
+    assert resolved_json(load_recipe(tmp_path / "printed.yaml")) == resolved_json(recipe)
+
+
+def test_a_dry_run_of_janus_pro_says_what_it_needs_and_is_a_recipe_still(stage, tmp_path):
+    done = stage("train", "janus_pro_7b_geneval", "training.device=cpu", "--dry-run")
+    assert done.exit_code == 0, done.output
+    for words in ("Memory of one GPU in GB", "key-value cache", "nothing was checked"):
+        assert words in done.stdout
+    (tmp_path / "printed.yaml").write_text(done.stdout)
+    assert load_recipe(tmp_path / "printed.yaml").steps == 1600
+
+
+def test_a_dry_run_refuses_what_cannot_fit(run_main):
+    small = ("janus_pro_7b_geneval_1gpu", "training.memory_gb=80")
+    code, printed = run_main("train", *small, "--dry-run")
+    assert (code, printed.count("\n")) == (2, 1)
+    assert printed.startswith("error: memory: the phase sample needs")
+
+
+def test_train_hands_the_recipe_to_the_loop(tiny_recipe, stand_in, stage):
+    seen = []
+    stand_in("stage_rl.training.loop", "train", lambda recipe: seen.append(recipe) or Path("r"))
+    done = stage("train", tiny_recipe, "steps=7")
+    assert done.exit_code == 0
+    assert [recipe.steps for recipe in seen] == [7]
+    assert done.stdout == "run: r\n"
 
 
 def test_the_comparison_is_labelled_with_the_steps_of_the_run(
