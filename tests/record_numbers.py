@@ -62,7 +62,7 @@ def runs(folder: Path) -> dict[str, Any]:
 
 def tokens(_: Path) -> dict[str, Any]:
     """The likeliest tokens of a few prompts, with guidance and without."""
-    from stage_rl.rollout.sample import sample
+    from stage_rl import sample
 
     prompts = ["a photo of a red circle", "a photo of three stars and a blue heart"]
     return {

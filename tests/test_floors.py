@@ -28,7 +28,7 @@ FLOORS = (
 
 KNOWN = {
     ("evaluation.run", "shapes.suite"),
-    ("evaluation.run", "training.run"),
+    ("evaluation.run", "api"),
     ("evaluation.smoke", "shapes.prompts"),
     ("rollout.attention", "rollout.kernels"),
 }

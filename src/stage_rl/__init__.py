@@ -10,14 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stage_rl import algorithm
+    from stage_rl.api import evaluate, sample, train
     from stage_rl.config import load_recipe
     from stage_rl.errors import StageError
-    from stage_rl.evaluation.run import evaluate
     from stage_rl.policies.base import Policy, PolicyConfig
     from stage_rl.recipe import Recipe
     from stage_rl.rewards.base import Reward, RewardConfig, Score
-    from stage_rl.rollout.sample import sample
-    from stage_rl.training.loop import train
     from stage_rl.types import Prompt, Rollout
 
 __all__ = [
@@ -47,10 +45,10 @@ _HOMES = {
     "Rollout": "stage_rl.types",
     "Score": "stage_rl.rewards.base",
     "StageError": "stage_rl.errors",
-    "evaluate": "stage_rl.evaluation.run",
+    "evaluate": "stage_rl.api",
     "load_recipe": "stage_rl.config",
-    "sample": "stage_rl.rollout.sample",
-    "train": "stage_rl.training.loop",
+    "sample": "stage_rl.api",
+    "train": "stage_rl.api",
 }
 
 

@@ -25,7 +25,7 @@ from torch.distributed.distributed_c10d import Store
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.rendezvous import rendezvous
 
-from stage_rl.errors import RankError, RecipeError, StageError, Stopped
+from stage_rl.errors import InputError, RankError, RecipeError, StageError, Stopped
 
 T = TypeVar("T")
 
@@ -191,6 +191,22 @@ def init_distributed(device: torch.device) -> Iterator[World]:
     # The first rank holds the store: it must not end while another still says goodbye.
     dist.barrier()
     dist.destroy_process_group()
+
+
+def pick_device(name: str | torch.device | None = None, *, key: str = "device") -> torch.device:
+    """The device of that name; of None or auto the GPU where there is one.
+
+    An InputError for one that is unknown or absent.
+    """
+    if name in (None, "auto"):
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"{key}: unknown '{name}'; write cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"{key}: no GPU is visible here; write cpu")
+    return device
 
 
 def _take_gpu(device: torch.device, ranks: World) -> None:

@@ -10,7 +10,7 @@ def test_export_hands_its_options_on_and_prints_the_folder(stand_in, stage, tmp_
         seen.append((model, out, options))
         return out
 
-    stand_in("stage_rl.training.export", "export", export)
+    stand_in("stage_rl.api", "export", export)
     out = tmp_path / "out"
     done = stage("export", "runs/mine@40", out, "--layout", "deepseek", "--merge")
     assert done.exit_code == 0, done.output

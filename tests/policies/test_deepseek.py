@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import JanusForConditionalGeneration, JanusProcessor
 
+from stage_rl.api import sample
 from stage_rl.errors import WeightsError
 from stage_rl.policies.janus import JanusConfig
 from stage_rl.policies.janus_deepseek import config_to_transformers as to_transformers
 from stage_rl.policies.janus_deepseek import deepseek_name
 from stage_rl.policies.loading import read_tensors
-from stage_rl.rollout.sample import sample
 from stage_rl.types import Prompt
 
 DATA = Path(__file__).parents[1] / "data" / "janus_original"

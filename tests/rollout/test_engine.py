@@ -9,7 +9,7 @@ from stage_rl.errors import InputError
 from stage_rl.policies.base import Prefix
 from stage_rl.rollout import attention, engine
 from stage_rl.rollout.engine import Captured, Engine
-from stage_rl.rollout.sample import _even, rollout, sample
+from stage_rl.rollout.sample import _even, rollout
 from stage_rl.rollout.sampling import Sampling
 from stage_rl.types import Prompt
 
@@ -216,44 +216,6 @@ def test_top_k_1_draws_the_greedy_tokens(tiny_janus):
     assert torch.equal(tokens(engine, top_p=1e-6), greedy)
 
 
-def test_sample_takes_texts_and_gives_images(tiny_janus_folder, tiny_janus):
-    drawn = sample(tiny_janus_folder, [p.text for p in PROMPTS], images_per_prompt=2, seed=4)
-    assert drawn.images_NHWC.shape == (6, 16, 16, 3)
-    assert drawn.images_NHWC.dtype == torch.uint8
-    assert [prompt.index for prompt in drawn.prompts] == [0, 1, 2]
-    again = sample(tiny_janus, PROMPTS[1:2], images_per_prompt=2, seed=4)
-    assert torch.equal(again.tokens_NT, drawn.tokens_NT[2:4])
-    assert torch.equal(again.images_NHWC, drawn.images_NHWC[2:4])
-    other = sample(tiny_janus, PROMPTS[1:2], images_per_prompt=2, seed=5)
-    assert not torch.equal(other.tokens_NT, again.tokens_NT)
-
-
-def test_one_text_is_one_prompt(tiny_janus):
-    assert sample(tiny_janus, "a red square").tokens_NT.shape == (1, 16)
-
-
-def test_the_sampler_reports_what_it_drew_from(tiny_janus):
-    drawn = sample(tiny_janus, PROMPTS, guidance_scale=1.0)
-    # Without guidance, at temperature 1, the distribution drawn from is the conditional one.
-    assert_close(drawn.guided_logprobs_NT, drawn.logprobs_NT)
-    assert drawn.entropy_NT.min() >= 0
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"images_per_prompt": 0}, "images_per_prompt: 0"),
-        ({"seed": -1}, "seed: -1"),
-        ({"dtype": "float64"}, "unknown 'float64'; write one of: float32, mixed"),
-        ({"device": "meta"}, "the policy is on cpu"),
-        ({"temperature": -1.0}, "temperature: -1.0"),
-    ],
-)
-def test_a_wrong_option_of_sample_is_named(tiny_janus, options, message):
-    with pytest.raises(InputError, match=message):
-        sample(tiny_janus, PROMPTS, **options)
-
-
 @pytest.mark.parametrize(
     ("capabilities", "num_warnings"),
     [({"avx2": True}, 1), ({"avx2": True, "amx_bf16": True}, 0), ({"bf16": True}, 0), ({}, 0)],
@@ -274,11 +236,6 @@ def test_mixed_precision_on_a_cpu_without_bf16_is_warned_of_once(
 def test_an_unknown_backend_is_an_error(tiny_janus):
     with pytest.raises(InputError, match="unknown 'cuda'; write one of: eager, triton"):
         Engine(tiny_janus, backend="cuda")
-
-
-def test_no_prompts_is_an_error(tiny_janus):
-    with pytest.raises(InputError, match="there are none"):
-        sample(tiny_janus, [])
 
 
 def test_guidance_needs_unconditional_rows(tiny_janus):

@@ -11,6 +11,7 @@ import torch
 from run_files import steps_of, untimed
 from torch import Tensor
 
+from stage_rl.api import load
 from stage_rl.bench import fsdp2
 from stage_rl.config import resolved_json
 from stage_rl.distributed import SINGLE, World, joined, launched
@@ -18,7 +19,6 @@ from stage_rl.errors import RecipeError
 from stage_rl.training.checkpoint import checkpoints, damage
 from stage_rl.training.loop import train, train_on
 from stage_rl.training.metrics import over_ranks
-from stage_rl.training.run import load_policy
 
 EQUAL = {"tokens_identical": 1.0}
 
@@ -175,7 +175,7 @@ def test_a_run_of_two_processes_goes_on_in_one(recipe, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("step 2/2") == done.stdout.count("run: ") == 1
     resumed = train(recipe(*halves))
-    one, other = (load_policy(str(run), torch.device("cpu")) for run in (whole, resumed))
+    one, other = (load(str(run), torch.device("cpu")) for run in (whole, resumed))
     pairs = zip(one.module.parameters(), other.module.parameters(), strict=True)
     assert max((a - b).abs().max().item() for a, b in pairs) <= 1e-6
     for alone, together in zip(untimed(steps_of(whole)), untimed(steps_of(resumed)), strict=True):

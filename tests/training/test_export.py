@@ -9,14 +9,12 @@ import yaml
 from torch.testing import assert_close
 from transformers import JanusForConditionalGeneration
 
+from stage_rl.api import export, load, sample
 from stage_rl.config import load_recipe, resolved_json
 from stage_rl.errors import InputError, StageError
 from stage_rl.policies.loading import read_tensors
-from stage_rl.rollout.sample import sample
 from stage_rl.training import export as export_module
-from stage_rl.training.export import export
 from stage_rl.training.loop import train
-from stage_rl.training.run import load_policy
 from stage_rl.types import Prompt
 
 CPU = torch.device("cpu")
@@ -51,7 +49,7 @@ def run(recipe):
 @pytest.mark.parametrize("layout", ["transformers", "deepseek"])
 def test_an_export_draws_what_the_run_draws(run, tmp_path, layout, tiny_janus):
     out = export(str(run), tmp_path / "out", layout=layout)
-    trained, back = load_policy(str(run), CPU), load_policy(str(out), CPU)
+    trained, back = load(str(run), CPU), load(str(out), CPU)
     assert torch.equal(logits_of(back), logits_of(trained))
     assert (logits_of(back) - logits_of(tiny_janus)).abs().max() > 1e-3
     drawn = [sample(policy, [PROMPT.text], seed=3).tokens_NT for policy in (trained, back)]
@@ -61,14 +59,14 @@ def test_an_export_draws_what_the_run_draws(run, tmp_path, layout, tiny_janus):
 
 def test_plain_transformers_reads_an_export_with_equal_logits(run, tmp_path):
     out = export(str(run), tmp_path / "out")
-    trained = load_policy(str(run), CPU)
+    trained = load(str(run), CPU)
     module = JanusForConditionalGeneration.from_pretrained(out)
     assert_close(plain_logits(module, trained), logits_of(trained), atol=1e-5, rtol=0)
 
 
 def test_a_run_on_the_original_layout_exports_to_both(recipe, tmp_path, original_janus_folder):
     run = train(recipe("steps=1", f"policy.path={original_janus_folder}"))
-    trained = load_policy(str(run), CPU)
+    trained = load(str(run), CPU)
     out = export(str(run), tmp_path / "deepseek", layout="deepseek")
     before, after = read_tensors(original_janus_folder), read_tensors(out)
     assert before.keys() == after.keys()
@@ -76,7 +74,7 @@ def test_a_run_on_the_original_layout_exports_to_both(recipe, tmp_path, original
     # What trains is the language model; of the pickle's tensors those that are never read stay.
     assert changed
     assert all(name.startswith("language_model.model.") for name in changed)
-    assert torch.equal(logits_of(load_policy(str(out), CPU)), logits_of(trained))
+    assert torch.equal(logits_of(load(str(out), CPU)), logits_of(trained))
     module = JanusForConditionalGeneration.from_pretrained(export(str(run), tmp_path / "plain"))
     assert_close(plain_logits(module, trained), logits_of(trained), atol=1e-5, rtol=0)
 
@@ -84,10 +82,10 @@ def test_a_run_on_the_original_layout_exports_to_both(recipe, tmp_path, original
 def test_a_step_of_a_run_is_exported_as_it_was_then(run, tmp_path):
     first, last = (export(f"{run}@{step}", tmp_path / str(step)) for step in (1, 2))
     for step, out in ((1, first), (2, last)):
-        saved = load_policy(f"{run}@{step}", CPU).module.state_dict()
+        saved = load(f"{run}@{step}", CPU).module.state_dict()
         assert all(torch.equal(t, saved[n]) for n, t in read_tensors(out).items())
     assert "for 1 steps" in (first / "README.md").read_text()
-    assert logits_of(load_policy(str(first), CPU)).ne(logits_of(load_policy(str(last), CPU))).any()
+    assert logits_of(load(str(first), CPU)).ne(logits_of(load(str(last), CPU))).any()
 
 
 def test_plain_weights_are_converted_without_a_card(original_janus_folder, tmp_path):
@@ -138,7 +136,7 @@ def test_an_adapter_is_exported_alone_or_merged(recipe, tmp_path, tiny_janus_fol
     from peft import PeftModel
 
     run = train(recipe("steps=2", "policy.lora.rank=2"))
-    trained = load_policy(str(run), CPU)
+    trained = load(str(run), CPU)
     adapter = export(str(run), tmp_path / "adapter")
     names = {file.name for file in adapter.iterdir()}
     assert names == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
@@ -148,9 +146,7 @@ def test_an_adapter_is_exported_alone_or_merged(recipe, tmp_path, tiny_janus_fol
     module = PeftModel.from_pretrained(base, adapter).base_model.model
     assert_close(plain_logits(module, trained), logits_of(trained), atol=1e-5, rtol=0)
     for layout in ("transformers", "deepseek"):
-        merged = load_policy(
-            str(export(str(run), tmp_path / layout, layout=layout, merge=True)), CPU
-        )
+        merged = load(str(export(str(run), tmp_path / layout, layout=layout, merge=True)), CPU)
         assert_close(logits_of(merged), logits_of(trained), atol=1e-5, rtol=0)
     with pytest.raises(InputError, match="has no form for an adapter; add --merge"):
         export(str(run), tmp_path / "no", layout="deepseek")

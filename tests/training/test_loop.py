@@ -11,13 +11,13 @@ import pytest
 import torch
 from run_files import parameters_of, steps_of, untimed
 
+from stage_rl.api import load
 from stage_rl.config import run_folder
 from stage_rl.errors import CheckpointError, DivergedError, InputError, RecipeError, Stopped
 from stage_rl.policies.janus import JanusPolicy
 from stage_rl.training import checkpoint as checkpoint_module
 from stage_rl.training import checkpoint as contents
 from stage_rl.training.loop import check_prompts, train
-from stage_rl.training.run import load_policy
 from stage_rl.types import Prompt
 
 
@@ -105,7 +105,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_none_left_is_an_error(recipe, c
     assert found.state.step == 2
     assert "policy.safetensors is damaged; falling back" in caplog.text
     with pytest.raises(CheckpointError, match="name another checkpoint"):
-        load_policy(f"{run}@4", torch.device("cpu"))
+        load(f"{run}@4", torch.device("cpu"))
     (run / "checkpoints" / "step_000002" / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="no good checkpoint is left"):
         train(recipe())
@@ -164,15 +164,15 @@ def test_more_prompts_per_step_than_there_are_is_refused(recipe):
 
 def test_a_run_is_a_model_at_its_newest_or_a_named_step(recipe):
     run = train(recipe())
-    newest = load_policy(str(run), torch.device("cpu"))
-    named = load_policy(f"{run}@2", torch.device("cpu"))
+    newest = load(str(run), torch.device("cpu"))
+    named = load(f"{run}@2", torch.device("cpu"))
     assert isinstance(newest, JanusPolicy)
     name = "model.language_model.norm.weight"
     for policy, step in ((newest, 4), (named, 2)):
         weights = dict(policy.module.named_parameters())
         assert torch.equal(weights[name], parameters_of(run, step)[name])
     with pytest.raises(InputError, match="no checkpoint of step 3; the run has: 2, 4"):
-        load_policy(f"{run}@3", torch.device("cpu"))
+        load(f"{run}@3", torch.device("cpu"))
 
 
 def test_micro_batches_and_several_updates_train_too(recipe):
@@ -193,5 +193,5 @@ def test_prompts_that_share_an_index_are_refused(recipe):
 
 
 def test_weights_are_a_model_too(tiny_janus_folder):
-    policy = load_policy(str(tiny_janus_folder), torch.device("cpu"))
+    policy = load(str(tiny_janus_folder), torch.device("cpu"))
     assert policy.layout([]).num_tokens == 16

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from stage_rl.api import load
 from stage_rl.training.loop import train
-from stage_rl.training.run import load_policy
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("peft") is None, reason="needs the extra lora"
@@ -31,7 +31,7 @@ def test_checkpoints_hold_the_adapter_alone_and_a_resumed_run_is_exact(recipe, t
     assert all(".lora_" in name for name in one)
     assert all(tensor.any() for name, tensor in one.items() if ".lora_B." in name)
 
-    policy = load_policy(str(whole), torch.device("cpu"))
+    policy = load(str(whole), torch.device("cpu"))
     loaded = dict(policy.module.named_parameters())
     assert all(torch.equal(loaded[name], one[name]) for name in one)
 

@@ -7,32 +7,32 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from stage_rl.api import load
 from stage_rl.errors import CheckpointError, InputError
 from stage_rl.policies.base import base_digest
 from stage_rl.training.loop import train
-from stage_rl.training.run import load_policy
 
 CPU = torch.device("cpu")
 
 
 def test_a_run_whose_name_holds_an_at_sign_is_found(recipe, tmp_path):
     run = train(recipe("steps=1", f"run.dir={tmp_path}/a@b"))
-    newest, named = load_policy(str(run), CPU), load_policy(f"{run}@1", CPU)
+    newest, named = load(str(run), CPU), load(f"{run}@1", CPU)
     assert base_digest(newest.module) == base_digest(named.module)
     with pytest.raises(InputError, match="no checkpoint of step 7; the run has: 1"):
-        load_policy(f"{run}@7", CPU)
+        load(f"{run}@7", CPU)
 
 
 def test_a_folder_that_is_no_run_has_no_steps(tiny_janus_folder):
     with pytest.raises(InputError, match="is no run folder; write the folder without @3"):
-        load_policy(f"{tiny_janus_folder}@3", CPU)
+        load(f"{tiny_janus_folder}@3", CPU)
 
 
 def test_other_base_weights_are_refused_by_resume_and_load(recipe, tmp_path, tiny_janus_folder):
     weights = tmp_path / "weights"
     shutil.copytree(tiny_janus_folder, weights)
     run = train(recipe("steps=1", f"policy.path={weights}"))
-    load_policy(str(run), CPU)
+    load(str(run), CPU)
     file = weights / "model.safetensors"
     tensors = load_file(file)
     name = next(name for name in tensors if name.startswith("model.vqmodel"))
@@ -40,7 +40,7 @@ def test_other_base_weights_are_refused_by_resume_and_load(recipe, tmp_path, tin
     save_file(tensors, file, {"format": "pt"})
     wrong = r"step_000001: the weights behind policy\.path are not those the run began with"
     with pytest.raises(CheckpointError, match=wrong):
-        load_policy(str(run), CPU)
+        load(str(run), CPU)
     with pytest.raises(CheckpointError, match=wrong):
         train(recipe("steps=2", f"policy.path={weights}"))
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 from run_files import parameters_of, steps_of
 
+from stage_rl.api import load
 from stage_rl.errors import DivergedError, InputError
 from stage_rl.evaluation.results import ImageScore, Results
 from stage_rl.training import monitor
 from stage_rl.training.checkpoint import checkpoints, step_of
 from stage_rl.training.loop import train
 from stage_rl.training.monitor import Best, best_of
-from stage_rl.training.run import load_policy
 
 NORM = "model.language_model.norm.weight"
 
@@ -56,7 +56,7 @@ def test_the_best_checkpoint_is_kept_beside_the_newest_and_is_a_model(recipe, sc
     assert steps_of(run)[0]["time/validation_s"] > 0
     # The first of two equal validations stays the best.
     assert steps_kept(run) == [2, 4]
-    best = dict(load_policy(f"{run}@best", torch.device("cpu")).module.named_parameters())
+    best = dict(load(f"{run}@best", torch.device("cpu")).module.named_parameters())
     assert torch.equal(best[NORM], parameters_of(run, 2)[NORM])
     # Validation saw the policy after the update, its own images and the rollout's guidance.
     assert torch.equal(benchmark.weights[1], parameters_of(run, 2)[NORM])
@@ -92,7 +92,7 @@ def test_a_run_without_validation_has_no_best(recipe):
     run = train(recipe("steps=1", "probe.every=0"))
     assert "validation/score" not in steps_of(run)[0]
     with pytest.raises(InputError, match=r"no held-out validation has chosen .* evaluation\.every"):
-        load_policy(f"{run}@best", torch.device("cpu"))
+        load(f"{run}@best", torch.device("cpu"))
 
 
 def test_of_equal_validations_the_earlier_is_the_best():

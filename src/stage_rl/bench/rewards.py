@@ -14,12 +14,12 @@ from torch import Tensor
 
 from stage_rl.bench.base import BenchResult, at_least, interleaved
 from stage_rl.config import load_recipe
+from stage_rl.distributed import pick_device
 from stage_rl.errors import InputError
 from stage_rl.rewards.base import Reward, RewardConfig
 from stage_rl.rewards.judge import check_fields
 from stage_rl.rewards.ocr import OcrReward, ParallelReader, text_image
 from stage_rl.settings import near_or_all
-from stage_rl.training.trainer import pick_device
 from stage_rl.types import Prompt
 
 BAR = "batches at least as fast as one by one for every model"

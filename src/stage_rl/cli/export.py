@@ -26,6 +26,6 @@ def export(
     ] = None,
 ) -> None:
     """Write a model for other programs, with a model card."""
-    from stage_rl.training.export import export as write
+    from stage_rl.api import export as write
 
     typer.echo(str(write(model, out, layout=layout, merge=merge, dtype=dtype)))

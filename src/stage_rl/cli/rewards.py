@@ -34,8 +34,8 @@ app = typer.Typer(
 def check(name: Name, overrides: Overrides = None, device: Device = "auto") -> None:
     """Score reference images of known order; exit with 1 where the order is wrong."""
     configs = _rewards(name, overrides or [])
+    from stage_rl.distributed import pick_device
     from stage_rl.rewards.selftest import check_reward
-    from stage_rl.training.trainer import pick_device
 
     wrong = 0
     for config in configs:
@@ -81,11 +81,11 @@ def serve(
         if importlib.util.find_spec(module) is None:
             raise InputError(f"{module} is not installed; run pip install 'stage-rl[server]'")
     configs = _rewards(name, overrides or [])
+    from stage_rl.distributed import pick_device
     from stage_rl.rewards.protocol import read_token
     from stage_rl.serving.limits import MEGABYTE, Limits
     from stage_rl.serving.server import Serving
     from stage_rl.serving.server import serve as run
-    from stage_rl.training.trainer import pick_device
 
     serving = Serving(
         host=host,

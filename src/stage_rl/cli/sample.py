@@ -27,13 +27,11 @@ def sample(
     """Draw prompts with a model and write a PNG grid."""
     if out.suffix.lower() != ".png" or not out.parent.is_dir():
         raise InputError(f"--out {out}: no place for a grid; write FILE.png in a folder that is")
+    from stage_rl.api import sample as draw
     from stage_rl.pictures import image_grid
-    from stage_rl.rollout.sample import sample as draw
-    from stage_rl.training.run import load_policy
-    from stage_rl.training.trainer import pick_device
 
     rollout = draw(
-        load_policy(model, pick_device("auto")),
+        model,
         prompts,
         images_per_prompt=images,
         guidance_scale=guidance_scale,

@@ -81,11 +81,12 @@ def _say_leaks(settings: Recipe) -> None:
 
 def _evaluation(settings: Recipe, folder: Path) -> str:
     """The comparison of base and trained policy; made once for every number of steps."""
+    from stage_rl.api import load
+    from stage_rl.distributed import pick_device
     from stage_rl.evaluation.run import evaluate_run
     from stage_rl.files import replace_text
     from stage_rl.training.checkpoint import latest_checkpoint
-    from stage_rl.training.run import RunFolder, load_policy
-    from stage_rl.training.trainer import pick_device
+    from stage_rl.training.run import RunFolder
 
     saved = latest_checkpoint(RunFolder(folder).checkpoints)
     assert settings.evaluation is not None
@@ -95,11 +96,11 @@ def _evaluation(settings: Recipe, folder: Path) -> str:
     head = f"after {saved.state.step} steps; "
     if kept.exists() and kept.read_text(encoding="utf-8").startswith(head):
         return kept.read_text(encoding="utf-8")
-    device = pick_device(settings.training.device)
+    device = pick_device(settings.training.device, key="training.device")
     with _stopped_by_signals():
         table = evaluate_run(
             settings.policy.build(device),
-            load_policy(str(folder), device),
+            load(folder, device),
             evaluation=settings.evaluation,
             guidance_scale=settings.rollout.guidance_scale,
             out=folder,

@@ -177,10 +177,9 @@ def evaluation_prompts(benchmark: str) -> tuple[Prompt, ...]:
 def _load(model: str | Path | Policy, device: str | torch.device | None) -> Policy:
     if not isinstance(model, str | Path):
         return model
-    from stage_rl.training.run import load_policy
+    from stage_rl.api import load
 
-    best = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_policy(str(model), torch.device(best if device is None else device))
+    return load(model, device)
 
 
 def _name(model: str | Path | Policy) -> str:

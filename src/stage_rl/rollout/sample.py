@@ -1,4 +1,4 @@
-"""Prompts to images: the public `sample`, and the `rollout` that training and evaluation use.
+"""Prompts to images, as training and evaluation draw them.
 
 Shape suffixes: P prompts, G group, N = P x G completions, T image tokens.
 """
@@ -8,46 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import fields
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from stage_rl.errors import InputError
-from stage_rl.policies.base import Policy, Prefix
-from stage_rl.policies.janus import JanusConfig
+from stage_rl.policies.base import Prefix
 from stage_rl.rollout.engine import Engine, Generated
 from stage_rl.rollout.sampling import Sampling, image_uniforms
 from stage_rl.types import Prompt, Rollout
-
-
-def sample(
-    model: str | Path | Policy,
-    prompts: str | Sequence[str | Prompt],
-    *,
-    images_per_prompt: int = 1,
-    guidance_scale: float = 5.0,
-    temperature: float = 1.0,
-    seed: int = 0,
-    device: str | torch.device | None = None,
-    dtype: str | None = None,
-) -> Rollout:
-    """Images of prompts, group by group: row i * images_per_prompt + k is image k of prompt i.
-
-    `model` is a folder, a hub id, `shapes`, or a policy. Temperature 0 draws the likeliest token.
-    Image k of a prompt is the same in any batch. `device`: None is the GPU where there is one;
-    `dtype`: `float32` (None), or `mixed` for bf16 linear layers. Wrong input is an `InputError`.
-    """
-    sampling = Sampling(guidance_scale=guidance_scale, temperature=temperature)
-    for name, value, least in (("images_per_prompt", images_per_prompt, 1), ("seed", seed, 0)):
-        if value < least:
-            raise InputError(f"{name}: {value} is out of range; write at least {least}")
-    numbered = _numbered(prompts)
-    policy = _policy_on(model, device)
-    engine = Engine(policy, dtype=dtype or "float32")
-    return rollout(
-        engine, numbered, group_size=images_per_prompt, sampling=sampling, seed=seed, step=0
-    )
 
 
 @torch.no_grad()
@@ -136,34 +104,3 @@ def _join_groups(pieces: list[Generated], num_prompts: int) -> list[Tensor]:
         ).flatten(0, 1)
         for field in fields(Generated)
     ]
-
-
-def _numbered(prompts: str | Sequence[str | Prompt]) -> list[Prompt]:
-    """Texts as prompts, numbered by their place; prompts keep their own index."""
-    listed = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not listed:
-        raise InputError("prompts: there are none; write at least one")
-    for prompt in listed:
-        if not isinstance(prompt, str | Prompt):
-            raise InputError(f"prompts: {prompt!r} is no text; write texts or Prompt objects")
-    return [Prompt(p, index) if isinstance(p, str) else p for index, p in enumerate(listed)]
-
-
-def _device(name: str | torch.device) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"device: unknown '{name}'; write cpu or cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("device: no GPU is visible here; write cpu")
-    return device
-
-
-def _policy_on(model: str | Path | Policy, device: str | torch.device | None) -> Policy:
-    if isinstance(model, str | Path):
-        best = "cuda" if torch.cuda.is_available() else "cpu"
-        config = JanusConfig(path=str(model), trainable=())
-        return config.build(_device(device if device is not None else best))
-    if device is not None and torch.device(device).type != model.device.type:
-        raise InputError(f"device: the policy is on {model.device}; leave device out, or move it")
-    return model

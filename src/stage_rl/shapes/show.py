@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stage_rl.algorithm import equal_reward_groups, group_advantages, opposing_similarity
+from stage_rl.api import load
 from stage_rl.console import progress
 from stage_rl.errors import InputError, StageError
 from stage_rl.evaluation.results import Results, object_cells, render_table
@@ -30,7 +31,6 @@ from stage_rl.shapes.pretrain_policy import tokenize
 from stage_rl.shapes.prompts import ShapesPromptsConfig
 from stage_rl.shapes.scenes import Scene, random_scene, render
 from stage_rl.shapes.suite import GUIDANCE_SCALE
-from stage_rl.training.run import load_policy
 from stage_rl.types import Rollout
 
 HARD_TASKS = ("counting", "position", "color_attr")
@@ -92,7 +92,7 @@ def main(
     counts = {"images-per-task": images_per_task, "regime-images": regime_images}
     _check(file, {**counts, "renders": renders})
     sampling = Sampling(guidance_scale=training_guidance)
-    policy = load_policy(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    policy = load(model)
     tokenizer = measure_tokenizer(policy, renders, seed=seed)
     _section(f"tokenizer, {renders} renders", tokenizer_figures(tokenizer))
     results = {

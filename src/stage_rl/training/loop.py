@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from stage_rl.console import live_view, stop_signals
-from stage_rl.distributed import World, init_distributed
+from stage_rl.distributed import World, init_distributed, pick_device
 from stage_rl.errors import InputError, Stopped
 from stage_rl.prompts.files import prompts_of_step
 from stage_rl.recipe import Recipe
@@ -38,7 +38,6 @@ from stage_rl.training.trainer import (
     build_trainer,
     check_ranks,
     log_samples,
-    pick_device,
 )
 from stage_rl.training.update import measure_all
 from stage_rl.types import Prompt, Rewards
@@ -50,7 +49,7 @@ def train(recipe: Recipe) -> Path:
     Raises `Stopped` after Ctrl-C or SIGTERM, when the step is done and saved; a `StageError` for
     everything else that ends a run.
     """
-    with init_distributed(pick_device(recipe.training.device)) as ranks:
+    with init_distributed(pick_device(recipe.training.device, key="training.device")) as ranks:
         return train_on(recipe, ranks)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from stage_rl.distributed import SINGLE, World
+from stage_rl.distributed import SINGLE, World, pick_device
 from stage_rl.errors import RecipeError
 from stage_rl.pictures import image_grid
 from stage_rl.policies.base import Policy, base_digest
@@ -263,7 +263,7 @@ class Trainer:
 
 def build_trainer(recipe: Recipe, prompts: tuple[Prompt, ...], ranks: World = SINGLE) -> Trainer:
     """Loads the model, spreads it over the ranks, and builds everything around it."""
-    device = pick_device(recipe.training.device)
+    device = pick_device(recipe.training.device, key="training.device")
     if device.type == "cpu":
         keep_freed_memory()
     check_memory(recipe, gpu_memory_gb(recipe), num_processes=ranks.size)
@@ -327,15 +327,6 @@ def _check_trained(policy: Policy) -> None:
             "policy.dtype: updates of the usual size are lost in bfloat16; write "
             "policy.dtype=float32 (training.dtype=mixed computes in bfloat16)"
         )
-
-
-def pick_device(name: str) -> torch.device:
-    """auto: the GPU where there is one; a GPU that is asked for and absent is a RecipeError."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise RecipeError("training.device: no GPU is visible here; write cpu or auto")
-    return torch.device(name)
 
 
 @torch.no_grad()

@@ -1,0 +1,170 @@
+"""The verbs of the package: train a recipe; load, sample, evaluate or export a model.
+
+A model is a folder of weights, a hub id, `shapes` (the weights that come with the package), a run
+RUN (its newest checkpoint), RUN@STEP or RUN@best (its best one by held-out validation). Where a
+verb draws, it may be a `Policy` as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from stage_rl.config import load_recipe
+from stage_rl.distributed import pick_device
+from stage_rl.errors import InputError
+from stage_rl.evaluation.run import evaluate
+from stage_rl.policies.base import Policy, PolicyConfig, base_digest
+from stage_rl.policies.janus import JanusConfig
+from stage_rl.rollout.engine import Engine
+from stage_rl.rollout.sample import rollout
+from stage_rl.rollout.sampling import Sampling
+from stage_rl.training import export as exporting
+from stage_rl.training.checkpoint import (
+    Checkpoint,
+    checkpoints,
+    latest_checkpoint,
+    read_checkpoint,
+    step_of,
+)
+from stage_rl.training.loop import train
+from stage_rl.types import Prompt, Rollout
+
+__all__ = ["evaluate", "export", "load", "sample", "train"]
+
+Model = str | Path | Policy
+
+
+def load(model: Model, device: str | torch.device | None = None) -> Policy:
+    """The policy behind a model. `device`: None is the GPU where there is one.
+
+    A policy is taken as it is, on the device it is on. Wrong input is an `InputError`.
+    """
+    if isinstance(model, str | Path):
+        return find_source(str(model)).load(pick_device(device))
+    if device is not None and torch.device(device).type != model.device.type:
+        raise InputError(f"device: the policy is on {model.device}; leave device out, or move it")
+    return model
+
+
+def sample(
+    model: Model,
+    prompts: str | Sequence[str | Prompt],
+    *,
+    images_per_prompt: int = 1,
+    guidance_scale: float = 5.0,
+    temperature: float = 1.0,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    dtype: str | None = None,
+) -> Rollout:
+    """Images of prompts, group by group: row i * images_per_prompt + k is image k of prompt i.
+
+    Temperature 0 draws the likeliest token. Image k of a prompt is the same in any batch. `device`:
+    None is the GPU where there is one; `dtype`: `float32` (None), or `mixed` for bf16 linear
+    layers. Wrong input is an `InputError`.
+    """
+    sampling = Sampling(guidance_scale=guidance_scale, temperature=temperature)
+    for name, value, least in (("images_per_prompt", images_per_prompt, 1), ("seed", seed, 0)):
+        if value < least:
+            raise InputError(f"{name}: {value} is out of range; write at least {least}")
+    numbered = _numbered(prompts)
+    engine = Engine(load(model, device), dtype=dtype or "float32")
+    return rollout(
+        engine, numbered, group_size=images_per_prompt, sampling=sampling, seed=seed, step=0
+    )
+
+
+def _numbered(prompts: str | Sequence[str | Prompt]) -> list[Prompt]:
+    """Texts as prompts, numbered by their place; prompts keep their own index."""
+    listed = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not listed:
+        raise InputError("prompts: there are none; write at least one")
+    for prompt in listed:
+        if not isinstance(prompt, str | Prompt):
+            raise InputError(f"prompts: {prompt!r} is no text; write texts or Prompt objects")
+    return [Prompt(p, index) if isinstance(p, str) else p for index, p in enumerate(listed)]
+
+
+def export(
+    model: str,
+    out: str | Path,
+    *,
+    layout: exporting.Layout = "transformers",
+    merge: bool = False,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+) -> Path:
+    """Writes a model to a new folder `out`, which is there whole or not at all.
+
+    Where its run trained an adapter, `out` holds the adapter alone, for PEFT, unless `merge` adds
+    it to the weights. `dtype` is that of the tensors; None: the one they are held in. A run's `out`
+    has a model card, README.md.
+    """
+    source, out = find_source(model), Path(out)
+    exporting.check_free(out)
+    return exporting.export(
+        source.load(torch.device("cpu")),
+        out,
+        base=getattr(source.policy, "path", ""),
+        run=source.run,
+        step=source.checkpoint.state.step if source.checkpoint else 0,
+        layout=layout,
+        merge=merge,
+        dtype=dtype,
+    )
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the name of a model stands for: settings of a policy, and of a run its checkpoint."""
+
+    policy: PolicyConfig
+    run: Path | None = None
+    checkpoint: Checkpoint | None = None
+
+    def load(self, device: torch.device) -> Policy:
+        """The policy with the weights of the checkpoint."""
+        policy = self.policy.build(device)
+        if self.checkpoint is not None:
+            self.checkpoint.check_base(base_digest(policy.module))
+            self.checkpoint.load_policy(policy.module)
+        return policy
+
+
+def find_source(name: str) -> Source:
+    """Finds what the name of a model stands for, and loads no weights."""
+    run, step = Path(name), ""
+    if "@" in name and not run.exists():  # a folder's name may hold an @ of its own
+        folder, _, step = name.rpartition("@")
+        run = Path(folder)
+    if (run / "recipe.json").exists():
+        policy = load_recipe(run / "recipe.json").policy
+        return Source(policy, run, _find_checkpoint(name, run / "checkpoints", step))
+    if step and run.is_dir():
+        raise InputError(f"{name}: {run} is no run folder; write the folder without @{step}")
+    return Source(JanusConfig(path=name))
+
+
+def _find_checkpoint(name: str, root: Path, step: str) -> Checkpoint:
+    """The checkpoint of a step, of the `best` one, or the newest where `step` is empty."""
+    if step in ("", "best"):
+        newest = latest_checkpoint(root)
+        if not step and newest is not None:
+            return newest
+        if not step:
+            raise InputError(f"{name}: has no checkpoint yet; train it first")
+        if newest is None or newest.state.best_step is None:
+            raise InputError(
+                f"{name}: no held-out validation has chosen a best checkpoint; train with "
+                "evaluation.every, or write RUN@STEP"
+            )
+        step = str(newest.state.best_step)
+    folders = {str(step_of(folder)): folder for folder in reversed(checkpoints(root))}
+    if step not in folders:
+        known = ", ".join(folders) or "none"
+        raise InputError(f"{name}: no checkpoint of step {step}; the run has: {known}")
+    return read_checkpoint(folders[step])
