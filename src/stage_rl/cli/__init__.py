@@ -50,11 +50,8 @@ def main() -> None:
     except UsageError as error:
         _say_usage(error)
         sys.exit(2)
-    except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        sys.exit(stopped.exit_code)
     except StageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(error if isinstance(error, Stopped) else f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from stage_rl.cli.options import write_text
+from stage_rl.cli.options import writing
 from stage_rl.errors import InputError, StageError
 from stage_rl.settings import BUILT_IN
 
@@ -39,7 +39,8 @@ def geneval(
         config = GenEvalPromptsConfig(mix=mix, num_prompts=num_prompts, seed=seed)
         records = [dict(prompt.metadata) for prompt in config.build()]
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-    write_text("--out", out, "".join(lines))
+    with writing("--out", out):
+        out.write_text("".join(lines), encoding="utf-8")
     distinct = len({record["prompt"] for record in records})
     typer.echo(f"{out}: {len(records)} prompts, {distinct} of them distinct")
 

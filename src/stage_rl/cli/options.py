@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +68,15 @@ def check_writable(file: Path | None) -> None:
 def write_json(file: Path | None, figures: Mapping[str, Any]) -> None:
     """Writes figures where a file is given; raises StageError where it cannot be written."""
     if file is not None:
-        write_text("--json", file, json.dumps(figures, indent=2, allow_nan=False) + "\n")
+        with writing("--json", file):
+            file.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n", "utf-8")
 
 
-def write_text(option: str, file: Path, text: str) -> None:
-    """Writes the file of an option; raises StageError where it cannot be written."""
+@contextlib.contextmanager
+def writing(option: str, file: Path) -> Iterator[None]:
+    """Raises StageError where the file of an option cannot be written in the block."""
     try:
-        file.write_text(text, encoding="utf-8")
+        yield
     except OSError as error:
         raise StageError(f"{option} {file}: {error.strerror}; name another file") from error
 

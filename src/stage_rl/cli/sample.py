@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from stage_rl.cli.options import finite
-from stage_rl.errors import InputError, StageError
+from stage_rl.cli.options import finite, writing
+from stage_rl.errors import InputError
 
 
 def sample(
@@ -38,8 +38,6 @@ def sample(
         temperature=temperature,
         seed=seed,
     )
-    try:
+    with writing("--out", out):
         image_grid(rollout.images_NHWC, columns=images).save(out)
-    except OSError as error:
-        raise StageError(f"--out {out}: {error.strerror}; name another file") from error
     typer.echo(str(out))
