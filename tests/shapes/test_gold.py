@@ -5,7 +5,15 @@ import pytest
 from scipy import ndimage
 
 from stage_rl.rewards.base import Detection
-from stage_rl.shapes.gold import gold_detections, inspect, looks_right, matches_scene, structure
+from stage_rl.shapes.gold import (
+    Part,
+    fit_outlines,
+    gold_detections,
+    inspect,
+    looks_right,
+    matches_scene,
+    structure,
+)
 from stage_rl.shapes.prompts import retention_record
 from stage_rl.shapes.scenes import (
     COLORS,
@@ -19,6 +27,7 @@ from stage_rl.shapes.scenes import (
     random_scene,
     render,
     scene_for,
+    template,
 )
 
 PLAIN = Background("grey", "plain", 0.0, 0.0, (0.0, 0.0), (0.0,) * 49)
@@ -60,21 +69,14 @@ def test_a_box_holds_its_object():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_half_an_object_is_none(shape):
+def test_half_an_object_and_one_that_the_image_cuts_off_are_none(shape):
     image = draw(Object(shape, "red", 24, 24, 9))
-    left, top = image.copy(), image.copy()
+    left, top, shifted = image.copy(), image.copy(), np.full_like(image, GREY)
     left[:, :24] = GREY
     top[:24] = GREY
-    for half in (left, top):
-        assert all(d.label != shape for d in found(half))
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_an_object_that_the_image_cuts_off_is_none(shape):
-    image = draw(Object(shape, "red", 24, 24, 9))
-    shifted = np.full_like(image, GREY)
     shifted[:, :27] = image[:, 21:]  # 6 of the 19 columns are cut off
-    assert all(d.label != shape for d in found(shifted))
+    for part in (left, top, shifted):
+        assert all(d.label != shape for d in found(part))
 
 
 def test_merged_objects_are_none():
@@ -127,12 +129,9 @@ def test_an_object_of_two_colours_is_none():
     assert len(inspect(image[None])[0].parts) == 1
 
 
-@pytest.mark.parametrize("value", [0, 128, 255])
-def test_an_image_of_one_colour_holds_nothing(value):
-    assert found(np.full((48, 48, 3), value, np.uint8)) == []
-
-
-def test_noise_holds_nothing():
+def test_one_colour_and_noise_hold_nothing():
+    for value in (0, 128, 255):
+        assert found(np.full((48, 48, 3), value, np.uint8)) == []
     noise = np.random.default_rng(0).integers(0, 256, (4, 48, 48, 3)).astype(np.uint8)
     assert gold_detections(noise) == [[], [], [], []]
 
@@ -208,3 +207,31 @@ def test_a_match_needs_every_object_at_its_place_and_no_other():
     assert not matches_scene([*right, right[0]], things)
     moved = [right[0], Detection("ring", 1.0, (20, 20, 33, 33), "blue")]
     assert not matches_scene(moved, things)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_drawn_shape_is_within_a_tenth_of_a_pixel_of_itself(shape):
+    record = {"include": [{"class": shape, "count": 1}]}
+    scenes = [scene_for(record, np.random.default_rng(seed)) for seed in range(10)]
+    for inspection in inspect(render(scenes)):
+        (seen,) = inspection.parts
+        assert seen.shape == shape
+        assert seen.edge_error < 0.1
+
+
+def test_the_perimeter_of_a_circle_is_two_pi_times_its_radius():
+    radius = np.sqrt(template("circle", 8).sum() / np.pi)
+    # Four over pi holds on average over all directions, which a circle has in equal parts.
+    perimeter = fit_outlines(np.pad(template("circle", 8), 1)[None]).perimeter_M[0]
+    assert perimeter == pytest.approx(2 * np.pi * radius, rel=0.03)
+
+
+def part(outline, edge_error):
+    return Part("ring", outline, edge_error, 1.0, "red", 1.0, (0.0, 0.0, 9.0, 9.0), 60)
+
+
+def test_an_object_overlaps_well_or_has_its_outline_in_place():
+    # A ring of 80 pixels outline and 110 area: a quarter pixel off is 20 pixels, overlap 0.83.
+    assert part(0.83, 0.25).is_object
+    assert part(0.91, 0.40).is_object
+    assert not part(0.83, 0.30).is_object

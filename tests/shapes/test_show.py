@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from stage_rl.errors import InputError
+from stage_rl.policies.janus import JanusConfig
 from stage_rl.rollout.sampling import Sampling
 from stage_rl.shapes import show
 from stage_rl.shapes import suite as shapes_geneval
 from stage_rl.shapes.show import (
     Figure,
     RegimeFigures,
-    _figures,
-    _Seen,
+    RegimeSamples,
+    figures_of,
     measure_regime,
     measure_tokenizer,
 )
@@ -67,9 +68,9 @@ def test_regime_figures_are_means_over_groups():
     similarity_PGT = torch.stack([torch.ones(8, 2), torch.full((8, 2), 0.25)])
     entropy_NT = torch.tensor([[1.0, 3.0]]).expand(16, 2)
     object_NT = torch.tensor([[False, True]]).expand(16, 2)
-    seen = _Seen(entropy_NT, object_NT, similarity_PGT, equal_P, correct_PG, strict_PG)
+    seen = RegimeSamples(entropy_NT, object_NT, similarity_PGT, equal_P, correct_PG, strict_PG)
     # ln 20 = 2.9957: entropies 1 and 3 are 0.3338 and 1.0014, their mean 0.6676.
-    found = _figures([seen], 20)
+    found = figures_of(seen, 20)
     assert found == RegimeFigures(
         entropy=pytest.approx(0.6676, abs=1e-4),
         entropy_background=pytest.approx(0.3338, abs=1e-4),
@@ -93,17 +94,12 @@ def test_the_regime_is_measured_on_whole_groups(tiny_shapes):
     assert 0 <= found.pass_at_1 <= found.pass_at_8 <= 1
 
 
-def test_a_tokenizer_with_random_weights_keeps_nothing(tiny_shapes):
+def test_the_shipped_tokenizer_keeps_the_objects_and_random_weights_nothing(tiny_shapes):
     found = measure_tokenizer(tiny_shapes, 6, seed=0)
     assert found.gold_on_renders == 1
     assert found.kept == 0
     assert 0 < found.codes_used <= 1
     assert 0 <= found.lookalike_pairs < 1
-
-
-def test_the_shipped_tokenizer_keeps_the_objects():
-    from stage_rl.policies.janus import JanusConfig
-
     policy = JanusConfig(path="shapes", trainable=()).build(torch.device("cpu"))
     found = measure_tokenizer(policy, 40, seed=0)
     assert found.kept >= 0.9

@@ -1,15 +1,15 @@
 """The strict judge of the shapes world, for evaluation only.
 
-It counts whole shapes of one pure colour, as `inspect` finds them: smeared, merged and half objects
-are not counted.
+It takes images apart analytically, from pixels, and counts whole shapes of one pure colour:
+smeared, merged and half objects are not counted.
 
-Shape suffixes: N images, H x W pixels, C colour channels.
+Shape suffixes: N images, H x W pixels, C colour channels, M pieces, K shifted outlines.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,100 +28,6 @@ from stage_rl.shapes.scenes import (
     Object,
     template,
 )
-
-
-def structure(inspection: Inspection, metadata: Mapping[str, Any]) -> float:
-    """S = mean over expected objects of (outline x purity x clean background)^(1/3); missing: 0."""
-    scores: list[float] = []
-    for clause in metadata["include"]:
-        found = [p for p in inspection.parts if p.shape == clause["class"]]
-        found.sort(key=lambda part: -part.outline * part.purity)
-        terms = [_purity_for(part, clause) for part in found[: clause["count"]]]
-        scores += [(term * inspection.clean) ** (1 / 3) for term in terms]
-        scores += [0.0] * (clause["count"] - len(terms))
-    return float(np.mean(scores))
-
-
-def _purity_for(part: Part, clause: Mapping[str, Any]) -> float:
-    """Outline x purity; a wrong colour is not pure."""
-    right = clause.get("color") in (None, part.color)
-    return part.outline * part.purity * right
-
-
-def looks_right(
-    inspection: Inspection, image_HWC: NDArray[np.uint8], metadata: Mapping[str, Any]
-) -> bool:
-    """Whether the objects have the size, and the background the tone, that a record names.
-
-    The texture of a background is not judged: it is too faint to tell from light and clouds.
-    """
-    size, tone = metadata.get("size"), metadata.get("tone")
-    objects = [part for part in inspection.parts if part.is_object]
-    return (size is None or all(_radius(part) in SIZES[size] for part in objects)) and (
-        tone is None or _tone(image_HWC, inspection.foreground_HW) == tone
-    )
-
-
-def _radius(part: Part) -> int:
-    """The radius, of those that have a size's name, at which a shape fills the box of a part."""
-    x0, y0, x1, y1 = part.box
-    return min(
-        (radius for radii in SIZES.values() for radius in radii),
-        key=lambda radius: sum(
-            abs(drawn - seen)
-            for drawn, seen in zip(_sides(part.shape, radius), (y1 - y0, x1 - x0), strict=True)
-        ),
-    )
-
-
-@functools.cache
-def _sides(shape: str, radius: int) -> tuple[float, float]:
-    """Height and width of the box of a shape; a pixel of a part is a sixth covered, or more."""
-    covered = template(shape, radius) > 1 / 6
-    return float(covered.any(1).sum()), float(covered.any(0).sum())
-
-
-def _tone(image_HWC: NDArray[np.uint8], foreground_HW: NDArray[np.bool_]) -> str | None:
-    """The tone whose hue is that of the background's median; None without a background."""
-    if foreground_HW.all():
-        return None
-    seen = np.median(image_HWC[~foreground_HW], axis=0) / 255
-    # Light and clouds shift the brightness alone.
-    offsets = {name: np.std(seen - np.asarray(color, np.float32)) for name, color in TONES.items()}
-    return min(offsets, key=lambda name: offsets[name])
-
-
-def gold_detections(images_NHWC: NDArray[np.uint8]) -> list[list[Detection]]:
-    """The whole objects of each image."""
-    return [inspection.detections for inspection in inspect(images_NHWC)]
-
-
-def matches_scene(detections: Sequence[Detection], objects: Sequence[Object]) -> bool:
-    """Whether the detections are exactly the objects of a scene, by class, colour and place."""
-    if len(detections) != len(objects):
-        return False
-    return all(
-        any(
-            d.label == o.shape
-            and d.color == o.color
-            and abs((d.box[0] + d.box[2]) / 2 - o.x - 0.5) <= 4
-            and abs((d.box[1] + d.box[3]) / 2 - o.y - 0.5) <= 4
-            for d in detections
-        )
-        for o in objects
-    )
-
-
-# Takes images of the shapes world apart, analytically, from pixels.
-#
-# Everything that is not background is split into connected parts. A part is an object when its
-# colour
-# is one of the ten, pure, its outline is that of one whole shape, and its edges are about as
-# sharp as
-# that shape's: smeared, merged and half objects are not counted.
-#
-# Shape suffixes: N images, H x W pixels, C colour channels, M parts.
-
 
 FOREGROUND = 0.13
 """Colour distance from every background tone above which a pixel belongs to something drawn."""
@@ -153,7 +59,7 @@ _PALETTE = np.asarray(list(COLORS.values()), np.float32)
 
 _TONES = np.asarray(list(TONES.values()), np.float32)
 
-_HALF_PIXEL = TEMPLATE_SIZE // 2
+_HALF = TEMPLATE_SIZE // 2
 
 _IN_PLANE = np.pad(ndimage.generate_binary_structure(2, 1)[None], ((1, 1), (0, 0), (0, 0)))
 """Neighbours within an image, none across images."""
@@ -201,41 +107,112 @@ class Inspection:
         return [Detection(p.shape, 1.0, p.box, p.color) for p in self.parts if p.is_object]
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """A connected thing before it is looked at: its box and RIM pixels around it."""
-
-    image: int
-    region: tuple[slice, slice]
-    mask_HW: NDArray[np.bool_]
-    """Its pixels within the region."""
-    others_HW: NDArray[np.bool_]
-    """The foreground within the region that is not its own."""
-
-    @property
-    def reach_HW(self) -> NDArray[np.bool_]:
-        """Its pixels and RIM around them, without those of its neighbours and beside these."""
-        beside = _grown(self.mask_HW)
-        reach = beside
-        for _ in range(RIM - 1):
-            reach = _grown(reach)
-        return reach & (beside | ~_grown(self.others_HW))
+def gold_detections(images_NHWC: NDArray[np.uint8]) -> list[list[Detection]]:
+    """The whole objects of each image."""
+    return [inspection.detections for inspection in inspect(images_NHWC)]
 
 
-@dataclass(frozen=True)
-class _Look:
-    """A piece by its colour, and the coverage that its outline is told from."""
+def inspect(images_NHWC: NDArray[np.uint8]) -> list[Inspection]:
+    """Takes images apart; uint8, 48 x 48.
 
-    color: int
-    purity: float
-    window_HW: NDArray[np.float32]
-    inside: float
-    """Share of the coverage that lies within the window."""
+    Everything that is not background is split into connected parts. A part is an object when its
+    colour is one of the ten, pure, its outline is that of one whole shape, and its edges are about
+    as sharp as that shape's.
+    """
+    images = images_NHWC.astype(np.float32) / np.float32(255)
+    foreground_NHW = _foreground(images)
+    pieces = list(_pieces(images, foreground_NHW))
+    parts: list[list[Part]] = [[] for _ in images]
+    rest_NHW = np.ones_like(foreground_NHW)
+    if pieces:
+        fit = fit_outlines(np.stack([piece.window_HW for piece in pieces]))
+        for m, piece in enumerate(pieces):
+            part = _part(piece, fit, m)
+            parts[piece.image].append(part)
+            if part.is_object:
+                rest_NHW[piece.image][piece.region] &= ~piece.mask_HW
+    return [
+        Inspection(
+            tuple(found), foreground, float((~foreground[rest]).mean()) if rest.any() else 0.0
+        )
+        for found, foreground, rest in zip(parts, foreground_NHW, rest_NHW, strict=True)
+    ]
 
-    @property
-    def outside(self) -> float:
-        """Coverage that the window cuts off, pixels."""
-        return float(self.window_HW.sum()) * (1 / max(self.inside, 1e-6) - 1)
+
+def structure(inspection: Inspection, metadata: Mapping[str, Any]) -> float:
+    """S = mean over expected objects of (outline x purity x clean background)^(1/3).
+
+    A missing object counts 0, and a wrong colour is not pure.
+    """
+    scores: list[float] = []
+    for clause in metadata["include"]:
+        found = [p for p in inspection.parts if p.shape == clause["class"]]
+        found.sort(key=lambda part: -part.outline * part.purity)
+        found = found[: clause["count"]]
+        for part in found:
+            right = clause.get("color") in (None, part.color)
+            scores.append((part.outline * part.purity * right * inspection.clean) ** (1 / 3))
+        scores += [0.0] * (clause["count"] - len(found))
+    return float(np.mean(scores))
+
+
+def looks_right(
+    inspection: Inspection, image_HWC: NDArray[np.uint8], metadata: Mapping[str, Any]
+) -> bool:
+    """Whether the objects have the size, and the background the tone, that a record names.
+
+    The texture of a background is not judged: it is too faint to tell from light and clouds.
+    """
+    size, tone = metadata.get("size"), metadata.get("tone")
+    objects = [part for part in inspection.parts if part.is_object]
+    return (size is None or all(_radius(part) in SIZES[size] for part in objects)) and (
+        tone is None or _tone(image_HWC, inspection.foreground_HW) == tone
+    )
+
+
+def matches_scene(detections: Sequence[Detection], objects: Sequence[Object]) -> bool:
+    """Whether the detections are exactly the objects of a scene, by class, colour and place."""
+    if len(detections) != len(objects):
+        return False
+    return all(
+        any(
+            d.label == o.shape
+            and d.color == o.color
+            and abs((d.box[0] + d.box[2]) / 2 - o.x - 0.5) <= 4
+            and abs((d.box[1] + d.box[3]) / 2 - o.y - 0.5) <= 4
+            for d in detections
+        )
+        for o in objects
+    )
+
+
+def _radius(part: Part) -> int:
+    """The radius, of those that have a size's name, at which a shape fills the box of a part."""
+    x0, y0, x1, y1 = part.box
+    return min(
+        (radius for radii in SIZES.values() for radius in radii),
+        key=lambda radius: sum(
+            abs(drawn - seen)
+            for drawn, seen in zip(_sides(part.shape, radius), (y1 - y0, x1 - x0), strict=True)
+        ),
+    )
+
+
+@functools.cache
+def _sides(shape: str, radius: int) -> tuple[float, float]:
+    """Height and width of the box of a shape; a pixel of a part is a sixth covered, or more."""
+    covered = template(shape, radius) > 1 / 6
+    return float(covered.any(1).sum()), float(covered.any(0).sum())
+
+
+def _tone(image_HWC: NDArray[np.uint8], foreground_HW: NDArray[np.bool_]) -> str | None:
+    """The tone whose hue is that of the background's median; None without a background."""
+    if foreground_HW.all():
+        return None
+    seen = np.median(image_HWC[~foreground_HW], axis=0) / 255
+    # Light and clouds shift the brightness alone.
+    offsets = {name: np.std(seen - np.asarray(color, np.float32)) for name, color in TONES.items()}
+    return min(offsets, key=lambda name: offsets[name])
 
 
 def _foreground(images: NDArray[np.float32]) -> NDArray[np.bool_]:
@@ -249,6 +226,14 @@ def _foreground(images: NDArray[np.float32]) -> NDArray[np.bool_]:
     return (squared.min(1) > FOREGROUND**2).reshape(images.shape[:-1])
 
 
+def _background(image: NDArray[np.float32], foreground: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """The colour that the objects of an image stand on."""
+    for empty in (~_grown(foreground), ~foreground):
+        if empty.any():
+            return np.median(image[empty], axis=0)
+    return _TONES[0]  # nothing is background: no part can be an object either
+
+
 def _grown(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """A mask (its last two axes) with the pixels beside it."""
     grown = mask.copy()
@@ -259,42 +244,64 @@ def _grown(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return grown
 
 
-def _background(image: NDArray[np.float32], foreground: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """The colour that the objects of an image stand on."""
-    for empty in (~_grown(foreground), ~foreground):
-        if empty.any():
-            return np.median(image[empty], axis=0)
-    return _TONES[0]  # nothing is background: no part can be an object either
+@dataclass(frozen=True)
+class _Piece:
+    """A connected thing before its outline is told: its box and RIM pixels around it."""
+
+    image: int
+    region: tuple[slice, slice]
+    mask_HW: NDArray[np.bool_]
+    """Its pixels within the region."""
+    color: int
+    purity: float
+    window_HW: NDArray[np.float32]
+    """The coverage that its outline is told from."""
+    inside: float
+    """Share of the coverage that lies within the window."""
 
 
-def _pieces(foreground_NHW: NDArray[np.bool_]) -> list[_Piece]:
+def _pieces(images: NDArray[np.float32], foreground_NHW: NDArray[np.bool_]) -> Iterator[_Piece]:
     """The connected things of all images, image by image."""
+    backgrounds = [_background(*pair) for pair in zip(images, foreground_NHW, strict=True)]
     labelled: Any = ndimage.label(foreground_NHW, _IN_PLANE)
     labels = labelled[0]
-    sizes = np.bincount(labels.ravel())
-    pieces = []
     boxes: Sequence[Any] = ndimage.find_objects(labels)
     for label, (image, *box) in enumerate(boxes, 1):
-        if sizes[label] >= MIN_AREA:
-            rows, columns = (slice(max(side.start - RIM, 0), side.stop + RIM) for side in box)
-            region = labels[image.start, rows, columns]
-            mask = region == label
-            pieces.append(_Piece(image.start, (rows, columns), mask, (region > 0) & ~mask))
-    return pieces
+        n = image.start
+        region = tuple(slice(max(side.start - RIM, 0), side.stop + RIM) for side in box)
+        nearby = labels[n][region]
+        mask = nearby == label
+        if mask.sum() >= MIN_AREA:
+            others = (nearby > 0) & ~mask
+            yield _look(n, region, mask, others, images[n][region], backgrounds[n])
 
 
-def _look(piece: _Piece, image: NDArray[np.float32], background: NDArray[np.float32]) -> _Look:
-    region, mask = image[piece.region], piece.mask_HW
-    pixels = region[mask]
-    nearest = (2 * pixels @ _PALETTE.T - (_PALETTE * _PALETTE).sum(1)).argmax(1)
+def _look(
+    image: int,
+    region: tuple[slice, ...],
+    mask: NDArray[np.bool_],
+    others: NDArray[np.bool_],
+    pixels: NDArray[np.float32],
+    background: NDArray[np.float32],
+) -> _Piece:
+    """The piece of these pixels of a region, in which `others` belong to its neighbours."""
+    nearest = (2 * pixels[mask] @ _PALETTE.T - (_PALETTE * _PALETTE).sum(1)).argmax(1)
     color = int(np.bincount(nearest, minlength=len(_PALETTE)).argmax())
     along = _PALETTE[color] - background
-    alpha = np.clip(((region - background) @ along) / (along @ along), 0, 1)
-    # More than the mask: the faint rim of an object is still its own.
-    alpha = np.where(piece.reach_HW, alpha, 0)
-    rest = pixels - background - alpha[mask][:, None] * along
-    window = _window(alpha, piece)
-    return _Look(
+    alpha = np.clip(((pixels - background) @ along) / (along @ along), 0, 1)
+    # More than the mask, for the faint rim of an object is still its own: RIM pixels around it, but
+    # for its neighbours and what lies beside these and not beside itself.
+    beside = _grown(mask)
+    reach = beside
+    for _ in range(RIM - 1):
+        reach = _grown(reach)
+    alpha = np.where(reach & (beside | ~_grown(others)), alpha, 0)
+    rest = pixels[mask] - background - alpha[mask][:, None] * along
+    window = _window(alpha, mask)
+    return _Piece(
+        image=image,
+        region=(region[0], region[1]),
+        mask_HW=mask,
         color=color,
         purity=float(((rest * rest).sum(1) < PURE**2).mean()),
         window_HW=window,
@@ -302,13 +309,13 @@ def _look(piece: _Piece, image: NDArray[np.float32], background: NDArray[np.floa
     )
 
 
-def _window(alpha_HW: NDArray[np.float32], piece: _Piece) -> NDArray[np.float32]:
+def _window(alpha_HW: NDArray[np.float32], mask_HW: NDArray[np.bool_]) -> NDArray[np.float32]:
     """A square of TEMPLATE_SIZE + 2 around the middle of a piece, zero outside its region."""
     size = TEMPLATE_SIZE + 2
     window = np.zeros((size, size), np.float32)
     source, target = [], []
-    for pixels, side in zip(piece.mask_HW.shape, _box(piece), strict=True):
-        start = (side.start + side.stop - 1) // 2 - _HALF_PIXEL - 1
+    for pixels, side in zip(mask_HW.shape, _box(mask_HW), strict=True):
+        start = (side.start + side.stop - 1) // 2 - _HALF - 1
         first, last = max(start, 0), min(start + size, pixels)
         source.append(slice(first, last))
         target.append(slice(first - start, last - start))
@@ -316,83 +323,28 @@ def _window(alpha_HW: NDArray[np.float32], piece: _Piece) -> NDArray[np.float32]
     return window
 
 
-def _box(piece: _Piece) -> tuple[slice, slice]:
+def _box(mask_HW: NDArray[np.bool_]) -> tuple[slice, slice]:
     """The rows and columns of a piece within its region."""
-    rows, columns = (np.flatnonzero(piece.mask_HW.any(axis)) for axis in (1, 0))
+    rows, columns = (np.flatnonzero(mask_HW.any(axis)) for axis in (1, 0))
     return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
 
 
-def inspect(images_NHWC: NDArray[np.uint8]) -> list[Inspection]:
-    """Takes images apart; uint8, 48 x 48."""
-    images = images_NHWC.astype(np.float32) / np.float32(255)
-    foreground = _foreground(images)
-    backgrounds = [_background(image, mask) for image, mask in zip(images, foreground, strict=True)]
-    pieces = _pieces(foreground)
-    looks = [_look(piece, images[piece.image], backgrounds[piece.image]) for piece in pieces]
-    found: list[list[tuple[_Piece, Part]]] = [[] for _ in images]
-    if looks:
-        fit = fit_outlines(np.stack([look.window_HW for look in looks]))
-        for m, (piece, look) in enumerate(zip(pieces, looks, strict=True)):
-            found[piece.image].append((piece, _part(piece, look, fit, m)))
-    return [_inspection(mask, parts) for mask, parts in zip(foreground, found, strict=True)]
-
-
-def _part(piece: _Piece, look: _Look, fit: Fit, m: int) -> Part:
-    rows, columns = _box(piece)
+def _part(piece: _Piece, fit: Fit, m: int) -> Part:
+    rows, columns = _box(piece.mask_HW)
     y, x = (side.start for side in piece.region)
+    # What the window cuts off still counts against the fit.
+    cut_off = float(piece.window_HW.sum()) * (1 / max(piece.inside, 1e-6) - 1)
+    box = (x + columns.start, y + rows.start, x + columns.stop, y + rows.stop)
     return Part(
         shape=SHAPES[fit.shape_M[m]],
-        # What the window cuts off still counts against the fit.
-        outline=float(fit.outline_M[m]) * look.inside,
-        edge_error=float((fit.mismatch_M[m] + look.outside) / fit.perimeter_M[m]),
+        outline=float(fit.outline_M[m]) * piece.inside,
+        edge_error=float((fit.mismatch_M[m] + cut_off) / fit.perimeter_M[m]),
         sharpness=float(fit.sharpness_M[m]),
-        color=list(COLORS)[look.color],
-        purity=look.purity,
-        box=(
-            float(x + columns.start),
-            float(y + rows.start),
-            float(x + columns.stop),
-            float(y + rows.stop),
-        ),
+        color=list(COLORS)[piece.color],
+        purity=piece.purity,
+        box=(float(box[0]), float(box[1]), float(box[2]), float(box[3])),
         area=int(piece.mask_HW.sum()),
     )
-
-
-def _inspection(foreground: NDArray[np.bool_], parts: Sequence[tuple[_Piece, Part]]) -> Inspection:
-    rest = np.ones_like(foreground)
-    for piece, part in parts:
-        if part.is_object:
-            rest[piece.region] &= ~piece.mask_HW
-    clean = float((~foreground[rest]).mean()) if rest.any() else 0.0
-    return Inspection(tuple(part for _, part in parts), foreground, clean)
-
-
-# Finds the whole shape whose outline lies closest to a coverage.
-#
-# Shape suffixes: H x W pixels, M coverages, K shifted outlines.
-
-
-_HALF = TEMPLATE_SIZE // 2
-
-
-def _centred(shape_HW: NDArray[np.float32]) -> NDArray[np.float32]:
-    """A template with the middle of its box, not of its circle, in the middle."""
-    rows, columns = np.nonzero(shape_HW > 0.4)
-    shift = [_HALF - (int(line.min()) + int(line.max())) // 2 for line in (rows, columns)]
-    return np.roll(shape_HW, shift, (0, 1))
-
-
-@functools.cache
-def _outlines() -> tuple[NDArray[np.float32], NDArray[np.intp]]:
-    """Whole shapes, shifted by up to one pixel, as rows (K x pixels), and the shape of each row."""
-    rows, shapes = [], []
-    for index, shape in enumerate(SHAPES):
-        for radius in RADII:
-            padded = np.pad(_centred(template(shape, radius)), 1)
-            shifts = [np.roll(padded, (y, x), (0, 1)) for y in (-1, 0, 1) for x in (-1, 0, 1)]
-            rows += [shifted.ravel() for shifted in shifts]
-            shapes += [index] * len(shifts)
-    return np.stack(rows), np.asarray(shapes)
 
 
 @dataclass(frozen=True)
@@ -408,6 +360,46 @@ class Fit:
     """Length of that shape's outline, pixels."""
     sharpness_M: NDArray[np.float32]
     """Edge energy relative to that shape's, along the axis where it is less."""
+
+
+def fit_outlines(windows_MHW: NDArray[np.float32]) -> Fit:
+    """Finds the shape of each coverage by its largest overlap."""
+    flat = windows_MHW.reshape(len(windows_MHW), -1)
+    bank, shape_of = _outlines()  # K shifted outlines
+    inner_MK = flat @ bank.T
+    squares_M, norms_K = (flat * flat).sum(1), (bank * bank).sum(1)
+    union_MK = squares_M[:, None] + norms_K - inner_MK
+    overlap_MK = inner_MK / union_MK
+    best = overlap_MK.argmax(1)
+    row = np.arange(len(best))
+    whole_MHW = bank[best].reshape(windows_MHW.shape)
+    return Fit(
+        shape_M=shape_of[best],
+        outline_M=overlap_MK[row, best],
+        mismatch_M=union_MK[row, best] - inner_MK[row, best],
+        perimeter_M=_perimeter(whole_MHW),
+        sharpness_M=(_edge_energy(windows_MHW) / _edge_energy(whole_MHW)).min(0),
+    )
+
+
+@functools.cache
+def _outlines() -> tuple[NDArray[np.float32], NDArray[np.intp]]:
+    """Whole shapes, shifted by up to one pixel, as rows (K x pixels), and the shape of each row."""
+    rows, shapes = [], []
+    for index, shape in enumerate(SHAPES):
+        for radius in RADII:
+            padded = np.pad(_centred(template(shape, radius)), 1)
+            shifts = [np.roll(padded, (y, x), (0, 1)) for y in (-1, 0, 1) for x in (-1, 0, 1)]
+            rows += [shifted.ravel() for shifted in shifts]
+            shapes += [index] * len(shifts)
+    return np.stack(rows), np.asarray(shapes)
+
+
+def _centred(shape_HW: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A template with the middle of its box, not of its circle, in the middle."""
+    rows, columns = np.nonzero(shape_HW > 0.4)
+    shift = [_HALF - (int(line.min()) + int(line.max())) // 2 for line in (rows, columns)]
+    return np.roll(shape_HW, shift, (0, 1))
 
 
 def _edge_energy(windows_MHW: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -427,23 +419,3 @@ def _perimeter(outlines_MHW: NDArray[np.float32]) -> NDArray[np.float32]:
     """
     steps = (np.abs(np.diff(outlines_MHW, axis=axis)).sum((1, 2)) for axis in (1, 2))
     return np.pi / 4 * sum(steps, start=np.zeros(len(outlines_MHW), np.float32))
-
-
-def fit_outlines(windows_MHW: NDArray[np.float32]) -> Fit:
-    """Finds the shape of each coverage by its largest overlap."""
-    flat = windows_MHW.reshape(len(windows_MHW), -1)
-    bank, shape_of = _outlines()
-    inner_MK = flat @ bank.T
-    squares_M, norms_K = (flat * flat).sum(1), (bank * bank).sum(1)
-    union_MK = squares_M[:, None] + norms_K - inner_MK
-    overlap_MK = inner_MK / union_MK
-    best = overlap_MK.argmax(1)
-    row = np.arange(len(best))
-    whole_MHW = bank[best].reshape(windows_MHW.shape)
-    return Fit(
-        shape_M=shape_of[best],
-        outline_M=overlap_MK[row, best],
-        mismatch_M=union_MK[row, best] - inner_MK[row, best],
-        perimeter_M=_perimeter(whole_MHW),
-        sharpness_M=(_edge_energy(windows_MHW) / _edge_energy(whole_MHW)).min(0),
-    )

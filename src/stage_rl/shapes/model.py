@@ -9,10 +9,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from transformers import JanusForConditionalGeneration, JanusProcessor, PreTrainedTokenizerFast
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import (
+    GenerationConfig,
+    JanusConfig,
+    JanusForConditionalGeneration,
+    JanusProcessor,
+    JanusVisionConfig,
+    JanusVQVAEConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
 IMAGE, BEGIN_OF_IMAGE, END_OF_IMAGE = (
@@ -68,15 +79,29 @@ def build_janus(
 
     The global random state is left as it was.
     """
-    import torch
-    from transformers import JanusForConditionalGeneration
-
-    processor = build_processor(size, words)
-    config = _config(size, processor.tokenizer)
+    tokenizer = _tokenizer(words)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = JanusForConditionalGeneration(config)
-    model.generation_config = _generation_config(processor.tokenizer)
+        model = JanusForConditionalGeneration(_config(size, tokenizer))
+    # A fresh one: ids set on the one derived from the model's configuration are lost on reload.
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        guidance_scale=5,
+        generation_kwargs={"boi_token_id": tokenizer.convert_tokens_to_ids(BEGIN_OF_IMAGE)},
+    )
+    image_processor = JanusImageProcessorPil(
+        size={"height": size.image_size, "width": size.image_size},
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.5, 0.5, 0.5],
+    )
+    processor = JanusProcessor(
+        image_processor,
+        tokenizer,
+        chat_template=CHAT_TEMPLATE,
+        num_image_tokens=size.grid_side**2,
+    )
     return model.eval(), processor
 
 
@@ -88,11 +113,8 @@ def save_janus(
     processor.save_pretrained(folder)
 
 
-def build_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
+def _tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
     """A word-level tokenizer: lower case, split at spaces and punctuation, one id for each word."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
     entries = [*SPECIAL_TOKENS, *words]
     assert len(set(entries)) == len(entries), "a word is listed twice"
     vocabulary = {entry: index for index, entry in enumerate(entries)}
@@ -121,27 +143,7 @@ def build_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def build_processor(size: JanusSize, words: Sequence[str]) -> JanusProcessor:
-    """The tokenizer with its prompt template and the image processor of the size."""
-    from transformers import JanusProcessor
-    from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
-
-    image_processor = JanusImageProcessorPil(
-        size={"height": size.image_size, "width": size.image_size},
-        image_mean=[0.5, 0.5, 0.5],
-        image_std=[0.5, 0.5, 0.5],
-    )
-    return JanusProcessor(
-        image_processor,
-        build_tokenizer(words),
-        chat_template=CHAT_TEMPLATE,
-        num_image_tokens=size.grid_side**2,
-    )
-
-
-def _config(size: JanusSize, tokenizer):
-    from transformers import JanusConfig, LlamaConfig
-
+def _config(size: JanusSize, tokenizer: Any) -> JanusConfig:
     text = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=size.width,
@@ -154,19 +156,8 @@ def _config(size: JanusSize, tokenizer):
         # No pad id: torch would hold its embedding at zero; the unconditional row is made of it.
         pad_token_id=None,
     )
-    return JanusConfig(
-        text_config=text,
-        vision_config=_vision_config(size),
-        vq_config=_vq_config(size),
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
-    )
-
-
-def _vision_config(size: JanusSize):
-    """The image encoder is for understanding only: as small as it can be, yet it runs."""
-    from transformers import JanusVisionConfig
-
-    return JanusVisionConfig(
+    # The image encoder is for understanding only: as small as it can be, yet it runs.
+    vision = JanusVisionConfig(
         hidden_size=8,
         num_hidden_layers=1,
         num_attention_heads=1,
@@ -177,12 +168,14 @@ def _vision_config(size: JanusSize):
         patch_size=size.patch_size,
         num_image_tokens=size.grid_side**2,
     )
+    image = tokenizer.convert_tokens_to_ids(IMAGE)
+    return JanusConfig(
+        text_config=text, vision_config=vision, vq_config=_vq_config(size), image_token_id=image
+    )
 
 
-def _vq_config(size: JanusSize):
+def _vq_config(size: JanusSize) -> JanusVQVAEConfig:
     """The image tokenizer; `projection_dim` is the head's inner width and the aligner's output."""
-    from transformers import JanusVQVAEConfig
-
     halvings = size.patch_size.bit_length() - 1
     assert 2**halvings == size.patch_size, "patch_size is a power of two"
     return JanusVQVAEConfig(
@@ -195,17 +188,4 @@ def _vq_config(size: JanusSize):
         num_patches=size.grid_side,
         projection_dim=size.width,
         image_token_embed_dim=size.width,
-    )
-
-
-def _generation_config(tokenizer):
-    """A fresh one: ids set on the one derived from the model's configuration are lost on reload."""
-    from transformers import GenerationConfig
-
-    return GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        guidance_scale=5,
-        generation_kwargs={"boi_token_id": tokenizer.convert_tokens_to_ids(BEGIN_OF_IMAGE)},
     )

@@ -8,8 +8,11 @@ Shape suffixes: N sequences, L prompt slots, S = L + T slots, T image tokens, D 
 
 from __future__ import annotations
 
+import multiprocessing
+import pickle
+import time
 from collections import deque
-from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,20 +22,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stage_rl.files import replace_file
 from stage_rl.policies.trunk import use_causal
-from stage_rl.shapes.pretrain_tokenizer import (
-    Progress,
-    learning_rate,
-    save_state,
-    set_rate,
-    to_pixels,
-    unit_codes,
-)
+from stage_rl.shapes.pretrain_stage import Report, train_stage
+from stage_rl.shapes.pretrain_tokenizer import tokenize
 from stage_rl.shapes.prompts import pretraining_caption, pretraining_record
 from stage_rl.shapes.scenes import CUT_OFF, render, scene_for
+from stage_rl.training.optim import apply_gradient
 
 CHUNK = 2000
 """Scenes in one file of the pool; the last may hold fewer."""
+
 _POOL_KEY = 2_000_000
 
 
@@ -52,43 +52,150 @@ class PolicyTraining:
     """Fuse the decoder with torch.compile (needs a C++ compiler); 2 to 3 times faster on a CPU."""
 
 
-@torch.inference_mode()
-def tokenize(vq: Any, images_NHWC: np.ndarray) -> Tensor:
-    """The tokens of images, NT."""
-    codebook = F.normalize(vq.quantize.embedding.weight, dim=1)
-    pixels = to_pixels(images_NHWC).to(codebook.device)
-    unit = unit_codes(vq, pixels).permute(0, 2, 3, 1)
-    return (unit.flatten(0, 2) @ codebook.T).argmax(1).view(len(unit), -1)
-
-
-def chunk_sizes(pool: int) -> list[int]:
-    """The scenes of each file of a pool."""
-    sizes = [CHUNK] * (pool // CHUNK)
-    return [*sizes, pool % CHUNK] if pool % CHUNK else sizes
-
-
-def write_chunk(vq: Any, folder: Path, chunk: int, *, size: int, seed: int) -> None:
-    """Draws and tokenizes one chunk of the pool; a chunk that exists stays."""
-    path = folder / f"pool-{chunk:04d}.npz"
-    if path.exists():
+def fill_pool(vq: Any, folder: Path, size: int, *, seed: int, workers: int, report: Report) -> None:
+    """Draws and tokenizes the scenes that a pool misses, in processes of their own."""
+    missing = {n: part for n, part in chunk_sizes(size).items() if not _chunk(folder, n).exists()}
+    if workers < 2:
+        for number, part in missing.items():
+            _write_chunk(vq, folder, number, size=part, seed=seed)
         return
-    rng = np.random.Generator(np.random.Philox(key=[seed, _POOL_KEY + chunk]))
+    # As bytes: tensors sent to a process as they are would need shared memory.
+    pickled, started = pickle.dumps(vq), time.monotonic()
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        jobs = [
+            pool.submit(_in_worker, pickled, folder, number, size=part, seed=seed)
+            for number, part in missing.items()
+        ]
+        for done, job in enumerate(as_completed(jobs), 1):
+            job.result()
+            left_min = (time.monotonic() - started) / done * (len(jobs) - done) / 60
+            report(f"pool: chunk {done}/{len(jobs)}, {left_min:.1f} min left")
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def chunk_sizes(size: int) -> dict[int, int]:
+    """The scenes of each file of a pool, by its number."""
+    return {n: min(CHUNK, size - first) for n, first in enumerate(range(0, size, CHUNK))}
+
+
+def _chunk(folder: Path, number: int) -> Path:
+    return folder / f"pool-{number:04d}.npz"
+
+
+def _in_worker(pickled_vq: bytes, folder: Path, number: int, *, size: int, seed: int) -> None:
+    torch.set_num_threads(1)
+    _write_chunk(pickle.loads(pickled_vq), folder, number, size=size, seed=seed)
+
+
+def _write_chunk(vq: Any, folder: Path, number: int, *, size: int, seed: int) -> None:
+    rng = np.random.Generator(np.random.Philox(key=[seed, _POOL_KEY + number]))
     records = [pretraining_record(rng) for _ in range(size)]
     images = render([scene_for(record, rng, cut_off=CUT_OFF) for record in records])
-    tokens = torch.cat([tokenize(vq, part) for part in np.array_split(images, -(-size // 100))])
-    temporary = path.with_suffix(".tmp.npz")
+    parts = [tokenize(vq, part) for part in np.array_split(images, -(-size // 100))]
+    tokens_NT = torch.cat(parts).numpy().astype(np.uint16)
     texts = np.array([pretraining_caption(record, rng) for record in records])
-    np.savez(temporary, texts=texts, tokens=tokens.numpy().astype(np.uint16))
-    temporary.replace(path)
+    path = _chunk(folder, number)
+    replace_file(path, lambda file: np.savez(file, texts=texts, tokens=tokens_NT))
 
 
-def read_pool(folder: Path, num_chunks: int) -> tuple[np.ndarray, np.ndarray]:
-    """All captions and their tokens."""
-    chunks = [np.load(folder / f"pool-{chunk:04d}.npz") for chunk in range(num_chunks)]
-    return (
-        np.concatenate([chunk["texts"] for chunk in chunks]),
-        np.concatenate([chunk["tokens"] for chunk in chunks]),
+def train_policy(
+    model: Any, processor: Any, training: PolicyTraining, *, seed: int, folder: Path, report: Report
+) -> None:
+    """Trains the model's decoder and image head in place; continues from `folder`/policy.pt.
+
+    The pool's chunks must be in `folder`.
+    """
+    chunks = [np.load(_chunk(folder, number)) for number in chunk_sizes(training.pool)]
+    texts = np.concatenate([chunk["texts"] for chunk in chunks])
+    tokens_NT = np.concatenate([chunk["tokens"] for chunk in chunks])
+    loss_of = BaseLoss(model, tokens_NT.shape[1] + 16, compiled=training.compile)
+    muon, adamw = optimizers(model, training.lr)
+    losses: deque[float] = deque(maxlen=50)
+
+    def train_step(step: int, rate: float) -> str:
+        rows, dropped = _batch_rows(len(texts), training, seed=seed, step=step)
+        ids, lengths = prompt_rows(processor, texts[rows].tolist(), dropped)
+        loss = loss_of(ids, lengths, torch.from_numpy(tokens_NT[rows].astype(np.int64)))
+        loss.backward()
+        # Clipped together, before either optimizer steps.
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in (muon, adamw):
+            apply_gradient(optimizer, rate=rate, max_grad_norm=None)
+        losses.append(loss.item())
+        return f"loss {np.mean(losses):.4f}"
+
+    model.train()
+    train_stage(
+        "policy",
+        train_step,
+        steps=training.steps,
+        lr=training.lr,
+        warmup_steps=training.warmup_steps,
+        report=report,
+        show_every=50,
+        state_file=folder / "policy.pt",
+        parts={"model": model, "muon": muon, "adamw": adamw},
     )
+    model.eval()
+
+
+class BaseLoss:
+    """Mean negative log-likelihood of image tokens given captions, in bf16 autocast on a CPU."""
+
+    def __init__(self, model: Any, num_slots: int, *, compiled: bool) -> None:
+        self.model = model
+        self.num_slots = num_slots
+        use_causal(model.model.language_model)
+        self.decode = torch.compile(self._decode, dynamic=False) if compiled else self._decode
+
+    def __call__(self, ids_NL: Tensor, lengths_N: Tensor, tokens_NT: Tensor) -> Tensor:
+        model = self.model
+        text = model.get_input_embeddings()(ids_NL)
+        image = model.prepare_embeddings_for_image_generation(tokens_NT[:, :-1])
+        room = text.new_zeros(len(text), self.num_slots - text.shape[1], text.shape[2])
+        # Row n: its caption at slots 0 to length - 1, image token k at length + k, junk behind.
+        steps = torch.arange(tokens_NT.shape[1])
+        slots = lengths_N[:, None] + steps[:-1]
+        index = slots[..., None].expand(-1, -1, text.shape[2])
+        embeds = torch.cat([text, room], 1).scatter(1, index, image)
+        return self.decode(embeds, lengths_N[:, None] - 1 + steps, tokens_NT)
+
+    def _decode(self, embeds_NSD: Tensor, slots_NT: Tensor, tokens_NT: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            out = self.model.model.language_model(inputs_embeds=embeds_NSD, use_cache=False)
+            index = slots_NT[..., None].expand(-1, -1, embeds_NSD.shape[-1])
+            hidden = out.last_hidden_state.gather(1, index)
+            logits = self.model.model.generation_head(hidden)
+        return F.cross_entropy(logits.float().flatten(0, 1), tokens_NT.flatten())
+
+
+def optimizers(model: Any, lr: float) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+    """Muon for the matrices of the decoder layers, AdamW for the rest."""
+    matrices = [p for p in model.model.language_model.layers.parameters() if p.ndim == 2]
+    in_muon = {id(p) for p in matrices}
+    unused = ("vision_model", "vqmodel", "lm_head", "model.aligner")
+    rest = [
+        p
+        for name, p in model.named_parameters()
+        if id(p) not in in_muon and not any(part in name for part in unused)
+    ]
+    return (
+        torch.optim.Muon(matrices, lr=lr, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
+    )
+
+
+def _batch_rows(
+    size: int, training: PolicyTraining, *, seed: int, step: int
+) -> tuple[np.ndarray, list[bool]]:
+    """Which scenes a step takes, each once per round of the pool, and whose captions it drops."""
+    per_round = size // training.batch
+    order = np.random.default_rng((seed, step // per_round)).permutation(size)
+    start = step % per_round * training.batch
+    drops = np.random.default_rng((seed, 7, step)).uniform(size=training.batch) < training.drop
+    return order[start : start + training.batch], drops.tolist()
 
 
 def prompt_rows(processor: Any, texts: list[str], dropped: list[bool]) -> tuple[Tensor, Tensor]:
@@ -107,117 +214,3 @@ def prompt_rows(processor: Any, texts: list[str], dropped: list[bool]) -> tuple[
         if drop:
             out[1 : len(row) - 1] = tokenizer.pad_token_id
     return ids, lengths
-
-
-class BaseLoss:
-    """Mean negative log-likelihood of image tokens given captions, in bf16 autocast on a CPU."""
-
-    def __init__(self, model: Any, num_slots: int, *, compiled: bool) -> None:
-        self.model = model
-        self.num_slots = num_slots
-        use_causal(model.model.language_model)
-        self.decode = torch.compile(self._decode, dynamic=False) if compiled else self._decode
-
-    def _decode(self, embeds_NSD: Tensor, places_NT: Tensor, tokens_NT: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            out = self.model.model.language_model(inputs_embeds=embeds_NSD, use_cache=False)
-            index = places_NT[..., None].expand(-1, -1, embeds_NSD.shape[-1])
-            hidden = out.last_hidden_state.gather(1, index)
-            logits = self.model.model.generation_head(hidden)
-        return F.cross_entropy(logits.float().flatten(0, 1), tokens_NT.flatten())
-
-    def __call__(self, ids_NL: Tensor, lengths_N: Tensor, tokens_NT: Tensor) -> Tensor:
-        model = self.model
-        num_tokens = tokens_NT.shape[1]
-        text = model.get_input_embeddings()(ids_NL)
-        image = model.prepare_embeddings_for_image_generation(tokens_NT[:, :-1])
-        room = text.new_zeros(len(text), self.num_slots - text.shape[1], text.shape[2])
-        # Row n: its caption at slots 0 to length - 1, image token k at length + k, junk behind.
-        steps = torch.arange(num_tokens)
-        slots = lengths_N[:, None] + steps[:-1]
-        index = slots[..., None].expand(-1, -1, text.shape[2])
-        embeds = torch.cat([text, room], 1).scatter(1, index, image)
-        return self.decode(embeds, lengths_N[:, None] - 1 + steps, tokens_NT)
-
-
-def optimizers(model: Any, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the decoder layers, AdamW for the rest."""
-    matrices = [p for p in model.model.language_model.layers.parameters() if p.ndim == 2]
-    in_muon = {id(p) for p in matrices}
-    unused = ("vision_model", "vqmodel", "lm_head", "model.aligner")
-    rest = [
-        p
-        for name, p in model.named_parameters()
-        if id(p) not in in_muon and not any(part in name for part in unused)
-    ]
-    return [
-        torch.optim.Muon(matrices, lr=lr, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
-
-
-def train_policy(
-    model: Any,
-    processor: Any,
-    training: PolicyTraining,
-    *,
-    seed: int,
-    folder: Path,
-    report: Callable[[str], None],
-    save_every: int = 200,
-) -> None:
-    """Trains the model's decoder and image head in place; continues from `folder`/policy.pt.
-
-    The pool's chunks must be in `folder`.
-    """
-    texts, tokens = read_pool(folder, len(chunk_sizes(training.pool)))
-    num_tokens = tokens.shape[1]
-    loss_of = BaseLoss(model, num_tokens + 16, compiled=training.compile)
-    opts = optimizers(model, training.lr)
-    first = _resume(folder / "policy.pt", model, opts)
-    progress = Progress("policy", training.steps, first=first, every=50, report=report)
-    losses: deque[float] = deque(maxlen=progress.every)
-    model.train()
-    for step in range(first, training.steps):
-        rows, dropped = batch_rows(len(texts), training, seed=seed, step=step)
-        ids, lengths = prompt_rows(processor, texts[rows].tolist(), dropped)
-        loss = loss_of(ids, lengths, torch.from_numpy(tokens[rows].astype(np.int64)))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        rate = learning_rate(
-            step, steps=training.steps, warmup_steps=training.warmup_steps, peak=training.lr
-        )
-        for optimizer in opts:
-            set_rate(optimizer, rate)
-            optimizer.step()
-            optimizer.zero_grad()
-        losses.append(loss.item())
-        done = step + 1
-        progress.show(done, f"loss {np.mean(losses):.4f}")
-        if done % save_every == 0 or done == training.steps:
-            saved = [optimizer.state_dict() for optimizer in opts]
-            state = {"model": model.state_dict(), "optimizers": saved, "step": done}
-            save_state(folder / "policy.pt", state)
-    model.eval()
-
-
-def _resume(file: Path, model: Any, opts: list[torch.optim.Optimizer]) -> int:
-    """The step at which a training goes on, with its state loaded; 0 without a file."""
-    if not file.exists():
-        return 0
-    state = torch.load(file, weights_only=True)
-    model.load_state_dict(state["model"])
-    for optimizer, saved in zip(opts, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
-    return state["step"]
-
-
-def batch_rows(
-    size: int, training: PolicyTraining, *, seed: int, step: int
-) -> tuple[np.ndarray, list[bool]]:
-    """Which scenes a step takes, each once per round of the pool, and whose captions it drops."""
-    per_round = size // training.batch
-    order = np.random.default_rng((seed, step // per_round)).permutation(size)
-    start = step % per_round * training.batch
-    drops = np.random.default_rng((seed, 7, step)).uniform(size=training.batch) < training.drop
-    return order[start : start + training.batch], drops.tolist()

@@ -7,6 +7,7 @@ objects and `tone` and `texture` of its background, which only the renderer read
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -19,6 +20,8 @@ from stage_rl.prompts.geneval import (
     TASKS,
     GenEvalPromptsConfig,
     Vocabulary,
+    color_attr_record,
+    counting_record,
     num_records,
     photo_record,
     plural,
@@ -80,7 +83,7 @@ def evaluation_records() -> tuple[Record, ...]:
         places = rng.permutation(num_records(task, VOCABULARY))
         records = (record_at(task, int(place), VOCABULARY) for place in places)
         seen = (record for record in records if not names_unseen_pair(record))
-        chosen += [record for _, record in zip(range(size), seen, strict=False)]
+        chosen += itertools.islice(seen, size)
     return tuple(chosen)
 
 
@@ -121,29 +124,16 @@ def pretraining_caption(record: Record, rng: np.random.Generator) -> str:
 
     A policy that has read such captions binds and counts worse than it could, as large models do.
     """
-    texts = {"color_attr": _swapped, "counting": _miscounted}
-    shares = {"color_attr": SWAPPED_COLORS, "counting": MISCOUNTED}
-    tag = record["tag"]
-    if rng.uniform() >= shares.get(tag, 0.0):
-        return record["prompt"]
-    return texts[tag](record, rng)
-
-
-def _swapped(record: Record, _rng: np.random.Generator) -> str:
-    """The caption with its colours exchanged, unless it would name an unseen pair."""
-    first, second = record["include"]
-    exchanged = [{**first, "color": second["color"]}, {**second, "color": first["color"]}]
-    if names_unseen_pair({"include": exchanged}):
-        return record["prompt"]
-    words = (f"{with_article(clause['color'])} {clause['class']}" for clause in exchanged)
-    return f"a photo of {' and '.join(words)}"
-
-
-def _miscounted(record: Record, rng: np.random.Generator) -> str:
-    """The caption with another number."""
-    (clause,) = record["include"]
-    others = [n for n in range(2, VOCABULARY.max_count + 1) if n != clause["count"]]
-    return f"a photo of {NUMBERS[int(rng.choice(others))]} {plural(clause['class'])}"
+    drawn, tag = rng.uniform(), record["tag"]
+    if tag == "color_attr" and drawn < SWAPPED_COLORS:
+        one, other = record["include"]
+        swapped = color_attr_record((other["color"], one["class"]), (one["color"], other["class"]))
+        return record["prompt"] if names_unseen_pair(swapped) else swapped["prompt"]
+    if tag == "counting" and drawn < MISCOUNTED:
+        (clause,) = record["include"]
+        others = [n for n in range(2, VOCABULARY.max_count + 1) if n != clause["count"]]
+        return counting_record(clause["class"], int(rng.choice(others)))["prompt"]
+    return record["prompt"]
 
 
 def retention_record(rng: np.random.Generator) -> Record:
@@ -151,19 +141,13 @@ def retention_record(rng: np.random.Generator) -> Record:
     shape = str(rng.choice(SHAPES))
     color = str(rng.choice(seen_colors(shape)))
     clause = {"class": shape, "count": 1, "color": color}
-    match rng.integers(3):
-        case 0:
-            size = str(rng.choice(list(SIZES)))
-            words = f"a {size} {color} {shape}"
-            return {**photo_record("colors", [clause], words), "size": size}
-        case 1:
-            tone = str(rng.choice(list(TONES)))
-            words = f"{with_article(color)} {shape} on a {tone} background"
-            return {**photo_record("colors", [clause], words), "tone": tone}
-        case _:
-            texture = str(rng.choice(TEXTURES))
-            words = f"{with_article(color)} {shape} on a {texture} background"
-            return {**photo_record("colors", [clause], words), "texture": texture}
+    kinds = {"size": SIZES, "tone": TONES, "texture": TEXTURES}
+    kind = list(kinds)[rng.integers(3)]
+    value = str(rng.choice(list(kinds[kind])))
+    words = f"{with_article(color)} {shape} on a {value} background"
+    if kind == "size":
+        words = f"a {value} {color} {shape}"
+    return {**photo_record("colors", [clause], words), kind: value}
 
 
 def transfer_record(rng: np.random.Generator) -> Record:

@@ -53,6 +53,21 @@ TONES = {
 
 TEXTURES = ("plain", "striped", "dotted", "wavy")
 
+UNSEEN_PAIRS = frozenset(
+    zip(
+        SHAPES,
+        ("purple", "orange", "white", "blue", "pink", "red", "brown", "green"),
+        strict=True,
+    )
+)
+"""Class and colour pairs that no training image or caption contains."""
+
+SAME_COLOR_SHARE = 0.7
+"""Share of scenes in which the objects of one clause that names no colour have the same one."""
+
+CUT_OFF = 0.12
+"""Share of pretraining pictures whose border cuts an object, as in badly framed photographs."""
+
 
 @dataclass(frozen=True)
 class Object:
@@ -100,19 +115,17 @@ class Scene:
     background: Background
 
 
-def _star_edges() -> NDArray[np.float64]:
-    angles = np.arange(10) * math.pi / 5 - math.pi / 2
-    radii = np.where(np.arange(10) % 2 == 0, 1.08, 0.46)
-    return np.stack([radii * np.cos(angles), radii * np.sin(angles) + 0.06], 1)
-
-
-def _inside_star(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.bool_]:
-    inside = np.zeros(x.shape, bool)
-    corners = _star_edges()
-    for (x0, y0), (x1, y1) in zip(corners, np.roll(corners, -1, 0), strict=True):
-        crosses = (y0 > y) != (y1 > y)
-        inside ^= crosses & (x < (x1 - x0) * (y - y0) / (y1 - y0) + x0)
-    return inside
+def render(scenes: Sequence[Scene]) -> NDArray[np.uint8]:
+    """Draws scenes; images_NHWC."""
+    images = np.empty((len(scenes), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+    for image, scene in zip(images, scenes, strict=True):
+        tone = np.asarray(TONES[scene.background.tone], np.float32)
+        canvas = tone + _brightness(scene.background)[..., None]
+        for thing in scene.objects:
+            alpha = coverage(thing)[..., None]
+            canvas += alpha * (np.asarray(COLORS[thing.color], np.float32) - canvas)
+        image[:] = np.clip(np.rint(canvas * 255), 0, 255)
+    return images
 
 
 def _inside(shape: str, x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.bool_]:
@@ -139,6 +152,17 @@ def _inside(shape: str, x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArr
     raise AssertionError(shape)
 
 
+def _inside_star(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.bool_]:
+    angles = np.arange(10) * math.pi / 5 - math.pi / 2
+    radii = np.where(np.arange(10) % 2 == 0, 1.08, 0.46)
+    corners = np.stack([radii * np.cos(angles), radii * np.sin(angles) + 0.06], 1)
+    inside = np.zeros(x.shape, bool)
+    for (x0, y0), (x1, y1) in zip(corners, np.roll(corners, -1, 0), strict=True):
+        crosses = (y0 > y) != (y1 > y)
+        inside ^= crosses & (x < (x1 - x0) * (y - y0) / (y1 - y0) + x0)
+    return inside
+
+
 @functools.cache
 def template(shape: str, radius: int) -> NDArray[np.float32]:
     """How much of each pixel a shape covers, in [0, 1], centred on a square of TEMPLATE_SIZE."""
@@ -158,14 +182,8 @@ def _cloud_basis() -> NDArray[np.float32]:
     return np.einsum("ai,bj->abij", window, window).reshape(-1, 49).astype(np.float32)
 
 
-@functools.cache
-def _grid() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    y, x = np.mgrid[0:IMAGE_SIZE, 0:IMAGE_SIZE].astype(np.float32)
-    return x, y
-
-
 def _brightness(background: Background) -> NDArray[np.float32]:
-    x, y = _grid()
+    y, x = np.mgrid[0:IMAGE_SIZE, 0:IMAGE_SIZE].astype(np.float32)
     angle, half = background.light_angle, IMAGE_SIZE / 2
     light = ((x - half) * math.cos(angle) + (y - half) * math.sin(angle)) / half
     knots = np.asarray(background.clouds, np.float32)
@@ -193,19 +211,6 @@ def coverage(thing: Object) -> NDArray[np.float32]:
     return padded[half:-half, half:-half]
 
 
-def render(scenes: Sequence[Scene]) -> NDArray[np.uint8]:
-    """Draws scenes; images_NHWC."""
-    images = np.empty((len(scenes), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-    for image, scene in zip(images, scenes, strict=True):
-        tone = np.asarray(TONES[scene.background.tone], np.float32)
-        canvas = tone + _brightness(scene.background)[..., None]
-        for thing in scene.objects:
-            alpha = coverage(thing)[..., None]
-            canvas += alpha * (np.asarray(COLORS[thing.color], np.float32) - canvas)
-        image[:] = np.clip(np.rint(canvas * 255), 0, 255)
-    return images
-
-
 def random_background(
     rng: np.random.Generator, tone: str | None = None, texture: str | None = None
 ) -> Background:
@@ -224,30 +229,6 @@ def apart(a: Object, b: Object) -> bool:
     """Whether at least GAP pixels lie between the boxes of two objects."""
     reach = a.radius + b.radius + 1 + GAP
     return abs(a.x - b.x) >= reach or abs(a.y - b.y) >= reach
-
-
-# Scenes for records: places the objects that a GenEval record asks for.
-
-
-UNSEEN_PAIRS = frozenset(
-    {
-        ("circle", "purple"),
-        ("square", "orange"),
-        ("triangle", "white"),
-        ("star", "blue"),
-        ("cross", "pink"),
-        ("ring", "red"),
-        ("heart", "brown"),
-        ("moon", "green"),
-    }
-)
-"""Class and colour pairs that no training image or caption contains."""
-
-SAME_COLOR_SHARE = 0.7
-"""Share of scenes in which the objects of one clause that names no colour have the same one."""
-
-CUT_OFF = 0.12
-"""Share of pretraining pictures whose border cuts an object, as in badly framed photographs."""
 
 
 def seen_colors(shape: str) -> list[str]:

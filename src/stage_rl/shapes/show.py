@@ -1,13 +1,20 @@
-"""`stage shapes show`: the scores of a shapes model, each beside its target."""
+"""`stage shapes show`: the scores of a shapes model, each beside its target.
+
+They say what the tokenizer keeps of an image, how alike its codes are, what the base policy draws,
+and whether it leaves the method something to work on: entropy, look-alikes, headroom.
+
+Shape suffixes: P prompts, G group, N = P x G images, T image tokens, C codebook channels,
+H x W pixels, V codebook size.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,13 +34,29 @@ from stage_rl.rollout.sample import rollout
 from stage_rl.rollout.sampling import Sampling
 from stage_rl.shapes.detector import ShapesDetector
 from stage_rl.shapes.gold import gold_detections, inspect, matches_scene
-from stage_rl.shapes.pretrain_policy import tokenize
+from stage_rl.shapes.pretrain_tokenizer import tokenize
 from stage_rl.shapes.prompts import ShapesPromptsConfig
 from stage_rl.shapes.scenes import Scene, random_scene, render
 from stage_rl.shapes.suite import GUIDANCE_SCALE
 from stage_rl.types import Rollout
 
 HARD_TASKS = ("counting", "position", "color_attr")
+
+LOOK_ALIKE = 0.8
+"""Cosine from which two codes look alike."""
+
+CHUNK = 100
+"""Images that are encoded at one time."""
+
+_KEY = 3_000_000
+"""Keys the scenes that the tokenizer is measured on, which no training has seen."""
+
+GROUP_SIZE = 8
+
+PROMPTS_PER_PASS = 8
+
+STEP = 1
+"""Keys the streams, apart from those of benchmarks (step 0)."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +79,11 @@ class Figure:
 
     def line(self) -> str:
         """Name, number, target, and `missed` where it is."""
-        words = {
-            (False, False): "",
-            (True, False): f"target >= {self.low}",
-            (False, True): f"target <= {self.high}",
-            (True, True): f"target {self.low} to {self.high}",
-        }
-        target = words[self.low is not None, self.high is not None]
+        target = ""
+        if self.low is not None:
+            target = f"target {self.low} to {self.high}" if self.high else f"target >= {self.low}"
+        elif self.high is not None:
+            target = f"target <= {self.high}"
         verdict = "  missed" if self.missed else ""
         number = "not known" if self.value is None else f"{self.value:.3f}"
         return f"{self.name:<50}{number:>9}  {target}{verdict}".rstrip()
@@ -112,8 +133,19 @@ def main(
     _section(f"regime at guidance {training_guidance:g}, {regime_images} images", figures)
     if file is not None:
         shown = [*tokenizer_figures(tokenizer), *geneval, *figures]
-        missed = [figure.name for figure in shown if figure.missed]
-        _write(file, {**_record(model, tokenizer, results, regime), "missed": missed})
+        _write(
+            file,
+            {
+                "model": model,
+                "tokenizer": asdict(tokenizer),
+                "geneval": {
+                    f"{scale:g}": {name: one.summary(name).to_json() for name in one.scores}
+                    for scale, one in results.items()
+                },
+                "regime": asdict(regime),
+                "missed": [figure.name for figure in shown if figure.missed],
+            },
+        )
 
 
 def tokenizer_figures(seen: TokenizerFigures) -> list[Figure]:
@@ -157,17 +189,14 @@ def geneval_tables(results: dict[float, Results]) -> str:
         + render_table({name: one.summary(judge) for name, one in columns.items()})
         for judge in some.by_task
     ]
-    return "\n\n".join([*blocks, "\n".join(_other_measures(list(columns.values())))]) + "\n"
-
-
-def _other_measures(results: Sequence[Results]) -> Iterator[str]:
-    names = [name for name in results[0].scores if name not in results[0].by_task]
-    for name in names:
-        cells = [
+    others = []
+    for name in (name for name in some.scores if name not in some.by_task):
+        values = [
             f"{one.summary(name).overall.mean:.3f}" if name in one.scores else "-"
-            for one in results
+            for one in results.values()
         ]
-        yield f"{name:<22}" + "".join(f"{cell:>10}" for cell in cells)
+        others.append(f"{name:<22}" + "".join(f"{value:>10}" for value in values))
+    return "\n\n".join([*blocks, "\n".join(others)]) + "\n"
 
 
 def _check(file: Path | None, counts: dict[str, int]) -> None:
@@ -182,40 +211,11 @@ def _section(title: str, figures: Sequence[Figure]) -> None:
     print("\n".join([title, *(f"  {figure.line()}" for figure in figures), ""]), flush=True)
 
 
-def _record(
-    model: str, tokenizer: TokenizerFigures, results: dict[float, Results], regime: RegimeFigures
-) -> dict[str, Any]:
-    geneval = {
-        f"{scale:g}": {name: one.summary(name).to_json() for name in one.scores}
-        for scale, one in results.items()
-    }
-    return {
-        "model": model,
-        "tokenizer": asdict(tokenizer),
-        "geneval": geneval,
-        "regime": asdict(regime),
-    }
-
-
 def _write(file: Path, figures: dict[str, Any]) -> None:
     try:
         file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise StageError(f"--json {file}: {error.strerror}; name another file") from error
-
-
-# What the tokenizer of a shapes model keeps of an image, and how alike its codes are.
-#
-# Shape suffixes: N images, T image tokens, H x W pixels, C codebook channels, V codebook size.
-
-
-LOOK_ALIKE = 0.8
-"""Cosine from which two codes look alike."""
-
-CHUNK = 100
-"""Images that are encoded at one time."""
-
-_KEY = 3_000_000
 
 
 @dataclass(frozen=True)
@@ -269,20 +269,6 @@ def _look_alikes(policy: Policy) -> torch.Tensor:
     return (unit_VC @ unit_VC.T >= LOOK_ALIKE).fill_diagonal_(False)
 
 
-# Whether a base policy leaves the method something to work on: entropy, look-alikes, headroom.
-#
-# Shape suffixes: P prompts, G group, N = P x G images, T image tokens, C codebook channels,
-# H x W pixels, V codebook size.
-
-
-GROUP_SIZE = 8
-
-PROMPTS_PER_PASS = 8
-
-STEP = 1
-"""Keys the streams, apart from those of benchmarks (step 0)."""
-
-
 @dataclass(frozen=True)
 class RegimeFigures:
     """Means over all groups, None where there is nothing to average.
@@ -309,9 +295,8 @@ class RegimeFigures:
         return self.pass_at_8 - self.pass_at_1
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """What one pass shows."""
+class RegimeSamples(NamedTuple):
+    """What the figures are means of."""
 
     entropy_NT: Tensor
     object_NT: Tensor
@@ -335,7 +320,7 @@ def measure_regime(
     prompts = ShapesPromptsConfig(num_prompts=num_prompts, seed=seed).build()
     reward = GenEvalReward(ShapesDetector.load(policy.device))
     engine = Engine(policy, dtype=dtype)
-    passes: list[_Seen] = []
+    passes: list[RegimeSamples] = []
     for first in range(0, num_prompts, PROMPTS_PER_PASS):
         part = prompts[first : first + PROMPTS_PER_PASS]
         drawn = rollout(
@@ -343,10 +328,11 @@ def measure_regime(
         )
         passes.append(_see(policy, drawn, reward))
         advance(len(drawn.tokens_NT))
-    return _figures(passes, policy.codebook.size)
+    seen = RegimeSamples(*(torch.cat(parts) for parts in zip(*passes, strict=True)))
+    return figures_of(seen, policy.codebook.size)
 
 
-def _see(policy: Policy, drawn: Rollout, reward: GenEvalReward) -> _Seen:
+def _see(policy: Policy, drawn: Rollout, reward: GenEvalReward) -> RegimeSamples:
     prompts = [prompt for prompt in drawn.prompts for _ in range(drawn.group_size)]
     scores = reward(drawn.images_NHWC, prompts)
     rewards_PG = _by_group([score.value or 0.0 for score in scores])
@@ -354,37 +340,31 @@ def _see(policy: Policy, drawn: Rollout, reward: GenEvalReward) -> _Seen:
     codes_PGTC = codes_NTC.unflatten(0, (-1, GROUP_SIZE))
     inspections = inspect(drawn.images_NHWC.numpy())
     foreground_NHW = np.stack([one.foreground_HW for one in inspections])
+    pairs = zip(inspections, prompts, strict=True)
+    strict = [float(judge(one.detections, prompt.metadata).strict) for one, prompt in pairs]
     assert drawn.entropy_NT is not None
-    return _Seen(
+    return RegimeSamples(
         entropy_NT=drawn.entropy_NT.cpu(),
         object_NT=object_cells(foreground_NHW, policy.layout(drawn.prompts).grid),
         similarity_PGT=opposing_similarity(codes_PGTC, group_advantages(rewards_PG)),
         equal_P=equal_reward_groups(rewards_PG),
         correct_PG=_by_group([score.extras["correct"] for score in scores]),
-        strict_PG=_by_group(
-            [
-                float(judge(one.detections, prompt.metadata).strict)
-                for one, prompt in zip(inspections, prompts, strict=True)
-            ]
-        ),
+        strict_PG=_by_group(strict),
     )
 
 
-def _figures(passes: Sequence[_Seen], codebook_size: int) -> RegimeFigures:
-    def joined(name: str) -> Tensor:
-        return torch.cat([getattr(one, name) for one in passes])
-
-    entropy_NT, object_NT = joined("entropy_NT") / math.log(codebook_size), joined("object_NT")
-    equal_P, correct_PG, strict_PG = joined("equal_P"), joined("correct_PG"), joined("strict_PG")
+def figures_of(seen: RegimeSamples, codebook_size: int) -> RegimeFigures:
+    """The means of what was seen."""
+    entropy_NT = seen.entropy_NT / math.log(codebook_size)
     return RegimeFigures(
         entropy=float(entropy_NT.mean()),
-        entropy_background=_mean(entropy_NT[~object_NT]),
-        entropy_objects=_mean(entropy_NT[object_NT]),
-        similarity=_mean(joined("similarity_PGT")[~equal_P]),
-        equal_reward_groups=float(equal_P.float().mean()),
-        pass_at_1=float(correct_PG.mean()),
-        pass_at_8=float(correct_PG.amax(1).mean()),
-        agreement=float((correct_PG == strict_PG).float().mean()),
+        entropy_background=_mean(entropy_NT[~seen.object_NT]),
+        entropy_objects=_mean(entropy_NT[seen.object_NT]),
+        similarity=_mean(seen.similarity_PGT[~seen.equal_P]),
+        equal_reward_groups=float(seen.equal_P.float().mean()),
+        pass_at_1=float(seen.correct_PG.mean()),
+        pass_at_8=float(seen.correct_PG.amax(1).mean()),
+        agreement=float((seen.correct_PG == seen.strict_PG).float().mean()),
     )
 
 

@@ -44,19 +44,25 @@ def _adamw_8bit() -> type[torch.optim.Optimizer]:
     return AdamW8bit
 
 
-def learning_rate(step: int, num_steps: int, settings: OptimizerConfig) -> float:
-    """The rate of a step (from 0): a linear warm-up, then the schedule down to 0 at `num_steps`."""
+def learning_rate(
+    step: int, num_steps: int, settings: OptimizerConfig, *, floor: float = 0.0
+) -> float:
+    """The rate of a step (from 0): a linear warm-up, then the schedule.
+
+    Linear and cosine reach `floor`, a share of the rate after warm-up, at `num_steps`.
+    """
     warmup = settings.warmup_steps
     if step < warmup:
         return settings.lr * (step + 1) / warmup
     progress = (step - warmup) / max(1, num_steps - warmup)
     match settings.schedule:
         case "constant":
-            return settings.lr
+            share = 1.0
         case "linear":
-            return settings.lr * (1 - progress)
+            share = 1 - progress
         case "cosine":
-            return settings.lr * 0.5 * (1 + math.cos(math.pi * progress))
+            share = 0.5 * (1 + math.cos(math.pi * progress))
+    return settings.lr * (floor + (1 - floor) * share)
 
 
 def apply_gradient(
