@@ -15,6 +15,7 @@ RECIPES = sorted(list_recipes())
 SHAPES = [name for name in RECIPES if name.startswith("shapes_")]
 JANUS_PRO = [name for name in RECIPES if name.startswith("janus_pro_")]
 CPU = torch.device("cpu")
+FORMS = ("", "_grpo", "_release", "_grpo_release")
 PAPERS = (
     *("janus_pro_7b_geneval", "janus_pro_7b_hps_gdino_git", "janus_pro_7b_ocr"),
     "janus_pro_1b_geneval",
@@ -29,7 +30,7 @@ ONE_GPU = {
 
 def test_the_shipped_recipes_are_these():
     assert SHAPES == ["shapes_entropy", "shapes_geneval", "shapes_grpo"]
-    forms = [f"{name}{form}" for name in PAPERS for form in ("", "_grpo", "_release")]
+    forms = [f"{name}{form}" for name in PAPERS for form in FORMS]
     assert sorted([*forms, *ONE_GPU]) == JANUS_PRO
     assert sorted([*SHAPES, *JANUS_PRO]) == RECIPES
 
@@ -102,11 +103,12 @@ def test_janus_pro_recipes_have_the_settings_of_the_paper(name):
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_the_baseline_and_the_release_form_differ_in_the_method_only(name):
-    full, grpo, release = (
-        load_recipe(f"{name}{form}", ["name=same"]) for form in ("", "_grpo", "_release")
+    full, grpo, release, grpo_release = (
+        load_recipe(f"{name}{form}", ["name=same"]) for form in FORMS
     )
     method = {"algorithm.reweight", "algorithm.entropy.mode"}
     assert set(diff_recipes(full, grpo)) <= method
+    assert set(diff_recipes(release, grpo_release)) <= method
     others = [key for key in diff_recipes(full, release) if not key.startswith("algorithm.")]
     assert all(key.startswith(("rewards.", "policy.prompt_format")) for key in others)
     assert release.algorithm.preset == "release"

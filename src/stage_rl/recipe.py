@@ -256,28 +256,29 @@ class RolloutConfig(Settings):
 
 
 class OptimizerConfig(Settings):
-    """The optimizer and its schedule; the defaults are those of the paper."""
+    """The optimizer. Betas and rates are the paper's, schedule and clipping the released code's."""
 
     kind: Literal["adamw", "adamw_8bit"] = "adamw"
-    """Update rule; with weight_decay 0 this is the paper's Adam. adamw_8bit: both moments in 8 bits
-    (torchao; `[8bit]`)."""
+    """Update rule; with weight_decay 0 adamw is Adam. adamw_8bit: both moments in 8 bits (torchao;
+    `[8bit]`)."""
     lr: Positive = 5e-6
-    """Learning rate after warm-up."""
+    """Learning rate after warm-up; the paper has 5e-6 for GenEval and 1e-6 for other rewards."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
         0.9,
         0.999,
     )
-    """Decay of the first and second moment."""
+    """Decay of the first and second moment, as in the paper."""
     eps: Positive = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the root of the second moment; that of PyTorch."""
     weight_decay: NonNegative = 0.0
     """Decoupled weight decay."""
     schedule: Literal["linear", "constant", "cosine"] = "linear"
-    """Course of the learning rate after warm-up; linear and cosine end at 0 with the last step."""
+    """Course of the learning rate after warm-up; linear, as released, and cosine end at 0 with the
+    last step."""
     warmup_steps: Every = 0
     """Steps over which the learning rate rises from 0."""
     max_grad_norm: Positive | None = 1.0
-    """Norm the gradient is clipped to; null: not clipped."""
+    """Norm the gradient is clipped to, 1 as released; null: not clipped."""
     updates_per_rollout: Count = 1
     """Optimizer updates on one rollout; more than one needs the clipped ratio."""
 
