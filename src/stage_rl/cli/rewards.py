@@ -42,7 +42,7 @@ def check(name: Name, overrides: Overrides = None, device: Device = "auto") -> N
         if not config.reference_cases():
             typer.echo(f"{config.name}: no reference images, nothing to check")
             continue
-        for outcome in check_reward(config, config.build(pick_device(device))):
+        for outcome in check_reward(config, config.build(pick_device(device, key="--device"))):
             verdict = "right" if outcome.is_right else "WRONG"
             typer.echo(f"{config.name}: {verdict}: {outcome.sentence()}")
             wrong += not outcome.is_right
@@ -96,7 +96,7 @@ def serve(
         drain_s=drain_s,
         limits=Limits(body_bytes=max_body_mb * MEGABYTE, image_pixels=max_side**2),
     )
-    run(configs, serving, pick_device(device))
+    run(configs, serving, pick_device(device, key="--device"))
 
 
 def _rewards(name: str, overrides: list[str]) -> tuple[RewardConfig, ...]:
