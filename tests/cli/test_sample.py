@@ -7,7 +7,7 @@ from PIL import Image
 
 import stage_rl
 from stage_rl.config import load_recipe, resolved_json
-from stage_rl.training.checkpoint import Contents, TrainerState, save_checkpoint
+from stage_rl.training.checkpoint import Progress, TrainState, save_checkpoint
 
 
 @pytest.fixture
@@ -22,9 +22,9 @@ def run_folder(tmp_path, tiny_janus, tiny_janus_folder):
         with torch.no_grad():
             for parameter in tiny_janus.module.parameters():
                 parameter.mul_(1 + 0.5 * parameter.requires_grad)
-        state = TrainerState(step=step, signs={})
-        contents = Contents(tiny_janus.module, optimizer)
-        save_checkpoint(folder / "checkpoints", contents, state=state)
+        state = Progress(step=step, signs={})
+        train_state = TrainState(tiny_janus.module, optimizer)
+        save_checkpoint(folder / "checkpoints", train_state, state=state)
     return folder
 
 

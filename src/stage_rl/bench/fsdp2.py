@@ -17,7 +17,7 @@ from stage_rl.bench.base import BenchResult, Setting, at_least, one_thread
 from stage_rl.config import load_recipe, resolved_json
 from stage_rl.distributed import SINGLE, World, init_distributed
 from stage_rl.recipe import Recipe
-from stage_rl.training.checkpoint import TrainerState, latest_checkpoint, trained_parameters
+from stage_rl.training.checkpoint import Progress, latest_checkpoint, trained_parameters
 from stage_rl.training.loop import train_step
 from stage_rl.training.parallelize import whole
 from stage_rl.training.trainer import build_trainer
@@ -148,7 +148,7 @@ def trace(
     for step in steps:
         kept.tokens.append(ranks.join(train_step(trainer, step).rollout.tokens_NT))
         if save_to is not None and step + 1 == SAVED_AT:
-            trainer.save(save_to, TrainerState(step + 1, {}, trainer.base))
+            trainer.save(save_to, Progress(step + 1, {}, trainer.base))
     trained = trained_parameters(trainer.policy.module)
     return kept._replace(parameters=_in_a_row(p.detach() for p in trained.values()))
 

@@ -3,6 +3,10 @@
 A checkpoint is a folder `checkpoints/step_000040` with the trained parameters, the optimizer's
 state, and a manifest of SHA-256 sums that is written last. It is made under a temporary name and
 renamed when it is complete; whoever loads it checks the sums first.
+
+One process writes safetensors and one file of moments; several write shards in the format of
+`torch.distributed.checkpoint`, whose index is a pickle: none is read whose sums were not checked.
+Any number of processes reads either form.
 """
 
 from __future__ import annotations
@@ -35,12 +39,16 @@ from stage_rl.training.parallelize import is_sharded, spread_like
 
 MANIFEST = "manifest.json"
 
+MOMENTS = "optimizer.pt"
+
+SHARDS = "shards"
+
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class TrainerState:
-    """The numbers of a run that no tensor holds."""
+class Progress:
+    """How far a run is: what no tensor holds."""
 
     step: int
     """Steps done."""
@@ -54,11 +62,45 @@ class TrainerState:
 
 
 @dataclass(frozen=True)
+class TrainState:
+    """The parts of a run that hold tensors."""
+
+    module: nn.Module
+    """The policy's."""
+    optimizer: torch.optim.Optimizer
+    reference: nn.Module | None = None
+    """The reference's, where it is not the policy that the run began with."""
+
+    def parameters(self) -> dict[str, dict[str, Tensor]]:
+        """What trains, by part and name; of the reference the parameters of the same names."""
+        names = trained_parameters(self.module)
+        parts = {"policy": {name: p.detach() for name, p in names.items()}}
+        if self.reference is not None:
+            frozen = dict(self.reference.named_parameters())
+            parts["reference"] = {name: frozen[name].detach() for name in names}
+        return parts
+
+    def moments(self) -> dict[str, Tensor]:
+        """The optimizer's state, by slot and name of the parameter."""
+        state = self.optimizer.state
+        return {
+            f"{slot}.{name}": value
+            for name, parameter in trained_parameters(self.module).items()
+            for slot, value in state.get(parameter, {}).items()
+        }
+
+
+def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that take a gradient, by name."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint whose sums were found right."""
 
     folder: Path
-    state: TrainerState
+    state: Progress
 
     def check_base(self, digest: str) -> None:
         """A checkpoint holds what trains: the rest must be the weights the run began with."""
@@ -70,23 +112,116 @@ class Checkpoint:
 
     def load_policy(self, module: nn.Module) -> None:
         """Puts the trained parameters into a module, in place."""
-        if not load_parameters(self.folder, "policy", module):
+        if not self._load("policy", module):
             raise CheckpointError(f"{self.folder}: holds no parameters; name another checkpoint")
 
     def load_reference(self, module: nn.Module) -> bool:
         """Puts a refreshed reference into a module; False where it never was refreshed."""
-        return load_parameters(self.folder, "reference", module)
+        return self._load("reference", module)
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
         """Restores the optimizer's moments of a module's trained parameters."""
-        load_moments(self.folder, optimizer, module)
+        trained = trained_parameters(module)
+        if self._in_shards:
+            found = self._read_moments(trained, alone=not is_sharded(module))
+            state = optimizer.state_dict()
+            state["state"] = {i: found[name] for i, name in enumerate(trained) if name in found}
+        else:
+            state = torch.load(self.folder / MOMENTS, weights_only=True, map_location="cpu")
+            likes = list(trained.values())
+            for index, slots in state["state"].items():
+                slots.update({slot: spread_like(v, likes[index]) for slot, v in slots.items()})
+        optimizer.load_state_dict(state)
+
+    @property
+    def _in_shards(self) -> bool:
+        return (self.folder / SHARDS).is_dir()
+
+    def _load(self, part: str, module: nn.Module) -> bool:
+        """Fills parameters in place; False where the checkpoint has no such part."""
+        file, parameters = self.folder / f"{part}.safetensors", dict(module.named_parameters())
+        if self._in_shards:
+            held = self._stored(f"{part}.")
+        else:
+            held = load_file(file) if file.exists() else {}
+        if not held:
+            return False
+        self._check_fit(held, module)
+        if self._in_shards:
+            targets = {f"{part}.{name}": parameters[name].detach() for name in held}
+            self._read_shards(targets, alone=not is_sharded(module))
+            return True
+        with torch.no_grad():
+            for name, tensor in held.items():
+                parameters[name].copy_(spread_like(tensor, parameters[name]))
+        return True
+
+    def _check_fit(self, held: Mapping[str, Tensor], module: nn.Module) -> None:
+        parameters = dict(module.named_parameters())
+        for name, tensor in held.items():
+            if name not in parameters:
+                raise CheckpointError(f"{self.folder}: holds '{name}', which the model lacks")
+            if parameters[name].shape != tensor.shape:
+                raise CheckpointError(
+                    f"{self.folder}: '{name}' is {tuple(tensor.shape)}, the model has "
+                    f"{tuple(parameters[name].shape)}"
+                )
+        missing = [name for name in trained_parameters(module) if name not in held]
+        if missing:
+            raise CheckpointError(f"{self.folder}: lacks '{missing[0]}', which the recipe trains")
+
+    def _read_moments(
+        self, trained: Mapping[str, nn.Parameter], *, alone: bool
+    ) -> dict[str, dict[str, Tensor]]:
+        """The state of each parameter by slot, whole or in shards as the parameter is."""
+        found: dict[str, dict[str, Tensor]] = {}
+        targets: dict[str, Tensor] = {}
+        for key, held in self._stored("optimizer.").items():
+            slot, _, name = key.partition(".")
+            if name not in trained:
+                raise CheckpointError(
+                    f"{self.folder}: holds moments of '{name}', which does not train"
+                )
+            like: Any = trained[name] if held.shape == trained[name].shape else held
+            device = like.device if like is not held else "cpu"
+            target = torch.zeros_like(like, dtype=held.dtype, device=device)
+            targets[f"optimizer.{key}"] = found.setdefault(name, {})[slot] = target
+        self._read_shards(targets, alone=alone)
+        return found
+
+    def _stored(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors in shards whose names begin with a prefix, without it and without values."""
+        metadata = FileSystemReader(self.folder / SHARDS).read_metadata()
+        return {
+            name.removeprefix(prefix): torch.empty(
+                entry.size, dtype=entry.properties.dtype, device="meta"
+            )
+            for name, entry in metadata.state_dict_metadata.items()
+            if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+        }
+
+    def _read_shards(self, targets: Mapping[str, Tensor], *, alone: bool) -> None:
+        """Fills tensors by their names, in place.
+
+        `alone`: by this process for itself, into whole tensors. Else all ranks call together.
+        """
+        reader = FileSystemReader(self.folder / SHARDS)
+        try:
+            with warnings.catch_warnings():
+                # It warns of the single process that was asked for.
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                load(dict(targets), storage_reader=reader, no_dist=alone)
+        except CheckpointException as error:
+            raise CheckpointError(
+                f"{self.folder}: {_first_line(error)}; name another checkpoint of the run"
+            ) from error
 
 
 def save_checkpoint(
     root: Path,
-    contents: Contents,
+    train_state: TrainState,
     *,
-    state: TrainerState,
+    state: Progress,
     keep: int = 2,
     ranks: World = SINGLE,
 ) -> Path:
@@ -96,7 +231,7 @@ def save_checkpoint(
     """
     final, temporary = root / f"step_{state.step:06d}", root / f".step_{state.step:06d}.tmp"
     try:
-        _write_parts(temporary, contents, state, ranks)
+        _write(temporary, train_state, state, ranks)
         if ranks.first:
             if final.exists():
                 shutil.rmtree(final)
@@ -115,24 +250,49 @@ def save_checkpoint(
     return final
 
 
-def _write_parts(folder: Path, contents: Contents, state: TrainerState, ranks: World) -> None:
+def _write(folder: Path, train_state: TrainState, state: Progress, ranks: World) -> None:
     """All files of a checkpoint; the manifest comes last."""
     if ranks.first:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         (folder / "state.json").write_text(json.dumps(asdict(state)))
     ranks.wait()
-    write_contents(folder, contents)
+    _write_tensors(folder, train_state)
     ranks.wait()
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     # Each rank sums up some of the files: they may hold a hundred gigabytes.
     mine = {str(path.relative_to(folder)): _sum(path) for path in files[ranks.rank :: ranks.size]}
     sums = {name: value for part in ranks.gather(mine) for name, value in part.items()}
     if ranks.first:
-        _write_synced(folder / MANIFEST, json.dumps(sums, indent=1, sort_keys=True))
+        with (folder / MANIFEST).open("w") as file:
+            file.write(json.dumps(sums, indent=1, sort_keys=True))
+            file.flush()
+            os.fsync(file.fileno())
 
 
-def _prune(root: Path, state: TrainerState, keep: int) -> None:
+def _write_tensors(folder: Path, train_state: TrainState) -> None:
+    """Where the module is in shards, all ranks write theirs at the same time."""
+    parts = train_state.parameters()
+    if not is_sharded(train_state.module):
+        for part, tensors in parts.items():
+            whole = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+            save_file(whole, folder / f"{part}.safetensors")
+        torch.save(train_state.optimizer.state_dict(), folder / MOMENTS)
+        return
+    parts["optimizer"] = train_state.moments()
+    named = {f"{part}.{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
+    try:
+        save(named, storage_writer=FileSystemWriter(folder / SHARDS))
+    except CheckpointException as error:
+        raise OSError(_first_line(error)) from error
+
+
+def _first_line(error: BaseException) -> str:
+    causes = getattr(error, "failures", {}).values()
+    return str(next((cause for cause, _ in causes), error)).splitlines()[0]
+
+
+def _prune(root: Path, state: Progress, keep: int) -> None:
     """Leaves the newest `keep` and the best.
 
     Those above the step are damaged ones that the run fell back from.
@@ -187,7 +347,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     if problem is not None:
         raise CheckpointError(f"{folder}: {problem}; name another checkpoint of the run")
     state = json.loads((folder / "state.json").read_text())
-    return Checkpoint(folder, TrainerState(**state))
+    return Checkpoint(folder, Progress(**state))
 
 
 def damage(folder: Path) -> str | None:
@@ -213,195 +373,3 @@ def damage(folder: Path) -> str | None:
 def _sum(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-# What a checkpoint holds: trained parameters, the optimizer's state, a refreshed reference.
-#
-# One process writes safetensors and one file of moments; several write shards. Either form is
-# read by
-# any number of processes.
-
-
-MOMENTS = "optimizer.pt"
-
-
-@dataclass(frozen=True)
-class Contents:
-    """The parts of a run that hold tensors."""
-
-    module: nn.Module
-    """The policy's."""
-    optimizer: torch.optim.Optimizer
-    reference: nn.Module | None = None
-    """The reference's, where it is not the policy that the run began with."""
-
-    def parameters(self) -> dict[str, dict[str, Tensor]]:
-        """What trains, by part and name; of the reference the parameters of the same names."""
-        names = trained_parameters(self.module)
-        parts = {"policy": {name: p.detach() for name, p in names.items()}}
-        if self.reference is not None:
-            frozen = dict(self.reference.named_parameters())
-            parts["reference"] = {name: frozen[name].detach() for name in names}
-        return parts
-
-
-def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that take a gradient, by name."""
-    return {name: p for name, p in module.named_parameters() if p.requires_grad}
-
-
-def write_contents(folder: Path, contents: Contents) -> None:
-    """Writes the files; where the module is in shards, all ranks at the same time."""
-    parts = contents.parameters()
-    if is_sharded(contents.module):
-        named = {f"{part}.{n}": t for part, tensors in parts.items() for n, t in tensors.items()}
-        write_shards(folder, named | _moments(contents))
-        return
-    for part, tensors in parts.items():
-        whole = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-        save_file(whole, folder / f"{part}.safetensors")
-    torch.save(contents.optimizer.state_dict(), folder / MOMENTS)
-
-
-def load_parameters(folder: Path, part: str, module: nn.Module) -> bool:
-    """Puts the parameters of `policy` or `reference` into a module, in place; False where a
-    checkpoint has no such part. What does not fit the module is a CheckpointError.
-    """
-    file, parameters = folder / f"{part}.safetensors", dict(module.named_parameters())
-    if has_shards(folder):
-        held = stored(folder, f"{part}.")
-    else:
-        held = load_file(file) if file.exists() else {}
-    if not held:
-        return False
-    _check_fit(folder, held, module)
-    if has_shards(folder):
-        targets = {f"{part}.{name}": parameters[name].detach() for name in held}
-        read_shards(folder, targets, alone=not is_sharded(module))
-        return True
-    with torch.no_grad():
-        for name, tensor in held.items():
-            parameters[name].copy_(spread_like(tensor, parameters[name]))
-    return True
-
-
-def load_moments(folder: Path, optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
-    """Restores the optimizer of a module's trained parameters."""
-    trained = trained_parameters(module)
-    if has_shards(folder):
-        found = _read_moments(folder, trained, alone=not is_sharded(module))
-        state = optimizer.state_dict()
-        state["state"] = {i: found[name] for i, name in enumerate(trained) if name in found}
-    else:
-        state = torch.load(folder / MOMENTS, weights_only=True, map_location="cpu")
-        likes = list(trained.values())
-        for index, slots in state["state"].items():
-            slots.update({slot: spread_like(v, likes[index]) for slot, v in slots.items()})
-    optimizer.load_state_dict(state)
-
-
-def _moments(contents: Contents) -> dict[str, Tensor]:
-    """The optimizer's state by slot and name of the parameter."""
-    state = contents.optimizer.state
-    return {
-        f"optimizer.{slot}.{name}": value
-        for name, parameter in trained_parameters(contents.module).items()
-        for slot, value in state.get(parameter, {}).items()
-    }
-
-
-def _read_moments(
-    folder: Path, trained: Mapping[str, nn.Parameter], *, alone: bool
-) -> dict[str, dict[str, Tensor]]:
-    """The state of each parameter by slot, whole or in shards as the parameter is."""
-    found: dict[str, dict[str, Tensor]] = {}
-    targets: dict[str, Tensor] = {}
-    for key, held in stored(folder, "optimizer.").items():
-        slot, _, name = key.partition(".")
-        if name not in trained:
-            raise CheckpointError(f"{folder}: holds moments of '{name}', which does not train")
-        like: Any = trained[name] if held.shape == trained[name].shape else held
-        device = like.device if like is not held else "cpu"
-        target = torch.zeros_like(like, dtype=held.dtype, device=device)
-        targets[f"optimizer.{key}"] = found.setdefault(name, {})[slot] = target
-    read_shards(folder, targets, alone=alone)
-    return found
-
-
-def _check_fit(folder: Path, held: Mapping[str, Tensor], module: nn.Module) -> None:
-    parameters = dict(module.named_parameters())
-    for name, tensor in held.items():
-        if name not in parameters:
-            raise CheckpointError(f"{folder}: holds '{name}', which the model lacks")
-        if parameters[name].shape != tensor.shape:
-            raise CheckpointError(
-                f"{folder}: '{name}' is {tuple(tensor.shape)}, the model has "
-                f"{tuple(parameters[name].shape)}"
-            )
-    missing = [name for name in trained_parameters(module) if name not in held]
-    if missing:
-        raise CheckpointError(f"{folder}: lacks '{missing[0]}', which the recipe trains")
-
-
-# The part of a checkpoint that all ranks write together: tensors by name, in shards.
-#
-# Any number of ranks, one too, reads what any number has written. The format is that of
-# `torch.distributed.checkpoint`. Its index is a pickle: read none whose sums were not checked.
-
-
-FOLDER = "shards"
-
-
-def has_shards(folder: Path) -> bool:
-    """Whether a checkpoint was written by several ranks."""
-    return (folder / FOLDER).is_dir()
-
-
-def write_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a checkpoint's tensors, each rank its own shards; a failure is an OSError on all."""
-    try:
-        save(dict(tensors), storage_writer=FileSystemWriter(folder / FOLDER))
-    except CheckpointException as error:
-        raise OSError(_first_line(error)) from error
-
-
-def read_shards(folder: Path, targets: Mapping[str, Tensor], *, alone: bool) -> None:
-    """Fills tensors by their names, in place.
-
-    `alone`: by this process for itself, into whole tensors. Else all ranks call at the same time.
-    """
-    reader = FileSystemReader(folder / FOLDER)
-    try:
-        with warnings.catch_warnings():
-            # It warns of the single process that was asked for.
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            load(dict(targets), storage_reader=reader, no_dist=alone)
-    except CheckpointException as error:
-        raise CheckpointError(
-            f"{folder}: {_first_line(error)}; name another checkpoint of the run"
-        ) from error
-
-
-def stored(folder: Path, prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin with a prefix, without it: shapes and dtypes, no values."""
-    metadata = FileSystemReader(folder / FOLDER).read_metadata()
-    return {
-        name.removeprefix(prefix): torch.empty(
-            entry.size, dtype=entry.properties.dtype, device="meta"
-        )
-        for name, entry in metadata.state_dict_metadata.items()
-        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
-    }
-
-
-def _first_line(error: BaseException) -> str:
-    causes = getattr(error, "failures", {}).values()
-    cause = next((c for c, _ in causes), error)
-    return str(cause).splitlines()[0]

@@ -14,7 +14,7 @@ from stage_rl.evaluation.run import BENCHMARKS
 from stage_rl.policies.base import Policy
 from stage_rl.recipe import EvaluationConfig, LivenessConfig, Recipe, TripwiresConfig
 from stage_rl.rollout.engine import Engine
-from stage_rl.training.checkpoint import TrainerState
+from stage_rl.training.checkpoint import Progress
 from stage_rl.training.trainer import Step, Trainer
 from stage_rl.training.update import MicroBatch, Precision, trunk_states
 from stage_rl.types import Rewards
@@ -23,7 +23,7 @@ from stage_rl.types import Rewards
 class Watch:
     """The watch over a run, taken up where a checkpoint left it."""
 
-    def __init__(self, recipe: Recipe, saved: TrainerState | None):
+    def __init__(self, recipe: Recipe, saved: Progress | None):
         counters = saved.signs if saved else {}
         self._evaluation = recipe.evaluation
         self._last = recipe.steps
@@ -69,9 +69,9 @@ class Watch:
         """Whether the policy after `done` steps is the best by validation."""
         return self.best is not None and self.best.step == done
 
-    def state(self, done: int, base: str) -> TrainerState:
+    def state(self, done: int, base: str) -> Progress:
         """What a checkpoint after `done` steps keeps of the run."""
-        return TrainerState(
+        return Progress(
             done,
             {**self._liveness.counters, **self._tripwires.counters},
             base,

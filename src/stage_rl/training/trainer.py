@@ -25,8 +25,8 @@ from stage_rl.rollout.sample import rollout as sample_rollout
 from stage_rl.rollout.sampling import Sampling
 from stage_rl.training.checkpoint import (
     Checkpoint,
-    Contents,
-    TrainerState,
+    Progress,
+    TrainState,
     save_checkpoint,
     trained_parameters,
 )
@@ -234,11 +234,11 @@ class Trainer:
     def _is_due(self, step: int, every: int) -> bool:
         return bool(every) and (step % every == 0 or step == self.recipe.steps - 1)
 
-    def save(self, root: Path, state: TrainerState) -> None:
+    def save(self, root: Path, state: Progress) -> None:
         """Writes a checkpoint."""
         save_checkpoint(
             root,
-            Contents(
+            TrainState(
                 self.policy.module,
                 self.optimizer,
                 self.reference.module if self._refreshed else None,
