@@ -34,7 +34,7 @@ def draw(policy: Policy, prompts: Sequence[Prompt], *, temperature: float = 1.0)
         step=0,
         prompt_indices=[prompt.index for prompt in prompts],
         group_size=1,
-        num_tokens=policy.layout(prompts).num_tokens,
+        num_tokens=policy.layout.num_tokens,
     )
     sampling = Sampling(guidance_scale=GUIDANCE, temperature=temperature)
     with torch.no_grad():
@@ -81,19 +81,19 @@ def the_unconditional_row_ignores_the_prompt(policy: Policy, prompt: Prompt) -> 
     with torch.no_grad():
         prefix = policy.encode([prompt, turned])
     assert prefix.lengths_P[0] == prefix.lengths_P[1]
-    assert prefix.uncond_embeds_PLD is not None
+    assert prefix.uncond is not None
     assert not torch.equal(prefix.embeds_PLD[0], prefix.embeds_PLD[1])
-    assert torch.equal(prefix.uncond_embeds_PLD[0], prefix.uncond_embeds_PLD[1])
+    assert torch.equal(prefix.uncond.embeds_PLD[0], prefix.uncond.embeds_PLD[1])
 
 
 def the_codebook_has_vectors_and_images(policy: Policy, prompt: Prompt) -> None:
-    num_tokens = policy.layout([prompt]).num_tokens
-    tokens_NT = torch.arange(2 * num_tokens, device=policy.device) % policy.codebook.size
+    num_tokens = policy.layout.num_tokens
+    tokens_NT = torch.arange(2 * num_tokens, device=policy.device) % policy.codebook_size
     tokens_NT = tokens_NT.view(2, num_tokens)
-    codes_NTC = policy.codebook.vectors(tokens_NT)
+    codes_NTC = policy.codes(tokens_NT)
     assert codes_NTC.shape[:2] == (2, num_tokens)
     assert codes_NTC.dtype == torch.float32
-    images_NHWC = policy.codebook.decode(tokens_NT)
+    images_NHWC = policy.images([prompt] * 2, tokens_NT)
     assert images_NHWC.shape[::3] == (2, 3)
     assert images_NHWC.dtype == torch.uint8
     assert images_NHWC.device.type == "cpu"
@@ -101,5 +101,5 @@ def the_codebook_has_vectors_and_images(policy: Policy, prompt: Prompt) -> None:
 
 @torch.no_grad()
 def the_engine_gets_the_embeddings_of_all_tokens(policy: Policy) -> None:
-    tokens_1V = torch.arange(policy.codebook.size, device=policy.device)[None]
-    assert_close(policy.decoder_weights().token_embeds_VD, policy.embed(tokens_1V)[0])
+    tokens_1V = torch.arange(policy.codebook_size, device=policy.device)[None]
+    assert_close(policy.decoder_weights().input_embeds, policy.embed(tokens_1V)[0])

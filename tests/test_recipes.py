@@ -57,7 +57,7 @@ def test_the_parts_of_a_recipe_build(name):
     recipe = load_recipe(name)
     prompts = recipe.prompts.build()
     assert len(prompts) >= recipe.rollout.prompts_per_step
-    assert recipe.policy.build(CPU).layout(prompts[:1]).num_tokens > 0
+    assert recipe.policy.build(CPU).layout.num_tokens > 0
     for reward in recipe.rewards:
         assert callable(reward.build(CPU))
         assert all(

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor
 
 from stage_rl.errors import InputError, RankError, RecipeError, StageError, Stopped
 
@@ -143,6 +144,11 @@ def joined(parts: Sequence[Any]) -> Any:
     if isinstance(head, list | tuple):
         return type(head)(item for part in parts for item in part)
     return head
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """A tensor with all its shards; every rank asks for it at the same time."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _column(parts: Sequence[Mapping[str, Tensor]], name: str) -> list[Tensor]:

@@ -45,7 +45,7 @@ def test_random_weights_are_finite_and_turn_as_those_built_on_the_device(tiny_pu
 
 def test_the_images_of_a_size_can_have_another_number_of_tokens(tiny_published):
     config = RandomJanusConfig(path="janus-7b", image_size=24)
-    assert config.build(CPU).layout([]).num_tokens == 36
+    assert config.build(CPU).layout.num_tokens == 36
 
 
 def test_an_unknown_size_is_named():

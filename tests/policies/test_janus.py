@@ -72,20 +72,20 @@ def test_the_unconditional_row_is_bos_pads_and_begin_of_image(tiny_janus):
     prefix = tiny_janus.encode([SHORT, LONG])
     # BOS, three words, begin-of-image; LONG has ten words.
     assert prefix.lengths_P.tolist() == [5, 12]
-    assert torch.equal(prefix.uncond_embeds_PLD[0, :5], embeddings)
+    assert torch.equal(prefix.uncond.embeds_PLD[0, :5], embeddings)
 
 
 def test_the_pad_of_the_unconditional_row_is_the_one_of_the_generation_settings(folder):
     rewrite(folder / "generation_config.json", pad_token_id=2)
     policy = load(folder)
     pad = policy.module.get_input_embeddings()(torch.tensor(2))
-    assert torch.equal(policy.encode([SHORT]).uncond_embeds_PLD[0, 1], pad)
+    assert torch.equal(policy.encode([SHORT]).uncond.embeds_PLD[0, 1], pad)
 
 
 def test_ids_missing_from_the_generation_settings_come_from_the_tokenizer(folder, tiny_janus):
     (folder / "generation_config.json").write_text("{}")
-    expected = tiny_janus.encode([SHORT]).uncond_embeds_PLD
-    assert torch.equal(load(folder).encode([SHORT]).uncond_embeds_PLD, expected)
+    expected = tiny_janus.encode([SHORT]).uncond.embeds_PLD
+    assert torch.equal(load(folder).encode([SHORT]).uncond.embeds_PLD, expected)
 
 
 @torch.no_grad()
@@ -158,16 +158,16 @@ def test_codes_are_those_the_image_decoder_gets(tiny_janus):
     tokens_NT = torch.arange(32).view(2, 16)
     quantizer = tiny_janus.module.model.vqmodel.quantize
     expected_NCHW = quantizer.get_codebook_entry(tokens_NT)
-    codes_NTC = tiny_janus.codebook.vectors(tokens_NT)
+    codes_NTC = tiny_janus.codes(tokens_NT)
     assert_close(codes_NTC, expected_NCHW.flatten(2).transpose(1, 2))
 
 
 def test_decoding_in_chunks_gives_the_rounded_pixels_of_transformers(tiny_janus):
-    tokens_NT = torch.arange(144).view(9, 16) % tiny_janus.codebook.size
+    tokens_NT = torch.arange(144).view(9, 16) % tiny_janus.codebook_size
     with torch.no_grad():
         pixels_NHWC = tiny_janus.module.decode_image_tokens(tokens_NT)
     expected = ((pixels_NHWC + 1) / 2 * 255).round().clamp(0, 255)
-    images_NHWC = tiny_janus.codebook.decode(tokens_NT)
+    images_NHWC = tiny_janus.images([], tokens_NT)
     # One image alone and in a batch may differ in the last bit before rounding.
     assert (images_NHWC.float() - expected).abs().max() <= 1
     assert (images_NHWC.float() == expected).float().mean() > 0.99

@@ -54,7 +54,7 @@ def decoder_weights(trunk, head_dim: int) -> DecoderWeights:
         head_dim=head_dim,
         rotary_cos_SR=cos[0],
         rotary_sin_SR=sin[0],
-        token_embeds_VD=trunk.embed_tokens.weight,
+        input_embeds=trunk.embed_tokens.weight,
         head=[(trunk.embed_tokens.weight, None)],
     )
 

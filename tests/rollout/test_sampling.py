@@ -5,11 +5,11 @@ import torch
 from torch.testing import assert_close
 
 from stage_rl.errors import InputError
+from stage_rl.policies.logprobs import guide
 from stage_rl.rollout.sampling import (
     Sampling,
     conditional_statistics,
     draw,
-    guide,
     image_uniforms,
     invert_cdf,
 )
@@ -109,7 +109,6 @@ def test_guidance_moves_from_the_unconditional_to_beyond_the_conditional():
     # 1 + 5 x (2 - 1) = 6 and 1 + 5 x (0 - 1) = -4.
     assert guide(cond_NV, uncond_NV, 5.0).tolist() == [[6.0, -4.0]]
     assert guide(cond_NV, uncond_NV, 0.0).tolist() == [[1.0, 1.0]]
-    assert guide(cond_NV, None, 1.0).tolist() == [[2.0, 0.0]]
 
 
 def test_entropy_and_logprobs_are_of_the_conditional_distribution():

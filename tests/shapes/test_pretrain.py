@@ -36,7 +36,7 @@ def test_the_result_loads_and_tells_how_it_was_made(built):
     out, _ = built
     cpu = torch.device("cpu")
     policy = JanusConfig(path=str(out / "checkpoint")).build(cpu)
-    assert policy.codebook.size == 32
+    assert policy.codebook_size == 32
     found = ShapesDetector.load(cpu, out / "detector.safetensors")(
         torch.zeros(2, 48, 48, 3, dtype=torch.uint8)
     )

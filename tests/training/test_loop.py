@@ -194,4 +194,4 @@ def test_prompts_that_share_an_index_are_refused(recipe):
 
 def test_weights_are_a_model_too(tiny_janus_folder):
     policy = load(str(tiny_janus_folder), torch.device("cpu"))
-    assert policy.layout([]).num_tokens == 16
+    assert policy.layout.num_tokens == 16

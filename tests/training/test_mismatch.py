@@ -12,7 +12,6 @@ from stage_rl.recipe import AlgorithmConfig
 from stage_rl.rollout.engine import Engine
 from stage_rl.rollout.sample import rollout
 from stage_rl.rollout.sampling import Sampling
-from stage_rl.training.logprobs import scoring_of
 from stage_rl.training.loop import train
 from stage_rl.training.metrics import mismatch_metrics, trained_mismatch, untrained_mismatch
 from stage_rl.training.update import Precision, micro_batches
@@ -66,7 +65,7 @@ def untrained(policy, sampling, logprobs="conditional", num_images=2):
     prompts = (Prompt("a red circle", 0), Prompt("a star", 1))
     drawn = rollout(Engine(policy), prompts, group_size=3, sampling=sampling, seed=0, step=0)
     batch = next(micro_batches(drawn, None, CPU))
-    precision = Precision(scoring=scoring_of(logprobs, sampling))
+    precision = Precision(scoring=sampling.scoring(logprobs))
     return untrained_mismatch(policy, batch, precision, sampling=sampling, num_images=num_images)
 
 

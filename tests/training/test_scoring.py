@@ -1,15 +1,17 @@
 """Guided log-probabilities: right in value and gradient, and those the sampler draws by."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
+from stage_rl.policies.logprobs import CONDITIONAL, Scoring, head_logprobs
 from stage_rl.rollout.engine import Engine
 from stage_rl.rollout.sample import rollout
 from stage_rl.rollout.sampling import Sampling
-from stage_rl.training.logprobs import CONDITIONAL, Scoring, head_logprobs, scoring_of
 from stage_rl.training.monitor import measure_drift
-from stage_rl.training.update import Precision, measure, micro_batches, trunk_states
+from stage_rl.training.update import Precision, measure, micro_batches
 from stage_rl.types import Prompt, Rollout
 
 ROWS, WIDTH, CODES = 11, 5, 7
@@ -50,7 +52,9 @@ def test_the_chunked_guided_head_equals_the_naive_form_in_fp64(logprobs, trainab
     tokens_N = torch.randint(CODES, (ROWS,), generator=generator)
     rows_NW = torch.cat([cond_ND, uncond_ND], -1)
     wanted = [cond_ND, uncond_ND, *(policy.head.parameters() if trainable else ())]
-    ours = head_logprobs(scoring.head(policy), rows_NW, tokens_N, chunk_rows=chunk_rows)
+    ours = head_logprobs(
+        partial(scoring.logits, policy.head), rows_NW, tokens_N, chunk_rows=chunk_rows
+    )
     theirs = naive(policy.head, cond_ND, uncond_ND, tokens_N, scoring)
     weight_N = torch.linspace(-1, 2, ROWS, dtype=torch.float64)
     gradients = [
@@ -73,12 +77,12 @@ def test_the_trainer_scores_the_distribution_that_is_sampled(tiny_janus, guidanc
     sampling = Sampling(guidance, temperature)
     drawn = rollout(Engine(tiny_janus), PROMPTS, group_size=2, sampling=sampling, seed=0, step=0)
     (batch,) = micro_batches(drawn, None, CPU)
-    precision = Precision(scoring=scoring_of("guided", sampling))
+    precision = Precision(scoring=sampling.scoring("guided"))
     measured = measure(tiny_janus, batch, precision)
     assert torch.allclose(measured.logprobs_NT, drawn.guided_logprobs_NT, atol=1e-4)
     conditional = measure(tiny_janus, batch, Precision())
     assert (conditional.logprobs_NT - drawn.guided_logprobs_NT).abs().max() > 0.01
-    assert scoring_of("conditional", sampling) is CONDITIONAL
+    assert sampling.scoring("conditional") is CONDITIONAL
 
 
 def gradient_of(policy, logprobs, *, mixed=False, by_hand=False):
@@ -137,5 +141,6 @@ def test_drift_is_that_of_the_scored_distribution(tiny_janus):
 
 @torch.no_grad()
 def naive_logits(policy, batch, precision):
-    cond, uncond = trunk_states(policy, batch, precision).chunk(2, -1)
+    states = policy.states(batch.prompts, batch.tokens_NT, group_size=2, scoring=precision.scoring)
+    cond, uncond = states.chunk(2, -1)
     return policy.head(uncond) + 3.0 * (policy.head(cond) - policy.head(uncond))

@@ -5,10 +5,10 @@ import time
 import pytest
 import torch
 
+from stage_rl.policies.logprobs import Scoring
 from stage_rl.rollout.engine import Engine, PassStats
 from stage_rl.rollout.sample import rollout
 from stage_rl.rollout.sampling import Sampling
-from stage_rl.training.logprobs import Scoring
 from stage_rl.training.metrics import (
     DecoderSize,
     RolloutStats,

@@ -15,11 +15,10 @@ from torch.multiprocessing.spawn import spawn
 
 from stage_rl.bench.base import BenchResult, Setting, at_least, one_thread
 from stage_rl.config import load_recipe, resolved_json
-from stage_rl.distributed import SINGLE, World, init_distributed
+from stage_rl.distributed import SINGLE, World, full_tensor, init_distributed
 from stage_rl.recipe import Recipe
 from stage_rl.training.checkpoint import Progress, latest_checkpoint, trained_parameters
 from stage_rl.training.loop import train_step
-from stage_rl.training.parallelize import whole
 from stage_rl.training.trainer import build_trainer
 
 BAR = "tokens identical, gradients <= 1e-6 relative, parameters <= 1e-6 after 3 steps and resumed"
@@ -171,7 +170,7 @@ def _several(rank: int, num_ranks: int, port: int, folder: Path) -> None:
 
 
 def _in_a_row(tensors: Iterable[Tensor]) -> Tensor:
-    return torch.cat([whole(tensor).flatten().clone() for tensor in tensors])
+    return torch.cat([full_tensor(tensor).flatten().clone() for tensor in tensors])
 
 
 def _largest(one: Trace, other: Trace) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from stage_rl.bench.base import BenchResult, Setting, at_least, interleaved, one_thread, peak_bytes
 from stage_rl.errors import InputError
-from stage_rl.training.logprobs import head_logprobs
+from stage_rl.policies.logprobs import head_logprobs
 
 BAR = "memory <= 0.40x, time <= 1.1x, fp64 difference <= 1e-12"
 

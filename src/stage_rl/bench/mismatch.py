@@ -14,10 +14,10 @@ from torch import Tensor
 from stage_rl.bench.base import BenchResult, at_least, check_guided
 from stage_rl.bench.models import LONG_TEXT, SIZES, TEXT, bench_device, policy_of
 from stage_rl.policies.janus import JanusPolicy
+from stage_rl.policies.logprobs import CONDITIONAL
 from stage_rl.rollout.engine import Engine
 from stage_rl.rollout.sample import rollout
 from stage_rl.rollout.sampling import Sampling
-from stage_rl.training.logprobs import CONDITIONAL, scoring_of
 from stage_rl.training.update import Precision, measure, micro_batches
 from stage_rl.types import Prompt, Rollout
 
@@ -80,7 +80,7 @@ def differences(
     """|engine - trainer| of every token by kind, NT (nats); the trainer works group by group."""
     theirs: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
     for batch in micro_batches(drawn, 1, policy.device):
-        guided = scoring_of("guided_detached", sampling)
+        guided = sampling.scoring("guided_detached")
         conditional = measure(policy, batch, Precision(mixed=mixed, scoring=CONDITIONAL))
         theirs["logprobs"].append(conditional.logprobs_NT)
         theirs["entropy"].append(conditional.entropy_NT)

@@ -103,7 +103,7 @@ class Case:
     @property
     def num_tokens(self) -> int:
         """Tokens of an image."""
-        return self.policy.layout(self.prompts).num_tokens
+        return self.policy.layout.num_tokens
 
     @property
     def ids_NL(self) -> Tensor:
@@ -186,7 +186,7 @@ def engine_form(
         step=0,
         prompt_indices=[prompt.index for prompt in prompts],
         group_size=group_size,
-        num_tokens=policy.layout(prompts).num_tokens,
+        num_tokens=policy.layout.num_tokens,
     )
 
     @torch.no_grad()
@@ -304,9 +304,8 @@ NUM_WINDOWS = 5
 def grow(policy: JanusPolicy, prompts: Sequence[Prompt], *, guidance_scale: float) -> Tensor:
     """Image tokens by a loop whose cache is reallocated at every token, tokens_NT."""
     prefix = policy.encode(prompts)
-    assert prefix.uncond_embeds_PLD is not None
-    inputs = torch.cat([prefix.embeds_PLD, prefix.uncond_embeds_PLD])
-    num_tokens = policy.layout([]).num_tokens
+    inputs = torch.cat([prefix.embeds_PLD, prefix.unconditional().embeds_PLD])
+    num_tokens = policy.layout.num_tokens
     return _go_on(policy, DynamicCache(), inputs, num_tokens, guidance_scale=guidance_scale)
 
 
@@ -314,7 +313,7 @@ def grow_seconds(
     policy: JanusPolicy, prompts: Sequence[Prompt], *, guidance_scale: float, rounds: int
 ) -> float:
     """Seconds that `grow` would take, from windows over a cache of random keys and values."""
-    num_tokens = policy.layout([]).num_tokens
+    num_tokens = policy.layout.num_tokens
     starts = window_starts(num_tokens)
     window = min(WINDOW, num_tokens)
     seconds = []

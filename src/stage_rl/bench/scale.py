@@ -97,7 +97,7 @@ def _step_ms(model: str, settings: list[str], rounds: int) -> tuple[dict[str, fl
     trainer = build_trainer(recipe, recipe.prompts.build())
     step = trainer_form(trainer)
     laps = [step(number) for number in range(rounds + 1)][1:]
-    num_tokens = trainer.policy.layout(trainer.prompts[:1]).num_tokens
+    num_tokens = trainer.policy.layout.num_tokens
     del trainer, step
     gc.collect()
     if torch.cuda.is_available():

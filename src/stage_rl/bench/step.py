@@ -133,7 +133,7 @@ def compare(recipe: Recipe, *, rounds: int, settings: Mapping[str, Setting]) -> 
     }
     measures = _measures(_medians(forms, rounds)) | ideal_ms(trainer)
     num_images = recipe.rollout.prompts_per_step * recipe.rollout.group_size
-    num_tokens = trainer.policy.layout(prompts).num_tokens
+    num_tokens = trainer.policy.layout.num_tokens
     on_cpu, mixed = trainer.policy.device.type == "cpu", recipe.training.dtype == "mixed"
     judged = on_cpu and mixed and (num_images, num_tokens) == (IMAGES, TOKENS)
     return BenchResult(
@@ -179,7 +179,7 @@ def ideal_ms(trainer: Trainer) -> dict[str, float]:
     work = Work(
         recipe.rollout.prompts_per_step * recipe.rollout.group_size,
         policy.encode(prompts).embeds_PLD.shape[1],
-        policy.layout(prompts).num_tokens,
+        policy.layout.num_tokens,
         recipe.rollout.guidance_scale != 1,
     )
     mixed = recipe.training.dtype == "mixed"
@@ -321,7 +321,7 @@ class EagerStep:
     def loss(self, rollout: Rollout, rewards_PG: Tensor, reference: Measured) -> Tensor:
         """The loss of a judged rollout, with gradient."""
         now = self.measure(self.policy, rollout)
-        codes_NTC = self.policy.codebook.vectors(rollout.tokens_NT)
+        codes_NTC = self.policy.codes(rollout.tokens_NT)
         return eager_loss(
             now,
             reference,

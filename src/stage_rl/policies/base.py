@@ -1,24 +1,30 @@
 """What the trainer and the rollout engine ask of a model family.
 
-Shape suffixes: P prompts, N completions, T image tokens, L prompt slots, D model width,
+Shape suffixes: P prompts, N completions, T image tokens, U columns of the image (its tokens, and
+control tokens between them), A rotary axes, L prompt slots, D model width, R rotary dimensions,
 C codebook channels, V codebook size, H x W pixels.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
-from stage_rl.settings import (
-    Component,
-)
+from stage_rl.errors import InputError
+from stage_rl.policies.logprobs import CONDITIONAL, Scoring, head_logprobs
+from stage_rl.policies.lora import adapter_off, has_adapter
+from stage_rl.settings import Component
 from stage_rl.types import Prompt
 
 
@@ -31,43 +37,48 @@ class Prefix:
 
     embeds_PLD: Tensor
     lengths_P: Tensor
-    uncond_embeds_PLD: Tensor | None
-    """The same slots for the unconditional row; None for a family without guidance."""
+    uncond: Prefix | None = None
+    """The unconditional rows, of lengths of their own; None for a family without guidance."""
 
     def repeat(self, group_size: int) -> Prefix:
         """Each prompt `group_size` times, group by group: P -> N rows."""
-        uncond = self.uncond_embeds_PLD
         return Prefix(
             self.embeds_PLD.repeat_interleave(group_size, 0),
             self.lengths_P.repeat_interleave(group_size, 0),
-            None if uncond is None else uncond.repeat_interleave(group_size, 0),
+            self.uncond and self.uncond.repeat(group_size),
         )
 
     def part(self, first: int, last: int) -> Prefix:
         """Rows `first` to `last` - 1, padded to the longest of them."""
-        uncond, lengths_P = self.uncond_embeds_PLD, self.lengths_P[first:last]
-        slots = slice(0, int(lengths_P.max()))
-        return Prefix(
-            self.embeds_PLD[first:last, slots],
-            lengths_P,
-            None if uncond is None else uncond[first:last, slots],
-        )
+        lengths_P = self.lengths_P[first:last]
+        embeds_PLD = self.embeds_PLD[first:last, : int(lengths_P.max())]
+        return Prefix(embeds_PLD, lengths_P, self.uncond and self.uncond.part(first, last))
 
     def unconditional(self) -> Prefix:
-        """The unconditional rows as a prefix of their own."""
-        assert self.uncond_embeds_PLD is not None
-        return Prefix(self.uncond_embeds_PLD, self.lengths_P, None)
+        """The unconditional rows; an InputError for a family without guidance."""
+        if self.uncond is None:
+            raise InputError("guidance_scale: this policy has no unconditional rows; write 1")
+        return self.uncond
 
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """How the T tokens of an image lie on its grid."""
+    """How the T sampled tokens of an image lie on its grid, and the U columns of the decode.
+
+    Control columns exist inside the engine and `Policy.hidden` alone; everything else sees T.
+    """
 
     grid: tuple[int, int]
-    """Rows and columns; T = rows x columns where no token is forced."""
+    """Rows and columns of the image that is shown."""
     num_tokens: int
-    forced_T: Tensor | None = None
-    """Id where a token is forced (no log-probability), -1 where it is sampled; None: all are."""
+    fixed_U: Tensor | None = None
+    """-1 where a token is sampled (T times, and last), else the row of `input_embeds`, V or above,
+    of a control token. None: U = T."""
+    coords_UA: Tensor | None = None
+    """Rotary coordinates of each column; None: 0, 1, 2, ... on one axis. Where they are not
+    absolute the prompt's length is added, and prompt slot p has p on every axis."""
+    absolute: bool = False
+    """Columns have `coords_UA` as written, prompt slots 0."""
 
 
 @dataclass(frozen=True)
@@ -88,120 +99,185 @@ class LayerWeights:
     bv: Tensor | None = None
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
-
-
-class LayersOnDemand(Sequence[LayerWeights]):
-    """Layers that are read one by one: what is made for one is gone before the next is made."""
-
-    def __init__(self, num_layers: int, read: Callable[[int], LayerWeights]) -> None:
-        self._num_layers, self._read = num_layers, read
-
-    def __len__(self) -> int:
-        return self._num_layers
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._read(range(self._num_layers)[index])
-
-    def __iter__(self) -> Iterator[LayerWeights]:
-        return map(self._read, range(self._num_layers))
+    attention_out_norm: Tensor | None = None
+    """Of what attention adds to the residual stream; likewise of what the MLP adds."""
+    mlp_out_norm: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class DecoderWeights:
     """Everything the rollout engine copies; views of the module's own tensors where they can be."""
 
-    layers: Sequence[LayerWeights]
+    layers: Iterable[LayerWeights]
+    """Read once, one after the other: what is made for one is gone before the next is made."""
     final_norm: Tensor
     norm_eps: float
     num_heads: int
     num_kv_heads: int
     head_dim: int
     rotary_cos_SR: Tensor
-    """Cosines by slot and rotary dimension, fp32; R = head_dim, half-split convention."""
+    """Cosines by coordinate and rotary dimension, fp32; R = head_dim, half-split convention."""
     rotary_sin_SR: Tensor
-    token_embeds_VD: Tensor
-    """What image token v becomes as an input of the decoder."""
+    input_embeds: Tensor
+    """What a token becomes as an input of the decoder: V image tokens, then control tokens."""
     head: Sequence[tuple[Tensor, Tensor | None]]
     """(weight, bias) of the linear layers of the image head, exact GELU between them."""
+    rotary_axis_R: Tensor | None = None
+    """Axis whose coordinate turns each rotary dimension; None: there is one axis."""
 
 
-class Codebook(Protocol):
-    """The visual vocabulary."""
+class Policy(nn.Module):
+    """An autoregressive text-to-image model, whose forward pass scores image tokens."""
 
-    @property
-    def size(self) -> int:
-        """Number of codebook vectors, V."""
-        ...
+    module: nn.Module
+    """What is trained, sharded and saved."""
+    codebook_size: int
+    """V."""
+    layout: TokenLayout
+    """The token grid, the same for all prompts."""
 
-    def vectors(self, tokens_NT: Tensor) -> Tensor:
-        """The codebook vectors of tokens, codes_NTC in fp32."""
-        ...
+    def __init__(self, module: nn.Module, processor: Any) -> None:
+        super().__init__()
+        self.module = module
+        self.processor = processor
+        """What makes token ids of prompts; the reference shares it."""
+        self.without_adapter = False
+        """Whether this is the reference of a policy with an adapter, in its module."""
 
-    def decode(self, tokens_NT: Tensor) -> Tensor:
-        """The images of tokens, images_NHWC uint8 on the CPU."""
-        ...
+    def forward(
+        self,
+        prompts: Sequence[Prompt],
+        tokens_NT: Tensor,
+        *,
+        group_size: int = 1,
+        scoring: Scoring = CONDITIONAL,
+        mixed: bool = False,
+        chunk_rows: int = 2048,
+        entropy_grad: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of tokens and entropies of their distributions, (logprobs_NT,
+        entropy_NT) in nats, fp32; see `head_logprobs` and `states`.
+        """
+        states_NTW = self.states(
+            prompts, tokens_NT, group_size=group_size, scoring=scoring, mixed=mixed
+        )
+        logprobs_N, entropy_N = head_logprobs(
+            partial(scoring.logits, self.head),
+            states_NTW.flatten(0, 1),
+            tokens_NT.flatten(),
+            chunk_rows=chunk_rows,
+            entropy_grad=entropy_grad,
+        )
+        return logprobs_N.view(tokens_NT.shape), entropy_N.view(tokens_NT.shape)
 
+    def states(
+        self,
+        prompts: Sequence[Prompt],
+        tokens_NT: Tensor,
+        *,
+        group_size: int = 1,
+        scoring: Scoring = CONDITIONAL,
+        mixed: bool = False,
+    ) -> Tensor:
+        """The states that `scoring.logits` reads, states_NTW, each prompt `group_size` times.
 
-class Policy(Protocol):
-    """An autoregressive text-to-image model as the trainer and the engine see it."""
-
-    @property
-    def module(self) -> nn.Module:
-        """What is trained, sharded and saved."""
-        ...
-
-    @property
-    def trunk_blocks(self) -> Sequence[nn.Module]:
-        """The decoder layers, bottom up: the units of sharding and checkpointing."""
-        ...
-
-    @property
-    def codebook(self) -> Codebook:
-        """The visual vocabulary."""
-        ...
+        `mixed` computes the products of the trunk in bf16; the result is fp32 all the same.
+        """
+        prefix = self.encode(prompts).repeat(group_size)
+        # A pass uses each weight once: kept copies in bf16 would only take memory.
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed, cache_enabled=False):
+            states_NTW = self.hidden(prefix, tokens_NT)
+            if scoring.has_two_passes:
+                with scoring.unconditional_pass():
+                    uncond_NTD = self.hidden(prefix.unconditional(), tokens_NT)
+                states_NTW = torch.cat([states_NTW, uncond_NTD], -1)
+        return states_NTW.float() if mixed else states_NTW
 
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        ...
+        return next(self.module.parameters()).device
 
+    @property
+    @abstractmethod
+    def trunk_blocks(self) -> Sequence[nn.Module]:
+        """The decoder layers, bottom up: the units of sharding and checkpointing."""
+
+    @abstractmethod
     def encode(self, prompts: Sequence[Prompt]) -> Prefix:
         """The prompts as embeddings, with a gradient where these train: encode for each backward.
 
         An empty or over-long prompt is an `InputError`.
         """
-        ...
 
-    def layout(self, prompts: Sequence[Prompt]) -> TokenLayout:
-        """The token grid."""
-        ...
-
+    @abstractmethod
     def embed(self, tokens_NT: Tensor) -> Tensor:
         """Image tokens as decoder inputs, embeds_NTD."""
-        ...
 
+    @abstractmethod
     def hidden(self, prefix: Prefix, tokens_NT: Tensor) -> Tensor:
         """Teacher-forced states that predict each image token, hidden_NTD, with gradient."""
-        ...
 
+    @abstractmethod
     def head(self, hidden: Tensor) -> Tensor:
         """Logits over the codebook; the last axis goes from D to V."""
-        ...
 
+    @abstractmethod
+    def codes(self, tokens_NT: Tensor) -> Tensor:
+        """The codebook vectors of tokens, codes_NTC in fp32."""
+
+    @abstractmethod
+    def images(self, prompts: Sequence[Prompt], tokens_NT: Tensor) -> Tensor:
+        """The images of tokens, images_NHWC uint8 on the CPU; one prompt for each row."""
+
+    @abstractmethod
     def decoder_weights(self) -> DecoderWeights:
-        """The weights the engine copies once per step."""
-        ...
+        """The weights the engine copies once per step; layers may be shards (`DTensor`)."""
+
+    @abstractmethod
+    def save(self, folder: str | Path) -> None:
+        """Writes the model in the layout it was loaded from; an adapter is merged."""
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Inside the block the parameters outside the layers are whole, where FSDP2 shards them.
+
+        For what is called outside of a forward pass; all ranks enter it at the same time.
+        """
+        sharded = isinstance(self, FSDPModule)
+        if sharded:
+            self.unshard()
+        try:
+            yield
+        finally:
+            if sharded:
+                self.reshard()
+
+    def adapter(self) -> AbstractContextManager[None]:
+        """The context in which the layers run: with the adapter off in a reference."""
+        return adapter_off(self.module) if self.without_adapter else nullcontext()
 
     def reference(self, hold: Callable[[Tensor], Tensor] = torch.clone) -> Policy:
-        """This policy as it is now, frozen; memory is shared with the parts that do not train.
+        """This policy as it is now, frozen: copies what trains, shares the rest.
 
-        `hold` makes the copy of a parameter of a trunk block: in another precision, elsewhere.
+        `hold` makes the copy of a parameter of a decoder layer: in another precision, elsewhere.
+        With an adapter nothing is copied: the reference is the same module without it.
         """
-        ...
-
-    def save(self, folder: str | Path) -> None:
-        """Writes the model in the layout it was loaded from."""
-        ...
+        if has_adapter(self.module):
+            # The copy shares the hooks too, those that FSDP2 registers later among them.
+            reference = copy.copy(self)
+            reference.without_adapter = True
+            return reference
+        made: dict[int, Any] = {id(p): p for p in self.parameters() if not p.requires_grad}
+        made[id(self.processor)] = self.processor
+        for parameter in (p for block in self.trunk_blocks for p in block.parameters()):
+            if parameter.requires_grad:
+                made[id(parameter)] = nn.Parameter(hold(parameter.detach()), requires_grad=False)
+        reference = copy.deepcopy(self, made).requires_grad_(False)
+        for block in reference.trunk_blocks:
+            # A compiled or checkpointed forward pass would still run the layer it was made for.
+            vars(block).pop("forward", None)
+        return reference
 
 
 class PolicyConfig(Component):

@@ -6,8 +6,7 @@ image together, D model width, C codebook channels, V codebook size, H x W pixel
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -30,7 +29,6 @@ from stage_rl.errors import InputError, WeightsError
 from stage_rl.policies import janus_deepseek as deepseek
 from stage_rl.policies.base import (
     DecoderWeights,
-    LayersOnDemand,
     LayerWeights,
     Policy,
     PolicyConfig,
@@ -48,7 +46,7 @@ from stage_rl.policies.loading import (
     read_tensors,
     select_trainable,
 )
-from stage_rl.policies.lora import AdapterOff, LoraConfig, has_adapter, merged_state, merged_weight
+from stage_rl.policies.lora import LoraConfig, has_adapter, merged_state, merged_weight
 from stage_rl.policies.trunk import use_causal
 from stage_rl.settings import complaint
 from stage_rl.types import Prompt
@@ -59,32 +57,7 @@ IMAGES_PER_CHUNK_ON_CPU = 8
 """Images that are decoded at one time; so few stay in a processor's cache."""
 
 
-class JanusCodebook:
-    """The visual vocabulary of a Janus."""
-
-    def __init__(self, vqmodel: Any):
-        self._vqmodel = vqmodel
-        self._embedding: nn.Embedding = vqmodel.quantize.embedding
-        self.size: int = self._embedding.num_embeddings
-
-    @torch.no_grad()
-    def vectors(self, tokens_NT: Tensor) -> Tensor:
-        """The codebook vectors as the image decoder sees them: codes_NTC, fp32, of length 1."""
-        return normalize(self._embedding(tokens_NT).float(), dim=-1)
-
-    @torch.no_grad()
-    def decode(self, tokens_NT: Tensor) -> Tensor:
-        """The images of tokens, images_NHWC uint8 on the CPU; -1 is black and 1 is white."""
-        chunks = []
-        on_cpu = self._embedding.weight.device.type == "cpu"
-        size = IMAGES_PER_CHUNK_ON_CPU if on_cpu else IMAGES_PER_CHUNK
-        for tokens in tokens_NT.split(size):
-            pixels = self._vqmodel.decode(tokens).float().permute(0, 2, 3, 1)
-            chunks.append(pixels.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu())
-        return torch.cat(chunks)
-
-
-class JanusPolicy:
+class JanusPolicy(Policy):
     """A Janus as the trainer and the rollout engine see it.
 
     Only the parameters whose names match a trainable pattern require a gradient; a pattern that
@@ -98,27 +71,27 @@ class JanusPolicy:
         *,
         trainable: Sequence[str],
     ):
-        self.module = module
-        self.processor = processor
+        super().__init__(module, processor)
         select_trainable(module, trainable)
-        self._trunk = module.model.language_model
         use_causal(self._trunk)
-        self.trunk_blocks: Sequence[nn.Module] = self._trunk.layers
-        self.codebook = JanusCodebook(module.model.vqmodel)
         config: Any = module.config
         self._text_config = config.text_config
         side = config.vq_config.num_patches
-        self._layout = TokenLayout(grid=(side, side), num_tokens=side * side)
+        self.layout = TokenLayout(grid=(side, side), num_tokens=side * side)
+        self.codebook_size = config.vq_config.num_embeddings
         self._ids = _special_ids(module, processor)
 
     @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-        return self.module.device
+    def _model(self) -> Any:
+        return self.module.model
 
-    def layout(self, prompts: Sequence[Prompt]) -> TokenLayout:
-        """The square token grid, the same for all prompts; no token is forced."""
-        return self._layout
+    @property
+    def _trunk(self) -> Any:
+        return self._model.language_model
+
+    @property
+    def trunk_blocks(self) -> Sequence[nn.Module]:
+        return self._trunk.layers
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt in the checkpoint's own template, begin-of-image last.
@@ -133,7 +106,7 @@ class JanusPolicy:
         message = {"role": "user", "content": [{"type": "text", "text": prompt.text}]}
         text = self.processor.apply_chat_template([message], add_generation_prompt=True)
         ids = self.processor(text=[text], generation_mode="image")["input_ids"][0]
-        room = self._text_config.max_position_embeddings - self._layout.num_tokens
+        room = self._text_config.max_position_embeddings - self.layout.num_tokens
         if len(ids) > room:
             raise InputError(
                 f"{where} ('{prompt.text[:40]}...'): {len(ids)} tokens, but the model has room for "
@@ -152,10 +125,10 @@ class JanusPolicy:
         kept_PL = (ids_PL == self._ids["bos"]) | (ids_PL == self._ids["boi"])
         uncond_PL = ids_PL.masked_fill(~kept_PL, self._ids["pad"])
         embed = self._trunk.get_input_embeddings()
-        return Prefix(embed(ids_PL.to(self.device)), lengths_P, embed(uncond_PL.to(self.device)))
+        uncond = Prefix(embed(uncond_PL.to(self.device)), lengths_P)
+        return Prefix(embed(ids_PL.to(self.device)), lengths_P, uncond)
 
     def embed(self, tokens_NT: Tensor) -> Tensor:
-        """Image tokens as decoder inputs, embeds_NTD."""
         return self.module.prepare_embeddings_for_image_generation(tokens_NT)
 
     def hidden(self, prefix: Prefix, tokens_NT: Tensor) -> Tensor:
@@ -173,26 +146,40 @@ class JanusPolicy:
         slot_1S = torch.arange(inputs_NSD.shape[1], device=tokens_NT.device)[None]
         image_NS = (slot_1S - length_N1 + num_slots).clamp(max=inputs_NSD.shape[1] - 1)
         source_NS = torch.where(slot_1S < length_N1, slot_1S, image_NS)
-        states_NSD = self._trunk(
-            inputs_embeds=_take_slots(inputs_NSD, source_NS), use_cache=False
-        ).last_hidden_state
+        with self.adapter():
+            states_NSD = self._trunk(
+                inputs_embeds=_take_slots(inputs_NSD, source_NS), use_cache=False
+            ).last_hidden_state
         step_1T = torch.arange(num_tokens, device=tokens_NT.device)[None]
         return _take_slots(states_NSD, length_N1 - 1 + step_1T)
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits over the codebook; the last axis goes from D to V."""
-        head = self.module.model.generation_head
+        head = self._model.generation_head
         return head(hidden.to(head.proj_out.weight.dtype))
 
     @torch.no_grad()
+    def codes(self, tokens_NT: Tensor) -> Tensor:
+        """The codebook vectors as the image decoder sees them: codes_NTC, fp32, of length 1."""
+        return normalize(self._model.vqmodel.quantize.embedding(tokens_NT).float(), dim=-1)
+
+    @torch.no_grad()
+    def images(self, prompts: Sequence[Prompt], tokens_NT: Tensor) -> Tensor:
+        chunks = []
+        on_cpu = self.device.type == "cpu"
+        # -1 is black and 1 is white.
+        for tokens in tokens_NT.split(IMAGES_PER_CHUNK_ON_CPU if on_cpu else IMAGES_PER_CHUNK):
+            pixels = self._model.vqmodel.decode(tokens).float().permute(0, 2, 3, 1)
+            chunks.append(pixels.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu())
+        return torch.cat(chunks)
+
+    @torch.no_grad()
     def decoder_weights(self) -> DecoderWeights:
-        """The weights the engine copies once per step."""
-        text, head = self._text_config, self.module.model.generation_head
+        text, head = self._text_config, self._model.generation_head
         positions = torch.arange(text.max_position_embeddings, device=self.device)[None]
         like = torch.empty(0, device=self.device)
         cos_1SR, sin_1SR = self._trunk.rotary_emb(like, position_ids=positions)
         return DecoderWeights(
-            layers=LayersOnDemand(len(self.trunk_blocks), self._layer_weights),
+            layers=self._layer_weights(),
             final_norm=self._trunk.norm.weight,
             norm_eps=text.rms_norm_eps,
             num_heads=text.num_attention_heads,
@@ -200,27 +187,24 @@ class JanusPolicy:
             head_dim=self._trunk.layers[0].self_attn.head_dim,
             rotary_cos_SR=cos_1SR[0],
             rotary_sin_SR=sin_1SR[0],
-            token_embeds_VD=self.embed(torch.arange(self.codebook.size, device=self.device)),
+            input_embeds=self.embed(torch.arange(self.codebook_size, device=self.device)),
             head=[(layer.weight, layer.bias) for layer in (head.proj_out, head.vision_head)],
         )
 
-    def reference(self, hold: Callable[[Tensor], Tensor] = torch.clone) -> Policy:
-        """This policy as it is now, frozen: copies what trains, shares the rest.
-
-        `hold` makes the copy of a parameter of a decoder layer. With an adapter nothing is copied:
-        the reference is the base weights, and `hold` is not asked.
-        """
-        if has_adapter(self.module):
-            return AdapterOff(self)
-        made = {id(p): p for p in self.module.parameters() if not p.requires_grad}
-        for parameter in (p for block in self.trunk_blocks for p in block.parameters()):
-            if parameter.requires_grad:
-                made[id(parameter)] = nn.Parameter(hold(parameter.detach()), requires_grad=False)
-        module = copy.deepcopy(self.module, made).requires_grad_(False)
-        for block in module.model.language_model.layers:
-            # A compiled or checkpointed forward pass would still run the layer it was made for.
-            vars(block).pop("forward", None)
-        return JanusPolicy(module, self.processor, trainable=())
+    @torch.no_grad()
+    def _layer_weights(self) -> Iterator[LayerWeights]:
+        for layer in self.trunk_blocks:
+            attention, mlp = layer.self_attn, layer.mlp
+            linears = {
+                **{f"w{name}": getattr(attention, f"{name}_proj") for name in "qkvo"},
+                **{f"w_{name}": getattr(mlp, f"{name}_proj") for name in ("gate", "up", "down")},
+            }
+            with self.adapter():
+                weights = {name: merged_weight(linear) for name, linear in linears.items()}
+            weights["attention_norm"] = layer.input_layernorm.weight
+            weights["mlp_norm"] = layer.post_attention_layernorm.weight
+            # A streamed reference keeps its layers in host memory.
+            yield LayerWeights(**{name: w.to(self.device) for name, w in weights.items()})
 
     def save(
         self,
@@ -242,17 +226,6 @@ class JanusPolicy:
             return
         self.module.save_pretrained(folder, state_dict=state)
         self.processor.save_pretrained(folder)
-
-    @torch.no_grad()
-    def _layer_weights(self, index: int) -> LayerWeights:
-        weights = _layer_weights(self._trunk.layers[index])
-        # A streamed reference keeps its layers in host memory.
-        moved: dict[str, Any] = {
-            name: weight.to(self.device)
-            for name, weight in vars(weights).items()
-            if weight is not None
-        }
-        return LayerWeights(**moved)
 
     def _check_text(self, where: str, text: str) -> None:
         tokenizer = self.processor.tokenizer
@@ -295,21 +268,6 @@ def _first(*values: int | None) -> Any:
 def _take_slots(values_NSD: Tensor, slots_NT: Tensor) -> Tensor:
     """values_NTD: of each row the slots asked for."""
     return torch.take_along_dim(values_NSD, slots_NT[..., None], dim=1)
-
-
-def _layer_weights(layer) -> LayerWeights:
-    attn, mlp = layer.self_attn, layer.mlp
-    return LayerWeights(
-        attention_norm=layer.input_layernorm.weight,
-        wq=merged_weight(attn.q_proj),
-        wk=merged_weight(attn.k_proj),
-        wv=merged_weight(attn.v_proj),
-        wo=merged_weight(attn.o_proj),
-        mlp_norm=layer.post_attention_layernorm.weight,
-        w_gate=merged_weight(mlp.gate_proj),
-        w_up=merged_weight(mlp.up_proj),
-        w_down=merged_weight(mlp.down_proj),
-    )
 
 
 # What a recipe may say of a policy; free of torch.

@@ -1,12 +1,12 @@
 """Low-rank adapters on the decoder layers, through PEFT (Hu et al. 2021, arXiv 2106.09685).
 
 The adapter trains, the base weights stay; with the adapter switched off the same module is the
-reference. Shape suffixes: N completions, T image tokens, D model width.
+reference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,16 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from stage_rl.errors import RecipeError
-from stage_rl.policies.base import (
-    Codebook,
-    DecoderWeights,
-    LayersOnDemand,
-    Policy,
-    Prefix,
-    TokenLayout,
-)
 from stage_rl.settings import Count, Positive, Settings
-from stage_rl.types import Prompt
 
 NAME = "default"
 """PEFT's name of the one adapter."""
@@ -134,77 +125,6 @@ def adapter_off(module: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enable_adapters(True)
-
-
-class AdapterOff:
-    """A policy without its adapter: the reference, in the memory of the policy itself."""
-
-    def __init__(self, policy: Policy) -> None:
-        self._policy = policy
-
-    @property
-    def module(self) -> nn.Module:
-        """The module of the policy, adapter included."""
-        return self._policy.module
-
-    @property
-    def trunk_blocks(self) -> Sequence[nn.Module]:
-        """Those of the policy."""
-        return self._policy.trunk_blocks
-
-    @property
-    def codebook(self) -> Codebook:
-        """That of the policy."""
-        return self._policy.codebook
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-        return self._policy.device
-
-    def layout(self, prompts: Sequence[Prompt]) -> TokenLayout:
-        """The token grid."""
-        return self._policy.layout(prompts)
-
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[Prompt]) -> Prefix:
-        """The prompts as embeddings; the adapter is on decoder layers only."""
-        return self._policy.encode(prompts)
-
-    @torch.no_grad()
-    def embed(self, tokens_NT: Tensor) -> Tensor:
-        """Image tokens as decoder inputs, embeds_NTD."""
-        return self._policy.embed(tokens_NT)
-
-    @torch.no_grad()
-    def hidden(self, prefix: Prefix, tokens_NT: Tensor) -> Tensor:
-        """Teacher-forced states of the base weights, hidden_NTD, without gradient."""
-        with adapter_off(self.module):
-            return self._policy.hidden(prefix, tokens_NT)
-
-    @torch.no_grad()
-    def head(self, hidden: Tensor) -> Tensor:
-        """Logits over the codebook; the last axis goes from D to V."""
-        return self._policy.head(hidden)
-
-    def decoder_weights(self) -> DecoderWeights:
-        """The base weights."""
-        weights = self._policy.decoder_weights()
-
-        def layer(index: int):
-            with adapter_off(self.module):
-                return weights.layers[index]
-
-        return replace(weights, layers=LayersOnDemand(len(weights.layers), layer))
-
-    def reference(self, hold: Callable[[Tensor], Tensor] = torch.clone) -> AdapterOff:
-        """The base weights do not change, so nothing is held."""
-        return self
-
-    def save(self, folder: str | Path) -> None:
-        """Writes the base weights in the layout they were loaded from."""
-        with adapter_off(self.module):
-            self._policy.save(folder)
 
 
 def _adapted(module: nn.Module) -> Iterator[Any]:

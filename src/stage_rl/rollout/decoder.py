@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, linear, scaled_dot_product_attention
 
+from stage_rl.distributed import full_tensor
 from stage_rl.policies.base import DecoderWeights, LayerWeights
 from stage_rl.policies.trunk import onednn_matmul
 from stage_rl.rollout.attention import (
@@ -66,7 +67,7 @@ class FusedLayer:
             assert (target is None) == (not parts), f"{name} comes or goes between two loads"
             if target is not None:
                 for mine, part in zip(target.split([len(p) for p in parts]), parts, strict=True):
-                    mine.copy_(part)
+                    mine.copy_(full_tensor(part))
 
     @property
     def num_bytes(self) -> int:
@@ -87,7 +88,7 @@ class Decoder:
         self.layers = [FusedLayer.like(layer, self.linear_dtype) for layer in weights.layers]
         self.norms = [HeadNorms(x.q_norm, x.k_norm, self.norm_eps) for x in self.layers]
         self.final_norm = _empty_copy(weights.final_norm)
-        self.token_embeds_VD = _empty_copy(weights.token_embeds_VD)
+        self.input_embeds = _empty_copy(weights.input_embeds)
         self.head_layers = [
             (_empty_copy(weight), None if bias is None else _empty_copy(bias))
             for weight, bias in weights.head
@@ -116,7 +117,7 @@ class Decoder:
         for mine, layer in zip(self.layers, weights.layers, strict=True):
             mine.load(layer)
         self.final_norm.copy_(weights.final_norm)
-        self.token_embeds_VD.copy_(weights.token_embeds_VD)
+        self.input_embeds.copy_(weights.input_embeds)
         for mine, (weight, bias) in zip(self.head_layers, weights.head, strict=True):
             mine[0].copy_(weight)
             if mine[1] is not None and bias is not None:

@@ -13,12 +13,14 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from stage_rl.errors import InputError
 from stage_rl.policies.base import Policy, Prefix
+from stage_rl.policies.logprobs import guide
 from stage_rl.rollout.attention import KeyValueCache, pick_backend
 from stage_rl.rollout.decoder import LINEAR_DTYPES, Decoder
-from stage_rl.rollout.sampling import Sampling, conditional_statistics, draw, guide
+from stage_rl.rollout.sampling import Sampling, conditional_statistics, draw
 
 FAST_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 """Any of these capabilities multiplies bf16 matrices at least as fast as fp32 ones."""
@@ -83,10 +85,11 @@ class Engine:
 
         Nothing else of the engine reads them.
         """
-        weights = self.policy.decoder_weights()
-        if self._decoder is None:
-            self._decoder = Decoder(weights, dtype=self.dtype, backend=self._backend)
-        self._decoder.load(weights)
+        with self.policy.gathered():
+            if self._decoder is None:
+                weights = self.policy.decoder_weights()
+                self._decoder = Decoder(weights, dtype=self.dtype, backend=self._backend)
+            self._decoder.load(self.policy.decoder_weights())
         self.passes = []
 
     @property
@@ -228,10 +231,10 @@ def _rows_of(prefix: Prefix, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """Embeddings and lengths of the prefill: conditional, then with guidance unconditional rows."""
     if not sampling.guided:
         return prefix.embeds_PLD, prefix.lengths_P
-    if prefix.uncond_embeds_PLD is None:
-        raise InputError("guidance_scale: this policy has no unconditional rows; write 1")
-    embeds = torch.cat([prefix.embeds_PLD, prefix.uncond_embeds_PLD])
-    return embeds, prefix.lengths_P.repeat(2)
+    both = prefix, prefix.unconditional()
+    longest = max(half.embeds_PLD.shape[1] for half in both)
+    embeds = [pad(half.embeds_PLD, (0, 0, 0, longest - half.embeds_PLD.shape[1])) for half in both]
+    return torch.cat(embeds), torch.cat([half.lengths_P for half in both])
 
 
 def _to_device(values: Tensor, device: torch.device) -> Tensor:
@@ -330,7 +333,7 @@ class Decoding:
         self._forced_T = None if forced_T is None else forced_T.to(device)
         self._step = torch.zeros(1, dtype=torch.long, device=device)
         self._positions_R = torch.zeros(cache.num_rows, dtype=torch.long, device=device)
-        self._logits_RV = torch.empty((cache.num_rows, len(decoder.token_embeds_VD)), device=device)
+        self._logits_RV = torch.empty((cache.num_rows, len(decoder.input_embeds)), device=device)
         self.generated = Generated.empty(uniforms_NT)
         """Complete after the last draw; the next pass overwrites it."""
 
@@ -346,7 +349,7 @@ class Decoding:
 
         `num_live` bounds the slots that are read where the backend needs a bound.
         """
-        embeds_ND = self._decoder.token_embeds_VD[self.draw()]
+        embeds_ND = self._decoder.input_embeds[self.draw()]
         states_RD = self._decoder.step(
             embeds_ND.repeat(len(self._positions_R) // len(embeds_ND), 1),
             self._positions_R,
@@ -361,8 +364,9 @@ class Decoding:
         """Draws the next token of every image and records what is known of it; tokens_N."""
         num_images, sampling = len(self._uniforms_NT), self._sampling
         cond_NV = self._logits_RV[:num_images]
-        uncond_NV = self._logits_RV[num_images:] if sampling.guided else None
-        guided_NV = guide(cond_NV, uncond_NV, sampling.guidance_scale)
+        guided_NV = cond_NV
+        if sampling.guided:
+            guided_NV = guide(cond_NV, self._logits_RV[num_images:], sampling.guidance_scale)
         uniforms_N = self._uniforms_NT.index_select(1, self._step)[:, 0]
         tokens_N, guided_logprobs_N = draw(guided_NV, uniforms_N, sampling)
         logprobs_N, entropy_N = conditional_statistics(cond_NV, tokens_N)

@@ -35,9 +35,9 @@ def rollout(
     `engine.images_per_pass` images.
     """
     policy = engine.policy
-    prefix = policy.encode(prompts)
-    layout = policy.layout(prompts)
-    num_tokens = layout.num_tokens
+    with policy.gathered():
+        prefix = policy.encode(prompts)
+    num_tokens = policy.layout.num_tokens
     uniforms_NT = image_uniforms(
         seed=seed,
         step=step,
@@ -46,14 +46,16 @@ def rollout(
         num_tokens=num_tokens,
     )
     uniforms_PGT = uniforms_NT.view(len(prompts), group_size, num_tokens)
-    generated = _in_passes(
-        engine, prefix, sampling=sampling, uniforms_PGT=uniforms_PGT, forced_T=layout.forced_T
-    )
+    generated = _in_passes(engine, prefix, sampling=sampling, uniforms_PGT=uniforms_PGT)
+    with policy.gathered():
+        images_NHWC = policy.images(
+            [prompt for prompt in prompts for _ in range(group_size)], generated.tokens_NT
+        )
     return Rollout(
         prompts=tuple(prompts),
         group_size=group_size,
         tokens_NT=generated.tokens_NT,
-        images_NHWC=policy.codebook.decode(generated.tokens_NT),
+        images_NHWC=images_NHWC,
         logprobs_NT=generated.logprobs_NT,
         guided_logprobs_NT=generated.guided_logprobs_NT,
         entropy_NT=generated.entropy_NT,
@@ -66,7 +68,6 @@ def _in_passes(
     *,
     sampling: Sampling,
     uniforms_PGT: Tensor,
-    forced_T: Tensor | None,
 ) -> Generated:
     """Whole groups per pass where they fit, else pieces of one group, as even as they can be."""
     num_prompts, group_size, num_tokens = uniforms_PGT.shape
@@ -83,7 +84,6 @@ def _in_passes(
                 group_size=uniforms.shape[1],
                 sampling=sampling,
                 uniforms_NT=uniforms.flatten(0, 1),
-                forced_T=forced_T,
             )
             for uniforms in uniforms_PGT[first:last].split(_even(group_size, most), dim=1)
         ]

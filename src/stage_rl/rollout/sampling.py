@@ -8,12 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from stage_rl.errors import InputError
+from stage_rl.policies.logprobs import CONDITIONAL, Scoring
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,12 @@ class Sampling:
         """Whether unconditional rows are needed."""
         return self.guidance_scale != 1
 
+    def scoring(self, logprobs: Literal["conditional", "guided", "guided_detached"]) -> Scoring:
+        """How a recipe scores: guided forms what was sampled from, so that nothing can differ."""
+        if logprobs == "conditional":
+            return CONDITIONAL
+        return Scoring(logprobs, self.guidance_scale, self.temperature)
+
 
 def image_uniforms(
     *, seed: int, step: int, prompt_indices: Sequence[int], group_size: int, num_tokens: int
@@ -66,13 +74,6 @@ def _stream(*, key: tuple[int, int], counter: tuple[int, int, int, int]) -> np.r
     # Philox counts up in its first word, so streams that differ in another word never meet.
     words = np.array(counter, dtype=np.uint64), np.array(key, dtype=np.uint64)
     return np.random.Generator(np.random.Philox(counter=words[0], key=words[1]))
-
-
-def guide(cond_NV: Tensor, uncond_NV: Tensor | None, guidance_scale: float) -> Tensor:
-    """Guided logits: unconditional + scale x (conditional - unconditional), fp32."""
-    if uncond_NV is None:
-        return cond_NV
-    return torch.add(uncond_NV, cond_NV - uncond_NV, alpha=guidance_scale)
 
 
 def draw(guided_NV: Tensor, uniforms_N: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:

@@ -38,7 +38,7 @@ from stage_rl.shapes.pretrain_tokenizer import tokenize
 from stage_rl.shapes.prompts import ShapesPromptsConfig
 from stage_rl.shapes.scenes import Scene, random_scene, render
 from stage_rl.shapes.suite import GUIDANCE_SCALE
-from stage_rl.types import Rollout
+from stage_rl.types import Prompt, Rollout
 
 HARD_TASKS = ("counting", "position", "color_attr")
 
@@ -242,7 +242,7 @@ def measure_tokenizer(policy: Policy, num_renders: int, *, seed: int) -> Tokeniz
     module: Any = policy.module
     parts = [images_NHWC[i : i + CHUNK] for i in range(0, num_renders, CHUNK)]
     tokens_NT = torch.cat([tokenize(module.model.vqmodel, part) for part in parts])
-    rebuilt_NHWC = policy.codebook.decode(tokens_NT).numpy()
+    rebuilt_NHWC = policy.images([Prompt("a scene")] * num_renders, tokens_NT).numpy()
     alike_VV = _look_alikes(policy)
     used = tokens_NT.unique().cpu()
     num_codes = len(alike_VV)
@@ -264,7 +264,7 @@ def _share_right(images_NHWC: NDArray[np.uint8], scenes: Sequence[Scene]) -> flo
 
 def _look_alikes(policy: Policy) -> torch.Tensor:
     """Which codes look alike, VV (bool); no code is its own look-alike."""
-    codes_VC = policy.codebook.vectors(torch.arange(policy.codebook.size, device=policy.device))
+    codes_VC = policy.codes(torch.arange(policy.codebook_size, device=policy.device))
     unit_VC = torch.nn.functional.normalize(codes_VC.cpu(), dim=1)
     return (unit_VC @ unit_VC.T >= LOOK_ALIKE).fill_diagonal_(False)
 
@@ -329,14 +329,14 @@ def measure_regime(
         passes.append(_see(policy, drawn, reward))
         advance(len(drawn.tokens_NT))
     seen = RegimeSamples(*(torch.cat(parts) for parts in zip(*passes, strict=True)))
-    return figures_of(seen, policy.codebook.size)
+    return figures_of(seen, policy.codebook_size)
 
 
 def _see(policy: Policy, drawn: Rollout, reward: GenEvalReward) -> RegimeSamples:
     prompts = [prompt for prompt in drawn.prompts for _ in range(drawn.group_size)]
     scores = reward(drawn.images_NHWC, prompts)
     rewards_PG = _by_group([score.value or 0.0 for score in scores])
-    codes_NTC = policy.codebook.vectors(drawn.tokens_NT).cpu()
+    codes_NTC = policy.codes(drawn.tokens_NT).cpu()
     codes_PGTC = codes_NTC.unflatten(0, (-1, GROUP_SIZE))
     inspections = inspect(drawn.images_NHWC.numpy())
     foreground_NHW = np.stack([one.foreground_HW for one in inspections])
@@ -345,7 +345,7 @@ def _see(policy: Policy, drawn: Rollout, reward: GenEvalReward) -> RegimeSamples
     assert drawn.entropy_NT is not None
     return RegimeSamples(
         entropy_NT=drawn.entropy_NT.cpu(),
-        object_NT=object_cells(foreground_NHW, policy.layout(drawn.prompts).grid),
+        object_NT=object_cells(foreground_NHW, policy.layout.grid),
         similarity_PGT=opposing_similarity(codes_PGTC, group_advantages(rewards_PG)),
         equal_P=equal_reward_groups(rewards_PG),
         correct_PG=_by_group([score.extras["correct"] for score in scores]),

@@ -96,8 +96,8 @@ class Judges:
     def _compare_images(
         self, task: str, drawn: Rollout, inspections: list[gold.Inspection], policy: Policy
     ) -> None:
-        size, grid = drawn.group_size, policy.layout(drawn.prompts).grid
-        codes_NTC = policy.codebook.vectors(drawn.tokens_NT).cpu()
+        size, grid = drawn.group_size, policy.layout.grid
+        codes_NTC = policy.codes(drawn.tokens_NT).cpu()
         object_NT = object_cells(np.stack([one.foreground_HW for one in inspections]), grid)
         for place, prompt in enumerate(drawn.prompts):
             rows = slice(place * size, (place + 1) * size)

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from stage_rl.algorithm import equal_reward_groups, importance_ratio
 from stage_rl.policies.base import Policy
+from stage_rl.policies.logprobs import CONDITIONAL, Scoring
 from stage_rl.recipe import AlgorithmConfig
 from stage_rl.rollout.decoder import Decoder
 from stage_rl.rollout.engine import PassStats
 from stage_rl.rollout.sampling import Sampling
-from stage_rl.training.logprobs import CONDITIONAL, Scoring, scoring_of
 from stage_rl.training.update import Credit, MicroBatch, Precision, UpdateStats, measure
 from stage_rl.types import Measured, Rewards, Rollout
 
@@ -358,4 +358,4 @@ def _other_scoring(scoring: Scoring, sampling: Sampling) -> Scoring | None:
         return None
     if scoring.logprobs != "conditional":
         return CONDITIONAL
-    return scoring_of("guided_detached", sampling)
+    return sampling.scoring("guided_detached")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from stage_rl.algorithm import equal_reward_groups, exact_kl, token_entropy
 from stage_rl.errors import DivergedError
@@ -16,7 +17,7 @@ from stage_rl.recipe import EvaluationConfig, LivenessConfig, Recipe, TripwiresC
 from stage_rl.rollout.engine import Engine
 from stage_rl.training.checkpoint import Progress
 from stage_rl.training.trainer import Step, Trainer
-from stage_rl.training.update import MicroBatch, Precision, trunk_states
+from stage_rl.training.update import MicroBatch, Precision
 from stage_rl.types import Rewards
 
 
@@ -178,15 +179,26 @@ def measure_drift(
     policy: Policy, reference: Policy, batch: MicroBatch, precision: Precision
 ) -> Drift:
     """How far the policy has moved, on samples of the reference, under the scored distribution."""
-    states = [trunk_states(model, batch, precision).flatten(0, 1) for model in (policy, reference)]
-    kl, entropy = [], []
-    for rows_RW, ref_rows_RW in zip(
-        *(s.split(precision.logprob_rows) for s in states), strict=True
-    ):
-        logits_RV = precision.scoring.head(policy)(rows_RW).float()
-        ref_logits_RV = precision.scoring.head(reference)(ref_rows_RW).float()
-        kl.append(exact_kl(logits_RV, ref_logits_RV))
-        entropy.append(token_entropy(logits_RV) - token_entropy(ref_logits_RV))
+
+    def head(model: Policy, rows_RW: Tensor) -> Tensor:
+        return precision.scoring.logits(model.head, rows_RW).float()
+
+    with policy.gathered(), reference.gathered():
+        states = [
+            model.states(
+                batch.prompts,
+                batch.tokens_NT,
+                group_size=batch.group_size,
+                scoring=precision.scoring,
+                mixed=precision.mixed,
+            ).flatten(0, 1)
+            for model in (policy, reference)
+        ]
+        kl, entropy = [], []
+        for rows in zip(*(s.split(precision.logprob_rows) for s in states), strict=True):
+            logits_RV, ref_logits_RV = head(policy, rows[0]), head(reference, rows[1])
+            kl.append(exact_kl(logits_RV, ref_logits_RV))
+            entropy.append(token_entropy(logits_RV) - token_entropy(ref_logits_RV))
     return Drift(torch.cat(kl).mean().item(), torch.cat(entropy).mean().item())
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stage_rl.distributed import full_tensor
 from stage_rl.errors import DivergedError, RecipeError
 from stage_rl.recipe import OptimizerConfig
-from stage_rl.training.parallelize import whole
 
 
 def build_optimizer(
@@ -73,7 +73,7 @@ def apply_gradient(
     A norm that is not finite is a DivergedError, and the parameters stay as they are.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    norm = full_tensor(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
     if not norm.isfinite():
         raise DivergedError(
             f"the gradient norm is {norm.item()}; lower optimizer.lr, or raise algorithm.beta"

@@ -30,7 +30,6 @@ from stage_rl.training.checkpoint import (
     save_checkpoint,
     trained_parameters,
 )
-from stage_rl.training.logprobs import scoring_of
 from stage_rl.training.memory import check_memory, gpu_memory_gb, keep_freed_memory
 from stage_rl.training.metrics import (
     DecoderSize,
@@ -41,7 +40,7 @@ from stage_rl.training.metrics import (
     untrained_mismatch,
 )
 from stage_rl.training.optim import build_optimizer
-from stage_rl.training.parallelize import prepare_blocks, shard_both
+from stage_rl.training.parallelize import prepare_blocks, shard
 from stage_rl.training.reference import build_reference
 from stage_rl.training.run import RunFolder
 from stage_rl.training.update import (
@@ -84,7 +83,7 @@ class Trainer:
             mixed=training.dtype == "mixed",
             round_to_bf16=self.recipe.algorithm.logprob_dtype == "bfloat16",
             logprob_rows=training.logprob_rows,
-            scoring=scoring_of(self.recipe.algorithm.logprobs, self.sampling),
+            scoring=self.sampling.scoring(self.recipe.algorithm.logprobs),
         )
 
     @functools.cached_property
@@ -284,7 +283,7 @@ def build_trainer(recipe: Recipe, prompts: tuple[Prompt, ...], ranks: World = SI
     )
     if ranks.size > 1:
         mixed = recipe.training.dtype == "mixed"
-        policy, reference = shard_both(policy, reference, num_ranks=ranks.size, mixed=mixed)
+        shard(policy, reference, num_ranks=ranks.size, mixed=mixed)
     return Trainer(
         recipe=recipe,
         prompts=prompts,

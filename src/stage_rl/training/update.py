@@ -19,10 +19,9 @@ from torch import Tensor
 from stage_rl import algorithm
 from stage_rl.errors import DivergedError
 from stage_rl.policies.base import Policy
+from stage_rl.policies.logprobs import CONDITIONAL, Scoring
 from stage_rl.recipe import AlgorithmConfig
-from stage_rl.training.logprobs import CONDITIONAL, Scoring, head_logprobs
 from stage_rl.training.optim import apply_gradient
-from stage_rl.training.parallelize import in_one_pass
 from stage_rl.types import Measured, Prompt, Rewards, Rollout
 
 
@@ -84,36 +83,18 @@ def measure(
     """Teacher-forced log-probability and entropy of every token under the scored distribution, NT,
     with gradient.
     """
-    logprobs_N, entropy_N = in_one_pass(
-        policy, lambda policy: _measure(policy, batch, precision, entropy_grad)
-    )
-    if precision.round_to_bf16:
-        logprobs_N, entropy_N = _as_bf16(logprobs_N), _as_bf16(entropy_N)
-    shape = batch.tokens_NT.shape
-    return Measured(logprobs_N.view(shape), entropy_N.view(shape))
-
-
-def _measure(
-    policy: Policy, batch: MicroBatch, precision: Precision, entropy_grad: bool
-) -> tuple[Tensor, Tensor]:
-    return head_logprobs(
-        precision.scoring.head(policy),
-        trunk_states(policy, batch, precision).flatten(0, 1),
-        batch.tokens_NT.flatten(),
+    logprobs_NT, entropy_NT = policy(
+        batch.prompts,
+        batch.tokens_NT,
+        group_size=batch.group_size,
+        scoring=precision.scoring,
+        mixed=precision.mixed,
         chunk_rows=precision.logprob_rows,
         entropy_grad=entropy_grad,
     )
-
-
-def trunk_states(policy: Policy, batch: MicroBatch, precision: Precision) -> Tensor:
-    """The states that the scored head reads, states_NTW; fp32 where the trunk computes in a mix."""
-    prefix = policy.encode(batch.prompts).repeat(batch.group_size)
-    # A pass uses each weight once: kept copies in bf16 would only take memory.
-    with torch.autocast(
-        policy.device.type, torch.bfloat16, enabled=precision.mixed, cache_enabled=False
-    ):
-        states_NTW = precision.scoring.states(policy, prefix, batch.tokens_NT)
-    return states_NTW.float() if precision.mixed else states_NTW
+    if precision.round_to_bf16:
+        logprobs_NT, entropy_NT = _as_bf16(logprobs_NT), _as_bf16(entropy_NT)
+    return Measured(logprobs_NT, entropy_NT)
 
 
 def measure_all(
@@ -220,7 +201,8 @@ def _credit(
     settings: AlgorithmConfig,
 ) -> Credit:
     device = old.logprobs_NT.device
-    codes_NTC = policy.codebook.vectors(batch.tokens_NT)
+    with policy.gathered():
+        codes_NTC = policy.codes(batch.tokens_NT)
     credits = credit(
         judged.rewards_PG[batch.groups].to(device),
         valid_P=judged.valid_P[batch.groups].to(device),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stage_rl.bench.base import peak_bytes
 from stage_rl.bench.logprobs import naive_logprobs
-from stage_rl.training.logprobs import head_logprobs
+from stage_rl.policies.logprobs import head_logprobs
 
 ROWS, WIDTH, CODES = 11, 5, 7
 
