@@ -4,7 +4,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 
 from stage_rl.rollout import attention
-from stage_rl.rollout.attention import CacheShape, KeyValueCache, decode_attention, live_bias
+from stage_rl.rollout.attention import CacheShape, KeyValueCache, decode_attention, length_mask
 
 CPU = torch.device("cpu")
 ROWS, HEADS, QUERIES, SLOTS, HEAD_DIM = 3, 2, 2, 75, 8
@@ -25,9 +25,9 @@ def test_each_row_attends_to_its_own_slots_across_blocks(block, monkeypatch):
         slot_R = last_R.clamp(max=position)
         rows_R = torch.arange(ROWS)
         new = keys[rows_R, :, slot_R], values[rows_R, :, slot_R]
-        cache.append(0, *new, cache.places(slot_R))
+        cache.append(0, *new, cache.slot_index(slot_R))
     query = torch.randn(ROWS, HEADS, QUERIES, HEAD_DIM)
-    ours = decode_attention(query, cache.keys[0], cache.values[0], live_bias(last_R, SLOTS))
+    ours = decode_attention(query, cache.keys[0], cache.values[0], length_mask(last_R, SLOTS))
     for row, last in enumerate(last_R.tolist()):
         live = slice(0, last + 1)
         theirs = scaled_dot_product_attention(query[row], keys[row, :, live], values[row, :, live])

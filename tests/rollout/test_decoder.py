@@ -6,7 +6,7 @@ from torch.testing import assert_close
 from transformers import Qwen2Config, Qwen2Model, Qwen3Config, Qwen3Model
 
 from stage_rl.policies.base import DecoderWeights, LayerWeights
-from stage_rl.rollout.attention import EagerBackend
+from stage_rl.rollout.attention import Backend
 from stage_rl.rollout.decoder import Decoder
 
 SIZE = {
@@ -75,15 +75,20 @@ def test_prefill_and_steps_agree_with_transformers(trunk, head_dim, has):
         parameter.add_(torch.randn_like(parameter) * 0.3)
     weights = decoder_weights(trunk, head_dim)
     assert getattr(weights.layers[0], has) is not None
-    decoder = Decoder(weights, dtype="float32", backend=EagerBackend())
+    decoder = Decoder(weights, dtype="float32", backend=Backend())
     decoder.load(weights)
     inputs_1SD = torch.randn(1, 40, 32)
     theirs_1SD = trunk(inputs_embeds=inputs_1SD).last_hidden_state
     cache = decoder.new_cache(2, 40)
+    coords_SA = torch.arange(40)[:, None]
     # One prompt of 36 slots, then 4 steps, in a group of 2 rows.
-    state_1D = decoder.prefill(inputs_1SD[:, :36], torch.tensor([36]), cache, group_size=2)
+    state_1D = decoder.prefill(
+        inputs_1SD[:, :36], torch.tensor([36]), coords_SA[:36], cache, group_size=2
+    )
     assert_close(state_1D, theirs_1SD[:, 35], atol=1e-5, rtol=1e-5)
     for slot in range(36, 40):
         inputs_RD, positions_R = inputs_1SD[:, slot].repeat(2, 1), torch.tensor([slot, slot])
-        states_RD = decoder.step(inputs_RD, positions_R, cache, num_live=slot + 1)
+        states_RD = decoder.step(
+            inputs_RD, positions_R, positions_R[:, None], cache, num_live=slot + 1
+        )
         assert_close(states_RD, theirs_1SD[:, slot].repeat(2, 1), atol=1e-5, rtol=1e-5)

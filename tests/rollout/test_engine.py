@@ -3,7 +3,6 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.testing import assert_close
 
 from stage_rl.errors import InputError
 from stage_rl.policies.base import Prefix
@@ -137,29 +136,6 @@ def test_a_graph_is_captured_after_its_first_calls_and_then_replayed(monkeypatch
         captured()
     # Inside a capture the call is recorded, not done, so a replay follows.
     assert happened == ["call", "call", "capture", "call", "replay", "replay"]
-
-
-def test_forced_tokens_have_no_log_probability(tiny_janus):
-    forced_T = torch.full((16,), -1)
-    forced_T[3], forced_T[15] = 7, 9
-    prefix = tiny_janus.encode(PROMPTS[:1])
-    drawn = Engine(tiny_janus).generate(
-        prefix,
-        group_size=2,
-        sampling=Sampling(),
-        uniforms_NT=torch.rand(2, 16, generator=torch.Generator().manual_seed(0)),
-        forced_T=forced_T,
-    )
-    assert drawn.tokens_NT[:, [3, 15]].tolist() == [[7, 9]] * 2
-    for known_NT in (drawn.logprobs_NT, drawn.guided_logprobs_NT, drawn.entropy_NT):
-        assert known_NT[:, [3, 15]].eq(0).all()
-        assert known_NT[:, [0, 14]].ne(0).all()
-    with torch.no_grad():
-        logits_NTV = tiny_janus.head(tiny_janus.hidden(prefix.repeat(2), drawn.tokens_NT))
-    logprobs_NT = logits_NTV.log_softmax(-1).gather(-1, drawn.tokens_NT[..., None])[..., 0]
-    sampled = forced_T < 0
-    # What follows a forced token is conditioned on it.
-    assert_close(drawn.logprobs_NT[:, sampled], logprobs_NT[:, sampled], atol=1e-4, rtol=0)
 
 
 def test_a_sequence_of_many_blocks_gives_the_same_tokens(tiny_janus, monkeypatch):

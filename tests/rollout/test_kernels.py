@@ -13,12 +13,12 @@ import torch
 from torch.testing import assert_close
 
 from stage_rl.rollout.attention import (
+    Backend,
     CacheShape,
-    EagerBackend,
     HeadNorms,
     Heads,
     KeyValueCache,
-    live_bias,
+    length_mask,
 )
 from stage_rl.rollout.attention import decode_attention as eager_attention
 from stage_rl.rollout.engine import Engine
@@ -69,7 +69,7 @@ def test_attention_at_every_length_in_one_batch_of_all_lengths(dtype, num_parts)
     positions_R = torch.arange(num_slots, device=DEVICE)
     query = torch.randn(num_slots, 1, 1, 16, device=DEVICE)
     ours = decode_attention(query, cache.keys[0], cache.values[0], positions_R, num_parts=num_parts)
-    bias = live_bias(positions_R, num_slots)
+    bias = length_mask(positions_R, num_slots)
     theirs = eager_attention(query, cache.keys[0], cache.values[0], bias)
     assert_close(ours, theirs, atol=NEAR[dtype], rtol=0)
 
@@ -83,7 +83,7 @@ def test_attention_of_grouped_queries_with_an_odd_head_dimension():
     positions_R = torch.tensor([2, 70, 99], device=DEVICE)
     query = torch.randn(3, 2, 4, 12, device=DEVICE)
     ours = decode_attention(query, cache.keys[0], cache.values[0], positions_R)
-    bias = live_bias(positions_R, 100)
+    bias = length_mask(positions_R, 100)
     theirs = eager_attention(query, cache.keys[0], cache.values[0], bias)
     assert_close(ours, theirs, atol=1e-5, rtol=0)
 
@@ -100,16 +100,18 @@ def test_a_sequence_is_split_where_rows_and_heads_are_few(num_heads, parts):
 
 
 @kernels
-@pytest.mark.parametrize("normed", [(), ("q",), ("q", "k")])
-def test_turned_queries_and_the_cache_are_those_of_torch(normed):
+@pytest.mark.parametrize(("normed", "axes"), [((), 1), (("q",), 1), (("q", "k"), 2)])
+def test_rotated_queries_and_the_cache_are_those_of_torch(normed, axes):
     from stage_rl.rollout.kernels import TritonBackend
 
     torch.manual_seed(0)
     # 4 query heads and 2 of keys and values, 12 wide; angles of no meaning.
-    cos, sin = torch.randn(2, 64, 1, 12, device=DEVICE)
-    heads = Heads(4, 2, 12, cos, sin)
+    cos, sin = torch.randn(2, 64, 12, device=DEVICE)
+    axis_E = torch.arange(12, device=DEVICE) % axes if axes > 1 else None
+    heads = Heads(4, 2, 12, EPS, cos, sin, axis_E)
+    coords_RA = torch.tensor([[0, 5], [31, 2], [63, 40]], device=DEVICE)[:, :axes].contiguous()
     weights = {name: torch.randn(12, device=DEVICE) for name in normed}
-    norms = HeadNorms(weights.get("q"), weights.get("k"), EPS)
+    norms = HeadNorms(weights.get("q"), weights.get("k"))
     caches = [filled_cache(CacheShape(1, 2, 12), 3, 64) for _ in range(2)]
     for mine, other in zip(
         (*caches[0].keys, *caches[0].values), (*caches[1].keys, *caches[1].values), strict=True
@@ -118,8 +120,8 @@ def test_turned_queries_and_the_cache_are_those_of_torch(normed):
     positions_R = torch.tensor([0, 31, 40], device=DEVICE)
     qkv_RC = torch.randn(3, 8 * 12, device=DEVICE)
     ours, theirs = (
-        backend.attention(heads, cache, positions_R, 41)(0, qkv_RC, norms)
-        for backend, cache in zip((TritonBackend(), EagerBackend()), caches, strict=True)
+        backend.attention(heads, cache, positions_R, coords_RA, 41)(0, qkv_RC, norms)
+        for backend, cache in zip((TritonBackend(), Backend()), caches, strict=True)
     )
     assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     assert_close(caches[0].keys[0], caches[1].keys[0], atol=1e-5, rtol=1e-5)
@@ -132,23 +134,27 @@ def test_norms_and_the_gate_are_those_of_torch(dtype):
     from stage_rl.rollout.kernels import TritonBackend
 
     torch.manual_seed(0)
-    ours, theirs = TritonBackend(), EagerBackend()
+    ours, theirs = TritonBackend(), Backend()
     states_MD, delta_MD = torch.randn(2, 3, 20, device=DEVICE)
     delta_MD = delta_MD.to(dtype)
     weight_D = torch.randn(20, device=DEVICE)
     near = {"atol": NEAR[dtype], "rtol": NEAR[dtype]}
-    plain = [b.norm(states_MD, weight_D, EPS, dtype) for b in (ours, theirs)]
-    assert plain[0].dtype == dtype
-    assert_close(*plain, **near)
-    copies = [states_MD.clone(), states_MD.clone()]
-    added = [
-        b.add_norm(copy, delta_MD, weight_D, eps=EPS, dtype=dtype)
-        for b, copy in zip((ours, theirs), copies, strict=True)
-    ]
-    assert_close(*added, **near)
-    assert torch.equal(*copies)
+    for added in (
+        {},
+        {"delta_MD": delta_MD},
+        {"delta_MD": delta_MD, "delta_norm_D": torch.randn(20, device=DEVICE)},
+    ):
+        copies = [states_MD.clone(), states_MD.clone()]
+        normed = [
+            b.norm(copy, weight_D, eps=EPS, dtype=dtype, **added)
+            for b, copy in zip((ours, theirs), copies, strict=True)
+        ]
+        assert normed[0].dtype == dtype
+        assert_close(*normed, **near)
+        assert_close(*copies, atol=1e-6, rtol=1e-6)
+        assert torch.equal(copies[0], states_MD) != bool(added)
     gate_up = torch.randn(2, 2 * 1500, device=DEVICE).to(dtype)
-    assert_close(ours.gated(gate_up), theirs.gated(gate_up), **near)
+    assert_close(ours.swiglu(gate_up), theirs.swiglu(gate_up), **near)
 
 
 @kernels

@@ -1,8 +1,11 @@
-"""The key-value cache and, without kernels of our own, the attention of one new token per row.
+"""The key-value cache, and the steps of a decode between its matrix products.
 
-Shape suffixes: B rows of the prefill (unique prompts), R rows of the decode, K key-value heads,
-J query heads of one key-value head, W blocks of slots, U slots of a block, S slots of the live
-blocks, E head dimension.
+`Backend` is torch's own operations, on any device; `kernels` has the GPU's form.
+
+Shape suffixes: B rows of the prefill (unique prompts), R rows of the decode, M rows x slots,
+D model width, F width of the MLP, H query heads, K key-value heads, J query heads of one key-value
+head, W blocks of slots, U slots of a block, S slots (of a rotary table: coordinates), A rotary
+axes, E head dimension, C width of queries, keys and values together.
 """
 
 from __future__ import annotations
@@ -11,7 +14,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +23,8 @@ from stage_rl.errors import InputError
 
 BLOCK = 32
 """Slots that lie together."""
+
+BACKENDS = ("eager", "triton")
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,6 @@ class KeyValueCache:
 
     @property
     def num_rows(self) -> int:
-        """Rows of the decode."""
         return self.keys[0].shape[1]
 
     @property
@@ -76,7 +79,6 @@ class KeyValueCache:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of all layers."""
         return sum(part.nbytes for part in (*self.keys, *self.values))
 
     def fits(self, num_rows: int, num_slots: int) -> bool:
@@ -104,14 +106,14 @@ class KeyValueCache:
                 grouped = block.unflatten(0, (num_rows, group_size))
                 grouped[:, :, :, : piece.shape[2]] = piece[:, None]
 
-    def append(self, layer: int, keys_RKE: Tensor, values_RKE: Tensor, places: Tensor) -> None:
-        """Writes one slot per row and head, at `places`."""
+    def append(self, layer: int, keys_RKE: Tensor, values_RKE: Tensor, index: Tensor) -> None:
+        """Writes one slot per row and head, at `slot_index`."""
         head_dim = keys_RKE.shape[-1]
         for cache, new in ((self.keys, keys_RKE), (self.values, values_RKE)):
             flat, lanes = cache[layer].view(-1, head_dim), new.reshape(-1, head_dim)
-            flat.index_copy_(0, places, lanes.to(flat.dtype))
+            flat.index_copy_(0, index, lanes.to(flat.dtype))
 
-    def places(self, positions_R: Tensor) -> Tensor:
+    def slot_index(self, positions_R: Tensor) -> Tensor:
         """Where slot `positions_R` of every row and head lies among all slots of a layer."""
         _, num_rows, num_heads, _, _ = self.keys[0].shape
         lanes = torch.arange(num_rows * num_heads, device=positions_R.device)
@@ -120,153 +122,100 @@ class KeyValueCache:
         return first * BLOCK + positions % BLOCK
 
 
-def live_bias(positions_R: Tensor, num_live: int) -> Tensor:
-    """0 for the slots a row has filled, -inf behind them, up to a whole block; R1S."""
-    num_slots = math.ceil(num_live / BLOCK) * BLOCK
-    slot_S = torch.arange(num_slots, device=positions_R.device)
-    bias_RS = torch.zeros(len(positions_R), num_slots, device=positions_R.device)
-    return bias_RS.masked_fill_(slot_S > positions_R[:, None], -math.inf)[:, None]
-
-
-def decode_attention(
-    query_RKJE: Tensor, keys_WRKUE: Tensor, values_WRKUE: Tensor, bias_R1S: Tensor
-) -> Tensor:
-    """Attention of one token per row over the slots of the bias, RKJE, fp32.
-
-    On a CPU batched products and a softmax take a fraction of the time of SDPA at one query.
-    """
-    num_rows, num_heads, num_queries, head_dim = query_RKJE.shape
-    batch = num_rows * num_heads
-    query = query_RKJE.reshape(batch, num_queries, head_dim) * head_dim**-0.5
-    num_blocks = bias_R1S.shape[-1] // BLOCK
-    keys, values = (
-        part[:num_blocks].view(num_blocks, batch, BLOCK, head_dim).to(query.dtype)
-        for part in (keys_WRKUE, values_WRKUE)
-    )
-    scores = torch.cat([torch.bmm(query, block.transpose(1, 2)) for block in keys], -1)
-    scores.view(num_rows, -1, num_blocks * BLOCK).add_(bias_R1S)
-    weights = scores.softmax(-1).split(BLOCK, -1)
-    mixed = torch.bmm(weights[0], values[0])
-    for weight, block in zip(weights[1:], values[1:], strict=True):
-        mixed.baddbmm_(weight, block)
-    return mixed.view(query_RKJE.shape)
-
-
-# What a decoder computes between its matrix products, in torch; `kernels` has the GPU's form.
-#
-# Shape suffixes: R rows of the decode, M rows x slots, D model width, F width of the MLP, H query
-# heads, K key-value heads, J query heads of one key-value head, S slots, E head dimension, C
-# width
-# of queries, keys and values together.
-
-
-BACKENDS = ("eager", "triton")
-
-Attend = Callable[[int, Tensor, "HeadNorms"], Tensor]
-"""(layer, qkv_RC, norms) -> what the heads read, side by side; writes the new keys and values."""
-
-
-@dataclass(frozen=True)
-class HeadNorms:
-    """RMSNorm of each query and key before the rotation; None: there is none."""
-
-    q_norm_E: Tensor | None
-    k_norm_E: Tensor | None
-    eps: float
-
-
 @dataclass(frozen=True)
 class Heads:
-    """How queries, keys and values lie in the product of the fused projection, and turn."""
+    """How queries, keys and values lie in the product of the fused projection, and rotate."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    cos_S1E: Tensor
-    sin_S1E: Tensor
-    """With the sign of the half rotation, (-x2, x1)."""
+    norm_eps: float
+    """Of the norms of queries and keys, where a family has them."""
+    cos_SE: Tensor
+    sin_SE: Tensor
+    """By coordinate; with the sign of the half rotation, (-x2, x1)."""
+    axis_E: Tensor | None = None
+    """Axis whose coordinate a rotary dimension takes; None: there is one axis."""
+
+    def rotation(self, coords_MA: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines at coordinates, M1E."""
+        if self.axis_E is None:
+            index_M = coords_MA[:, 0]
+            return self.cos_SE[index_M, None], self.sin_SE[index_M, None]
+        index_ME = coords_MA[:, self.axis_E]
+        return self.cos_SE.gather(0, index_ME)[:, None], self.sin_SE.gather(0, index_ME)[:, None]
 
 
-class Backend(Protocol):
-    """The steps between the matrix products of a decode."""
+@dataclass(frozen=True)
+class HeadNorms:
+    """Weights of the RMSNorm of each query and key before the rotation; None: there is none."""
 
-    def norm(self, states_MD: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        """RMSNorm of the residual stream in fp32, as `dtype`."""
-        ...
+    q_norm_E: Tensor | None
+    k_norm_E: Tensor | None
 
-    def add_norm(
+
+Attend = Callable[[int, Tensor, HeadNorms], Tensor]
+"""(layer, qkv_RC, norms) -> what the heads read, side by side; writes the new keys and values."""
+
+
+class Backend:
+    """The steps between the matrix products of a decode, by torch's own operations."""
+
+    def norm(
         self,
         states_MD: Tensor,
-        delta_MD: Tensor,
         weight_D: Tensor,
         *,
         eps: float,
         dtype: torch.dtype,
+        delta_MD: Tensor | None = None,
+        delta_norm_D: Tensor | None = None,
     ) -> Tensor:
-        """Adds `delta_MD` to the residual stream in place, and its norm."""
-        ...
+        """RMSNorm of the residual stream in fp32, as `dtype`.
 
-    def gated(self, gate_up_MF: Tensor) -> Tensor:
-        """silu(gate) x up, in the dtype of the input."""
-        ...
-
-    def attention(
-        self, heads: Heads, cache: KeyValueCache, positions_R: Tensor, num_live: int
-    ) -> Attend:
-        """The attention of one step, the same for every layer.
-
-        A row attends to its slots up to its position; `num_live` bounds the largest plus 1.
+        `delta_MD`, through a norm of its own where one is given, is first added to it in place.
         """
-        ...
-
-
-class EagerBackend:
-    """Torch's own operations, on any device."""
-
-    def norm(self, states_MD: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        """RMSNorm of the residual stream in fp32, as `dtype`."""
+        if delta_MD is not None:
+            if delta_norm_D is not None:
+                delta_MD = rms_norm(delta_MD.float(), delta_norm_D.shape, delta_norm_D, eps)
+            states_MD += delta_MD
         return rms_norm(states_MD, weight_D.shape, weight_D, eps).to(dtype)
 
-    def add_norm(
-        self,
-        states_MD: Tensor,
-        delta_MD: Tensor,
-        weight_D: Tensor,
-        *,
-        eps: float,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        """Adds `delta_MD` to the residual stream in place, and its norm."""
-        states_MD += delta_MD
-        return self.norm(states_MD, weight_D, eps, dtype)
-
-    def gated(self, gate_up_MF: Tensor) -> Tensor:
+    def swiglu(self, gate_up_MF: Tensor) -> Tensor:
         """silu(gate) x up, in the dtype of the input."""
         gate, up = gate_up_MF.chunk(2, -1)
         return silu(gate) * up
 
     def attention(
-        self, heads: Heads, cache: KeyValueCache, positions_R: Tensor, num_live: int
+        self,
+        heads: Heads,
+        cache: KeyValueCache,
+        positions_R: Tensor,
+        coords_RA: Tensor,
+        num_live: int,
     ) -> Attend:
-        """The attention of one step over the live blocks, with a mask."""
-        cos, sin = heads.cos_S1E[positions_R], heads.sin_S1E[positions_R]
-        places = cache.places(positions_R)
-        bias = live_bias(positions_R, num_live)
+        """The attention of one step, the same for every layer.
+
+        A row attends to its slots up to its position and rotates by its coordinates; `num_live`
+        bounds the largest position plus 1, where the backend needs a bound.
+        """
+        cos, sin = heads.rotation(coords_RA)
+        index, mask = cache.slot_index(positions_R), length_mask(positions_R, num_live)
 
         def attend(layer: int, qkv_RC: Tensor, norms: HeadNorms) -> Tensor:
-            query, keys, values = turned(qkv_RC, heads, norms, cos=cos, sin=sin)
-            cache.append(layer, keys, values, places)
+            query, keys, values = apply_rotary(qkv_RC, heads, norms, cos=cos, sin=sin)
+            cache.append(layer, keys, values, index)
             query = query.view(len(query), heads.num_kv_heads, -1, heads.head_dim)
-            mixed = decode_attention(query, cache.keys[layer], cache.values[layer], bias)
+            mixed = decode_attention(query, cache.keys[layer], cache.values[layer], mask)
             return mixed.view(len(query), -1)
 
         return attend
 
 
-def turned(
+def apply_rotary(
     qkv_MC: Tensor, heads: Heads, norms: HeadNorms, *, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, keys and values in fp32, MHE or MKE, the first two turned by their positions."""
+    """Query, keys and values in fp32, MHE or MKE, the first two normed and rotated."""
     counts = [heads.num_heads, heads.num_kv_heads]
     heads_MHE = qkv_MC.float().view(len(qkv_MC), -1, heads.head_dim)
     plain_MHE, values = heads_MHE[:, : sum(counts)], heads_MHE[:, sum(counts) :]
@@ -274,15 +223,47 @@ def turned(
         parts = zip(plain_MHE.split(counts, 1), (norms.q_norm_E, norms.k_norm_E), strict=True)
         plain_MHE = torch.cat(
             [
-                part if weight is None else rms_norm(part, weight.shape, weight, norms.eps)
+                part if weight is None else rms_norm(part, weight.shape, weight, heads.norm_eps)
                 for part, weight in parts
             ],
             1,
         )
-    turned_MHE = plain_MHE * cos
-    turned_MHE.addcmul_(plain_MHE.roll(heads.head_dim // 2, -1), sin)
-    query, keys = turned_MHE.split(counts, 1)
+    rotated_MHE = plain_MHE * cos
+    rotated_MHE.addcmul_(plain_MHE.roll(heads.head_dim // 2, -1), sin)
+    query, keys = rotated_MHE.split(counts, 1)
     return query, keys, values
+
+
+def length_mask(positions_R: Tensor, num_live: int) -> Tensor:
+    """0 for the slots a row has filled, -inf behind them, up to a whole block; R1S."""
+    num_slots = math.ceil(num_live / BLOCK) * BLOCK
+    slot_S = torch.arange(num_slots, device=positions_R.device)
+    mask_RS = torch.zeros(len(positions_R), num_slots, device=positions_R.device)
+    return mask_RS.masked_fill_(slot_S > positions_R[:, None], -math.inf)[:, None]
+
+
+def decode_attention(
+    query_RKJE: Tensor, keys_WRKUE: Tensor, values_WRKUE: Tensor, mask_R1S: Tensor
+) -> Tensor:
+    """Attention of one token per row over the slots of the mask, RKJE, fp32.
+
+    On a CPU batched products and a softmax take a fraction of the time of SDPA at one query.
+    """
+    num_rows, num_heads, num_queries, head_dim = query_RKJE.shape
+    batch = num_rows * num_heads
+    query = query_RKJE.reshape(batch, num_queries, head_dim) * head_dim**-0.5
+    num_blocks = mask_R1S.shape[-1] // BLOCK
+    keys, values = (
+        part[:num_blocks].view(num_blocks, batch, BLOCK, head_dim).to(query.dtype)
+        for part in (keys_WRKUE, values_WRKUE)
+    )
+    scores = torch.cat([torch.bmm(query, block.transpose(1, 2)) for block in keys], -1)
+    scores.view(num_rows, -1, num_blocks * BLOCK).add_(mask_R1S)
+    weights = scores.softmax(-1).split(BLOCK, -1)
+    mixed = torch.bmm(weights[0], values[0])
+    for weight, block in zip(weights[1:], values[1:], strict=True):
+        mixed.baddbmm_(weight, block)
+    return mixed.view(query_RKJE.shape)
 
 
 def pick_backend(name: str | None, device: torch.device) -> Backend:
@@ -294,7 +275,7 @@ def pick_backend(name: str | None, device: torch.device) -> Backend:
     if name not in BACKENDS:
         raise InputError(f"backend: unknown '{name}'; write one of: {', '.join(BACKENDS)}")
     if name == "eager":
-        return EagerBackend()
+        return Backend()
     if find_spec("triton") is None:
         raise InputError("the engine's kernels need triton; write: pip install 'stage-rl[triton]'")
     from stage_rl.rollout.kernels import TritonBackend

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,11 +23,10 @@ from stage_rl.rollout.attention import (
     Attend,
     Backend,
     CacheShape,
-    EagerBackend,
     HeadNorms,
     Heads,
     KeyValueCache,
-    turned,
+    apply_rotary,
 )
 
 LINEAR_DTYPES = {"float32": torch.float32, "mixed": torch.bfloat16}
@@ -42,21 +42,22 @@ class FusedLayer:
     q_norm: Tensor | None
     k_norm: Tensor | None
     wo: Tensor
+    attention_out_norm: Tensor | None
     mlp_norm: Tensor
     w_gate_up: Tensor
     w_down: Tensor
+    mlp_out_norm: Tensor | None
 
     @classmethod
     def like(cls, layer: LayerWeights, dtype: torch.dtype) -> FusedLayer:
         """Empty copies with linear weights of a dtype and norms in fp32."""
-        kept_fp32 = ("attention_norm", "q_norm", "k_norm", "mlp_norm")
         copies = {}
         for name, parts in _sources(layer).items():
             if not parts:
                 copies[name] = None
                 continue
             shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
-            kind = torch.float32 if name in kept_fp32 else dtype
+            kind = torch.float32 if "norm" in name else dtype
             copies[name] = torch.empty(shape, dtype=kind, device=parts[0].device)
         return cls(**copies)
 
@@ -86,7 +87,7 @@ class Decoder:
         self.linear_dtype, self.backend = LINEAR_DTYPES[dtype], backend
         self.norm_eps = weights.norm_eps
         self.layers = [FusedLayer.like(layer, self.linear_dtype) for layer in weights.layers]
-        self.norms = [HeadNorms(x.q_norm, x.k_norm, self.norm_eps) for x in self.layers]
+        self.norms = [HeadNorms(x.q_norm, x.k_norm) for x in self.layers]
         self.final_norm = _empty_copy(weights.final_norm)
         self.input_embeds = _empty_copy(weights.input_embeds)
         self.head_layers = [
@@ -100,8 +101,10 @@ class Decoder:
             weights.num_heads,
             weights.num_kv_heads,
             weights.head_dim,
-            weights.rotary_cos_SR.float()[:, None].contiguous(),
-            (weights.rotary_sin_SR.float() * sign_E)[:, None].contiguous(),
+            weights.norm_eps,
+            weights.rotary_cos_SR.float().contiguous(),
+            (weights.rotary_sin_SR.float() * sign_E).contiguous(),
+            weights.rotary_axis_R,
         )
         on_gpu = self.final_norm.device.type == "cuda"
         self.cache_shape = CacheShape(
@@ -134,20 +137,26 @@ class Decoder:
         return KeyValueCache.empty(self.cache_shape, num_rows, num_slots, self.final_norm.device)
 
     def prefill(
-        self, embeds_BLD: Tensor, lengths_B: Tensor, cache: KeyValueCache, *, group_size: int
+        self,
+        embeds_BLD: Tensor,
+        lengths_B: Tensor,
+        coords_LA: Tensor,
+        cache: KeyValueCache,
+        *,
+        group_size: int,
     ) -> Tensor:
         """Runs right-padded prompts, writes each one's keys and values to its group of rows.
 
-        Returns the last hidden state of each prompt, states_BD.
+        Slots rotate by `coords_LA`. Returns the last hidden state of each prompt, states_BD.
         """
         num_rows, num_slots, width = embeds_BLD.shape
         heads = self.heads
-        cos, sin = (x[:num_slots].repeat(num_rows, 1, 1) for x in (heads.cos_S1E, heads.sin_S1E))
+        cos, sin = (table.repeat(num_rows, 1, 1) for table in heads.rotation(coords_LA))
 
         def attend(layer: int, qkv_MC: Tensor, norms: HeadNorms) -> Tensor:
             query, keys, values = (
                 part.view(num_rows, num_slots, -1, heads.head_dim).transpose(1, 2)
-                for part in turned(qkv_MC, heads, norms, cos=cos, sin=sin)
+                for part in apply_rotary(qkv_MC, heads, norms, cos=cos, sin=sin)
             )
             cache.fill(layer, keys, values, group_size)
             grouped = heads.num_heads != heads.num_kv_heads
@@ -157,19 +166,21 @@ class Decoder:
             return mixed.transpose(1, 2).reshape(num_rows * num_slots, -1)
 
         inputs_MD = embeds_BLD.reshape(-1, width).to(torch.float32, copy=True)
-        states_MD = self._run(inputs_MD, attend, EagerBackend())
+        states_MD = self._run(inputs_MD, attend, Backend())
         rows_B = torch.arange(num_rows, device=lengths_B.device)
         return states_MD.view(num_rows, num_slots, width)[rows_B, lengths_B - 1]
 
     def step(
-        self, embeds_RD: Tensor, positions_R: Tensor, cache: KeyValueCache, *, num_live: int
+        self,
+        embeds_RD: Tensor,
+        positions_R: Tensor,
+        coords_RA: Tensor,
+        cache: KeyValueCache,
+        *,
+        num_live: int,
     ) -> Tensor:
-        """One token per row at its own slot, attending to the slots up to it; states_RD.
-
-        Positions are a tensor; `num_live`, the largest of them plus 1 or more, only bounds what is
-        read, where the backend needs a bound.
-        """
-        attend = self.backend.attention(self.heads, cache, positions_R, num_live)
+        """One token per row at its own slot and coordinates; states_RD. See `Backend.attention`."""
+        attend = self.backend.attention(self.heads, cache, positions_R, coords_RA, num_live)
         return self._run(embeds_RD.clone(), attend, self.backend)
 
     def logits(self, states_RD: Tensor, out_RV: Tensor | None = None) -> Tensor:
@@ -187,17 +198,20 @@ class Decoder:
 
     def _run(self, states_MD: Tensor, attend: Attend, backend: Backend) -> Tensor:
         """The layers over a residual stream in fp32, which is changed in place."""
-        eps, dtype, last = self.norm_eps, self.linear_dtype, len(self.layers) - 1
-        normed = backend.norm(states_MD, self.layers[0].attention_norm, eps, dtype)
+        dtype, last = self.linear_dtype, len(self.layers) - 1
+        norm = partial(backend.norm, states_MD, eps=self.norm_eps)
+        normed = norm(self.layers[0].attention_norm, dtype=dtype)
         for index, layer in enumerate(self.layers):
             mixed = attend(index, linear(normed, layer.wqkv, layer.bqkv), self.norms[index])
             delta = linear(mixed.to(dtype), layer.wo)
-            normed = backend.add_norm(states_MD, delta, layer.mlp_norm, eps=eps, dtype=dtype)
-            delta = linear(backend.gated(linear(normed, layer.w_gate_up)), layer.w_down)
+            normed = norm(
+                layer.mlp_norm, dtype=dtype, delta_MD=delta, delta_norm_D=layer.attention_out_norm
+            )
+            delta = linear(backend.swiglu(linear(normed, layer.w_gate_up)), layer.w_down)
             # The next norm is the next layer's; behind the last layer the head reads fp32.
             after = self.final_norm if index == last else self.layers[index + 1].attention_norm
             kind = torch.float32 if index == last else dtype
-            normed = backend.add_norm(states_MD, delta, after, eps=eps, dtype=kind)
+            normed = norm(after, dtype=kind, delta_MD=delta, delta_norm_D=layer.mlp_out_norm)
         return normed
 
 
@@ -210,9 +224,11 @@ def _sources(layer: LayerWeights) -> dict[str, list[Tensor]]:
         "q_norm": (layer.q_norm,),
         "k_norm": (layer.k_norm,),
         "wo": (layer.wo,),
+        "attention_out_norm": (layer.attention_out_norm,),
         "mlp_norm": (layer.mlp_norm,),
         "w_gate_up": (layer.w_gate, layer.w_up),
         "w_down": (layer.w_down,),
+        "mlp_out_norm": (layer.mlp_out_norm,),
     }
     present = {name: [p for p in parts if p is not None] for name, parts in stacks.items()}
     assert len(present["bqkv"]) in (0, 3), "queries, keys and values have a bias each, or none"

@@ -9,14 +9,14 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from stage_rl.errors import InputError
-from stage_rl.policies.base import Policy, Prefix
+from stage_rl.policies.base import Policy, Prefix, TokenLayout
 from stage_rl.policies.logprobs import guide
 from stage_rl.rollout.attention import KeyValueCache, pick_backend
 from stage_rl.rollout.decoder import LINEAR_DTYPES, Decoder
@@ -43,6 +43,7 @@ class PassStats:
 
     num_rows: int
     num_tokens: int
+    """With control tokens: the columns of the image."""
     lengths_B: Tensor
     """Slots of each prompt that was prefilled, with guidance twice."""
 
@@ -72,6 +73,7 @@ class Engine:
         self.max_images = max_images
         """Images of one pass; None: what the memory of a GPU holds, 64 on a CPU."""
         self._backend = pick_backend(backend, policy.device)
+        self._columns = Columns.of(policy.layout, policy.device)
         self._cuda_graph = policy.device.type == "cuda" if cuda_graph is None else cuda_graph
         self._decoder: Decoder | None = None
         self._cache: KeyValueCache | None = None
@@ -98,41 +100,38 @@ class Engine:
         assert self._decoder is not None
         return self._decoder
 
-    def images_per_pass(self, *, num_slots: int, guided: bool) -> int:
-        """The most images of one pass, of `num_slots` slots with and without the prompt.
-
-        InputError where the memory of the GPU does not hold one.
-        """
+    def images_per_pass(self, prefix: Prefix, sampling: Sampling) -> int:
+        """The most images of one pass; an InputError where the memory of the GPU holds none."""
         if self.max_images is not None:
             return self.max_images
         if self.policy.device.type != "cuda":
             return IMAGES_ON_CPU
-        bytes_per_image = self.decoder.cache_shape.row_bytes(num_slots) * (2 if guided else 1)
+        embeds_BLD, lengths_B = _rows_of(prefix, sampling)
+        num_slots = embeds_BLD.shape[1] + self._columns.num_columns - 1
+        rows_per_image = len(lengths_B) // len(prefix.lengths_P)
+        bytes_per_image = self.decoder.cache_shape.row_bytes(num_slots) * rows_per_image
         return images_that_fit(self._free_bytes(), bytes_per_image)
 
     @torch.no_grad()
     def generate(
-        self,
-        prefix: Prefix,
-        *,
-        group_size: int,
-        sampling: Sampling,
-        uniforms_NT: Tensor,
-        forced_T: Tensor | None = None,
+        self, prefix: Prefix, *, group_size: int, sampling: Sampling, uniforms_NT: Tensor
     ) -> Generated:
         """Samples `group_size` images for each prompt, one uniform number per token.
 
         Each row has its own length and positions: a batch gives what each prompt gives alone.
-        `forced_T` holds an id where a token is forced, -1 where it is sampled.
         """
         embeds_BLD, lengths_B = _rows_of(prefix, sampling)
-        longest, num_tokens = embeds_BLD.shape[1], uniforms_NT.shape[1]
+        longest, columns = embeds_BLD.shape[1], self._columns
         num_rows = len(embeds_BLD) * group_size
-        self.passes.append(PassStats(num_rows, num_tokens, lengths_B))
-        cache = self._cache_for(num_rows, longest + num_tokens - 1)
-        current = self._pass_of(cache, sampling, uniforms_NT=uniforms_NT, forced_T=forced_T)
+        self.passes.append(PassStats(num_rows, columns.num_columns, lengths_B))
+        cache = self._cache_for(num_rows, longest + columns.num_columns - 1)
+        current = self._pass_of(cache, sampling, uniforms_NT)
         states_BD = self.decoder.prefill(
-            embeds_BLD, lengths_B, current.cache, group_size=group_size
+            embeds_BLD,
+            lengths_B,
+            columns.prompt_coords(longest),
+            current.cache,
+            group_size=group_size,
         )
         logits_BV = self.decoder.logits(states_BD)
         current.decoding.begin(
@@ -140,10 +139,10 @@ class Engine:
             logits_BV.repeat_interleave(group_size, 0),
             lengths_B.repeat_interleave(group_size),
         )
-        for t in range(num_tokens - 1):
-            current.advance(longest + t + 1)
+        for column in range(columns.num_columns - 1):
+            current.advance(longest + column + 1)
         current.decoding.draw()
-        return current.decoding.generated.clone()
+        return current.decoding.result()
 
     def release(self) -> None:
         """Gives the memory of the cache back; the next pass allocates and captures anew."""
@@ -158,24 +157,13 @@ class Engine:
             self._cache = self.decoder.new_cache(num_rows, num_slots)
         return self._cache.rows(num_rows)
 
-    def _pass_of(
-        self,
-        cache: KeyValueCache,
-        sampling: Sampling,
-        *,
-        uniforms_NT: Tensor,
-        forced_T: Tensor | None,
-    ) -> _Pass:
+    def _pass_of(self, cache: KeyValueCache, sampling: Sampling, uniforms_NT: Tensor) -> _Pass:
         """The buffers of the last pass of this kind, where there was one."""
-        forced = None if forced_T is None else tuple(forced_T.tolist())
-        key = (tuple(uniforms_NT.shape), cache.num_rows, sampling, forced)
+        key = (tuple(uniforms_NT.shape), cache.num_rows, sampling)
         if key not in self._passes:
             if len(self._passes) == KINDS_OF_PASS:
                 del self._passes[next(iter(self._passes))]
-            like_NT = torch.empty_like(uniforms_NT, device=self.policy.device)
-            decoding = Decoding(
-                self.decoder, cache, sampling, uniforms_NT=like_NT, forced_T=forced_T
-            )
+            decoding = Decoding(self.decoder, cache, sampling, self._columns, len(uniforms_NT))
             self._passes[key] = _Pass(cache, decoding, self._advance_of(decoding, cache))
         return self._passes[key]
 
@@ -244,9 +232,6 @@ def _to_device(values: Tensor, device: torch.device) -> Tensor:
     return values.pin_memory().to(device, non_blocking=True)
 
 
-# A function of static buffers, captured in one CUDA graph and replayed.
-
-
 CALLS_BEFORE_CAPTURE = 2
 """Calls that run as they are: they compile the kernels and allocate what a capture must not."""
 
@@ -277,18 +262,44 @@ class Captured:
         self._graph.replay()
 
 
-# The decode of one pass: buffers whose addresses stay, and the step that reads and writes them.
-#
-# Shape suffixes: N completions, R rows (N conditional, then with guidance N unconditional),
-# T image tokens, V codebook size.
+@dataclass(frozen=True)
+class Columns:
+    """The U columns of an image, on the device: its T tokens, and control tokens between them."""
+
+    fixed_U: Tensor
+    """-1 where a token is sampled, else the row of the input embeddings of a control token."""
+    token_U: Tensor
+    """Which of the T tokens a column is; T for a control token."""
+    coords_UA: Tensor
+    absolute: bool
+
+    @classmethod
+    def of(cls, layout: TokenLayout, device: torch.device) -> Columns:
+        fixed_U, coords_UA = layout.fixed_U, layout.coords_UA
+        if fixed_U is None:
+            fixed_U = torch.full((layout.num_tokens,), -1)
+        if coords_UA is None:
+            coords_UA = torch.arange(len(fixed_U))[:, None]
+        sampled_U = fixed_U < 0
+        assert sampled_U.sum() == layout.num_tokens, "a token is sampled T times"
+        assert sampled_U[-1], "and in the last column"
+        token_U = torch.where(sampled_U, sampled_U.cumsum(0) - 1, layout.num_tokens)
+        on_device = (values.to(device) for values in (fixed_U, token_U, coords_UA))
+        return cls(*on_device, layout.absolute)
+
+    @property
+    def num_columns(self) -> int:
+        return len(self.fixed_U)
+
+    def prompt_coords(self, num_slots: int) -> Tensor:
+        """Rotary coordinates of the slots of a prompt, LA."""
+        slot_L1 = torch.arange(num_slots, device=self.coords_UA.device)[:, None]
+        return (0 * slot_L1 if self.absolute else slot_L1).expand(-1, self.coords_UA.shape[1])
 
 
 @dataclass(frozen=True)
 class Generated:
-    """Image tokens, row i * G + k for image k of prompt i, and what the sampler knew of them.
-
-    A forced token has log-probability and entropy 0.
-    """
+    """Image tokens, row i * G + k for image k of prompt i, and what the sampler knew of them."""
 
     tokens_NT: Tensor
     logprobs_NT: Tensor
@@ -298,23 +309,15 @@ class Generated:
     entropy_NT: Tensor
     """Of the conditional distribution, temperature 1 (nats)."""
 
-    @classmethod
-    def empty(cls, uniforms_NT: Tensor) -> Generated:
-        """Buffers of the shape and place of the uniform numbers."""
-        logprobs, guided, entropy = (torch.empty_like(uniforms_NT) for _ in range(3))
-        return cls(torch.empty_like(uniforms_NT, dtype=torch.long), logprobs, guided, entropy)
-
-    def clone(self) -> Generated:
-        """A copy that the next pass leaves alone."""
-        return Generated(*(getattr(self, field.name).clone() for field in fields(Generated)))
-
 
 class Decoding:
-    """A pass of a number of images: `begin` it, `advance` T - 1 times, `draw` the last token.
+    """A pass of a number of images: `begin` it, `advance` U - 1 times, `draw` the last token.
 
     Which token is next, and where each row stands, is kept on the device, so that all calls of
-    `advance` are one and the same work, which a CUDA graph can replay. The forced ids are -1 where
-    a token is sampled; None: all are.
+    `advance` are one and the same work, which a CUDA graph can replay. Control columns draw too,
+    into a column behind the last that nobody reads.
+
+    Shape suffixes: R rows (N conditional, then with guidance N unconditional), U columns, A axes.
     """
 
     def __init__(
@@ -322,27 +325,30 @@ class Decoding:
         decoder: Decoder,
         cache: KeyValueCache,
         sampling: Sampling,
-        *,
-        uniforms_NT: Tensor,
-        forced_T: Tensor | None,
+        columns: Columns,
+        num_images: int,
     ):
-        self._decoder, self._cache, self._sampling = decoder, cache, sampling
-        device, num_images = uniforms_NT.device, len(uniforms_NT)
+        self._decoder, self._cache = decoder, cache
+        self._sampling, self._columns = sampling, columns
         assert cache.num_rows in (num_images, 2 * num_images)
-        self._uniforms_NT = torch.empty_like(uniforms_NT)
-        self._forced_T = None if forced_T is None else forced_T.to(device)
-        self._step = torch.zeros(1, dtype=torch.long, device=device)
+        device, num_tokens = columns.fixed_U.device, int((columns.fixed_U < 0).sum())
+        shape = (num_images, num_tokens + 1)
+        self._uniforms, *self._known = (torch.zeros(shape, device=device) for _ in range(4))
+        self._tokens = torch.zeros(shape, dtype=torch.long, device=device)
+        self._column = torch.zeros(1, dtype=torch.long, device=device)
         self._positions_R = torch.zeros(cache.num_rows, dtype=torch.long, device=device)
-        self._logits_RV = torch.empty((cache.num_rows, len(decoder.input_embeds)), device=device)
-        self.generated = Generated.empty(uniforms_NT)
-        """Complete after the last draw; the next pass overwrites it."""
+        self._origins_R = torch.zeros_like(self._positions_R)
+        vocabulary = len(decoder.head_layers[-1][0])
+        self._logits_RV = torch.empty((cache.num_rows, vocabulary), device=device)
 
-    def begin(self, uniforms_NT: Tensor, logits_RV: Tensor, positions_R: Tensor) -> None:
-        """Takes what a prefill left: the logits of the first token and its slot in each row."""
-        self._uniforms_NT.copy_(uniforms_NT)
+    def begin(self, uniforms_NT: Tensor, logits_RV: Tensor, lengths_R: Tensor) -> None:
+        """Takes what a prefill left: the logits of the first column, and each row's prompt."""
+        self._uniforms[:, :-1].copy_(uniforms_NT)
         self._logits_RV.copy_(logits_RV)
-        self._positions_R.copy_(positions_R)
-        self._step.zero_()
+        self._positions_R.copy_(lengths_R)
+        if not self._columns.absolute:
+            self._origins_R.copy_(lengths_R)
+        self._column.zero_()
 
     def advance(self, num_live: int) -> None:
         """Draws the next token of every image and runs the decoder on it.
@@ -350,34 +356,34 @@ class Decoding:
         `num_live` bounds the slots that are read where the backend needs a bound.
         """
         embeds_ND = self._decoder.input_embeds[self.draw()]
+        coords_1A = self._columns.coords_UA.index_select(0, self._column)
         states_RD = self._decoder.step(
             embeds_ND.repeat(len(self._positions_R) // len(embeds_ND), 1),
             self._positions_R,
+            self._origins_R[:, None] + coords_1A,
             self._cache,
             num_live=num_live,
         )
         self._decoder.logits(states_RD, self._logits_RV)
         self._positions_R += 1
-        self._step += 1
+        self._column += 1
 
     def draw(self) -> Tensor:
-        """Draws the next token of every image and records what is known of it; tokens_N."""
-        num_images, sampling = len(self._uniforms_NT), self._sampling
-        cond_NV = self._logits_RV[:num_images]
-        guided_NV = cond_NV
+        """Draws the token of every image and records it; the rows of the next inputs, N."""
+        num_images, sampling = len(self._tokens), self._sampling
+        cond_NV = guided_NV = self._logits_RV[:num_images]
         if sampling.guided:
             guided_NV = guide(cond_NV, self._logits_RV[num_images:], sampling.guidance_scale)
-        uniforms_N = self._uniforms_NT.index_select(1, self._step)[:, 0]
+        token_1 = self._columns.token_U.index_select(0, self._column)
+        uniforms_N = self._uniforms.index_select(1, token_1)[:, 0]
         tokens_N, guided_logprobs_N = draw(guided_NV, uniforms_N, sampling)
         logprobs_N, entropy_N = conditional_statistics(cond_NV, tokens_N)
-        known = (tokens_N, logprobs_N, guided_logprobs_N, entropy_N)
-        if self._forced_T is not None:
-            forced_1 = self._forced_T.index_select(0, self._step)
-            nothing_N = torch.zeros_like(uniforms_N)
-            known = tuple(
-                torch.where(forced_1 < 0, value_N, instead)
-                for value_N, instead in zip(known, (forced_1, *[nothing_N] * 3), strict=True)
-            )
-        for field, value_N in zip(fields(Generated), known, strict=True):
-            getattr(self.generated, field.name).index_copy_(1, self._step, value_N[:, None])
-        return known[0]
+        known = (logprobs_N, guided_logprobs_N, entropy_N)
+        for buffer, values_N in zip((self._tokens, *self._known), (tokens_N, *known), strict=True):
+            buffer.index_copy_(1, token_1, values_N[:, None])
+        fixed_1 = self._columns.fixed_U.index_select(0, self._column)
+        return torch.where(fixed_1 < 0, tokens_N, fixed_1)
+
+    def result(self) -> Generated:
+        """A copy of what was drawn, which the next pass leaves alone."""
+        return Generated(*(part[:, :-1].clone() for part in (self._tokens, *self._known)))

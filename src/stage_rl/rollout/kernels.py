@@ -1,12 +1,13 @@
 """The GPU's form of a decode step between its matrix products, as Triton kernels.
 
 All of them take positions from memory, so that a step can be captured once and replayed, and
-compute in fp32 whatever they read and write. With TRITON_INTERPRET=1, set before Triton is
-imported, they run on a CPU.
+compute in fp32 whatever they read and write; attention reads the live slots alone. With
+TRITON_INTERPRET=1, set before Triton is imported, they run on a CPU.
 
 Shape suffixes: R rows of the decode, M rows x slots, D model width, F width of the MLP, H query
-heads, K key-value heads, J query heads of one key-value head, E head dimension, C width of queries,
-keys and values together.
+heads (in the attention: rows x query heads), K key-value heads, J query heads of one key-value
+head, A rotary axes, W blocks of slots, U slots of a block, E head dimension, Z parts of the
+sequence, C width of queries, keys and values together.
 """
 
 from __future__ import annotations
@@ -19,45 +20,61 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stage_rl.rollout.attention import Attend, HeadNorms, Heads, KeyValueCache
+from stage_rl.rollout.attention import Attend, Backend, HeadNorms, Heads, KeyValueCache
 
 
-class TritonBackend:
-    """The kernels behind the interface of a backend."""
+class TritonBackend(Backend):
+    """The same steps as kernels, which read the live slots alone and need no `num_live`."""
 
-    def norm(self, states_MD: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        """RMSNorm of the residual stream in fp32, as `dtype`."""
-        return _launch_norm(states_MD, None, weight_D, eps=eps, dtype=dtype)
-
-    def add_norm(
+    def norm(
         self,
         states_MD: Tensor,
-        delta_MD: Tensor,
         weight_D: Tensor,
         *,
         eps: float,
         dtype: torch.dtype,
+        delta_MD: Tensor | None = None,
+        delta_norm_D: Tensor | None = None,
     ) -> Tensor:
-        """Adds `delta_MD` to the residual stream in place, and its norm."""
-        return _launch_norm(states_MD, delta_MD, weight_D, eps=eps, dtype=dtype)
+        num_rows, width = states_MD.shape
+        out = torch.empty_like(states_MD, dtype=dtype)
+        # Options of the compiler are no parameters of the function.
+        kernel: Any = _norm[(num_rows,)]
+        kernel(
+            states_MD,
+            states_MD if delta_MD is None else delta_MD,
+            weight_D if delta_norm_D is None else delta_norm_D,
+            weight_D,
+            out,
+            eps,
+            WIDTH=width,
+            PADDED=triton.next_power_of_2(width),
+            ADDS=delta_MD is not None,
+            DELTA_NORM=delta_norm_D is not None,
+            num_warps=8 if width >= 2048 else 4,
+            enable_fp_fusion=True,
+        )
+        return out
 
-    def gated(self, gate_up_MF: Tensor) -> Tensor:
-        """silu(gate) x up, in the dtype of the input."""
+    def swiglu(self, gate_up_MF: Tensor) -> Tensor:
         num_rows, width = len(gate_up_MF), gate_up_MF.shape[1] // 2
         out = gate_up_MF.new_empty(num_rows, width)
-        kernel: Any = _gated[num_rows, triton.cdiv(width, 1024)]
+        kernel: Any = _swiglu[num_rows, triton.cdiv(width, 1024)]
         kernel(gate_up_MF, out, width, SIZE=1024, enable_fp_fusion=True)
         return out
 
     def attention(
-        self, heads: Heads, cache: KeyValueCache, positions_R: Tensor, num_live: int
+        self,
+        heads: Heads,
+        cache: KeyValueCache,
+        positions_R: Tensor,
+        coords_RA: Tensor,
+        num_live: int,
     ) -> Attend:
-        """The attention of one step over the live slots alone; `num_live` is not needed."""
-
         def attend(layer: int, qkv_RC: Tensor, norms: HeadNorms) -> Tensor:
             keys, values = cache.keys[layer], cache.values[layer]
-            query_RHE = _turn_and_store(
-                qkv_RC, heads, norms, cache=(keys, values), positions_R=positions_R
+            query_RHE = _rotate_and_store(
+                qkv_RC, heads, norms, (keys, values), positions_R=positions_R, coords_RA=coords_RA
             )
             query_RKJE = query_RHE.view(len(qkv_RC), heads.num_kv_heads, -1, heads.head_dim)
             return decode_attention(query_RKJE, keys, values, positions_R).flatten(1)
@@ -65,56 +82,34 @@ class TritonBackend:
         return attend
 
 
-def _launch_norm(
-    states_MD: Tensor,
-    delta_MD: Tensor | None,
-    weight_D: Tensor,
-    *,
-    eps: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    num_rows, width = states_MD.shape
-    out = torch.empty_like(states_MD, dtype=dtype)
-    kernel: Any = _add_norm[(num_rows,)]
-    kernel(
-        states_MD,
-        states_MD if delta_MD is None else delta_MD,
-        weight_D,
-        out,
-        eps,
-        WIDTH=width,
-        PADDED=triton.next_power_of_2(width),
-        ADDS=delta_MD is not None,
-        num_warps=8 if width >= 2048 else 4,
-        enable_fp_fusion=True,
-    )
-    return out
-
-
-def _turn_and_store(
+def _rotate_and_store(
     qkv_RC: Tensor,
     heads: Heads,
     norms: HeadNorms,
-    *,
     cache: tuple[Tensor, Tensor],
+    *,
     positions_R: Tensor,
+    coords_RA: Tensor,
 ) -> Tensor:
-    """Queries turned by their positions, RHE in fp32; keys and values go to the cache."""
+    """Rotated queries, RHE in fp32; keys and values go to the cache."""
     num_rows, keys = len(qkv_RC), cache[0]
     query = torch.empty((num_rows, heads.num_heads, heads.head_dim), device=qkv_RC.device)
-    kernel: Any = _turn[num_rows, heads.num_heads + 2 * heads.num_kv_heads]
+    kernel: Any = _rotate[num_rows, heads.num_heads + 2 * heads.num_kv_heads]
     kernel(
         qkv_RC,
         query if norms.q_norm_E is None else norms.q_norm_E,
         query if norms.k_norm_E is None else norms.k_norm_E,
-        heads.cos_S1E,
-        heads.sin_S1E,
+        heads.cos_SE,
+        heads.sin_SE,
         positions_R,
+        coords_RA,
+        coords_RA if heads.axis_E is None else heads.axis_E,
         query,
         *cache,
-        norms.eps,
+        heads.norm_eps,
         NUM_HEADS=heads.num_heads,
         NUM_KV_HEADS=heads.num_kv_heads,
+        AXES=1 if heads.axis_E is None else coords_RA.shape[1],
         BLOCK=keys.shape[3],
         WIDTH=heads.head_dim,
         PADDED=triton.next_power_of_2(heads.head_dim),
@@ -127,19 +122,22 @@ def _turn_and_store(
 
 
 @triton.jit
-def _turn(
+def _rotate(
     qkv,
     q_norm,
     k_norm,
     cosines,
     sines,
     positions,
+    coords,
+    axes,
     query,
     keys,
     values,
     eps,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
+    AXES: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
@@ -167,32 +165,43 @@ def _turn(
         if K_NORM and head >= NUM_HEADS:
             plain *= length * tl.load(k_norm + column, mask=inside, other=0.0)
             rolled *= length * tl.load(k_norm + other_half, mask=inside, other=0.0)
-        cosine = tl.load(cosines + position * WIDTH + column, mask=inside, other=0.0)
-        sine = tl.load(sines + position * WIDTH + column, mask=inside, other=0.0)
-        turned = plain * cosine + rolled * sine
-        if head < NUM_HEADS:
-            tl.store(query + (row * NUM_HEADS + head) * WIDTH + column, turned, mask=inside)
+        if AXES == 1:
+            coord = tl.load(coords + row)
         else:
-            tl.store(keys + place * WIDTH + column, turned, mask=inside)
+            axis = tl.load(axes + column, mask=inside, other=0)
+            coord = tl.load(coords + row * AXES + axis, mask=inside, other=0)
+        cosine = tl.load(cosines + coord * WIDTH + column, mask=inside, other=0.0)
+        sine = tl.load(sines + coord * WIDTH + column, mask=inside, other=0.0)
+        rotated = plain * cosine + rolled * sine
+        if head < NUM_HEADS:
+            tl.store(query + (row * NUM_HEADS + head) * WIDTH + column, rotated, mask=inside)
+        else:
+            tl.store(keys + place * WIDTH + column, rotated, mask=inside)
 
 
 @triton.jit
-def _add_norm(
+def _norm(
     states,
     delta,
+    delta_norm,
     weight,
     out,
     eps,
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
     ADDS: tl.constexpr,
+    DELTA_NORM: tl.constexpr,
 ):
     row = tl.program_id(0)
     column = tl.arange(0, PADDED)
     inside = column < WIDTH
     state = tl.load(states + row * WIDTH + column, mask=inside, other=0.0)
     if ADDS:
-        state += tl.load(delta + row * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+        added = tl.load(delta + row * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+        if DELTA_NORM:
+            added *= tl.rsqrt(tl.sum(added * added, 0) / WIDTH + eps)
+            added *= tl.load(delta_norm + column, mask=inside, other=0.0)
+        state += added
         tl.store(states + row * WIDTH + column, state, mask=inside)
     length = tl.rsqrt(tl.sum(state * state, 0) / WIDTH + eps)
     scale = tl.load(weight + column, mask=inside, other=0.0)
@@ -200,7 +209,7 @@ def _add_norm(
 
 
 @triton.jit
-def _gated(gate_up, out, width, SIZE: tl.constexpr):
+def _swiglu(gate_up, out, width, SIZE: tl.constexpr):
     row = tl.program_id(0)
     column = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
     inside = column < width
@@ -208,18 +217,6 @@ def _gated(gate_up, out, width, SIZE: tl.constexpr):
     gate = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(source + width, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * width + column, gate * tl.sigmoid(gate) * up, mask=inside)
-
-
-# Attention of one new token per row as a Triton kernel that reads the live slots alone.
-#
-# Positions come from memory, so that a step can be captured once and replayed; the softmax is
-# online
-# and in fp32 whatever the cache holds.
-#
-# Shape suffixes: R rows of the decode, H rows x query heads, K key-value heads, J query heads of
-# one
-# key-value head, W blocks of slots, U slots of a block, E head dimension, Z parts of the
-# sequence.
 
 
 TILE = 64
@@ -249,7 +246,6 @@ def decode_attention(
     num_parts = num_parts or parts_of(num_heads)
     out_ZHE = torch.empty((num_parts, num_heads, head_dim), device=query_RKJE.device)
     sum_ZH = torch.empty((num_parts, num_heads), device=query_RKJE.device)
-    # Options of the compiler are no parameters of the function.
     kernel: Any = _attend[num_heads, num_parts]
     kernel(
         query_RKJE,

@@ -70,10 +70,9 @@ def _in_passes(
     uniforms_PGT: Tensor,
 ) -> Generated:
     """Whole groups per pass where they fit, else pieces of one group, as even as they can be."""
-    num_prompts, group_size, num_tokens = uniforms_PGT.shape
-    num_slots = prefix.embeds_PLD.shape[1] + num_tokens - 1
-    most = engine.images_per_pass(num_slots=num_slots, guided=sampling.guided)
-    prompts_per_pass = _even(num_prompts, max(1, most // group_size))
+    num_prompts, group_size, _ = uniforms_PGT.shape
+    max_images = engine.images_per_pass(prefix, sampling)
+    prompts_per_pass = _even(num_prompts, max(1, max_images // group_size))
     passes: list[list[Tensor]] = []
     for first in range(0, num_prompts, prompts_per_pass):
         last = min(first + prompts_per_pass, num_prompts)
@@ -85,15 +84,15 @@ def _in_passes(
                 sampling=sampling,
                 uniforms_NT=uniforms.flatten(0, 1),
             )
-            for uniforms in uniforms_PGT[first:last].split(_even(group_size, most), dim=1)
+            for uniforms in uniforms_PGT[first:last].split(_even(group_size, max_images), dim=1)
         ]
         passes.append(_join_groups(pieces, last - first))
     return Generated(*(torch.cat(column) for column in zip(*passes, strict=True)))
 
 
-def _even(count: int, most: int) -> int:
-    """The size of the largest part where `count` is cut into the fewest parts of at most `most`."""
-    return math.ceil(count / math.ceil(count / most))
+def _even(count: int, max_part: int) -> int:
+    """The largest part where `count` is cut into the fewest parts of at most `max_part`."""
+    return math.ceil(count / math.ceil(count / max_part))
 
 
 def _join_groups(pieces: list[Generated], num_prompts: int) -> list[Tensor]:
