@@ -133,7 +133,7 @@ BUILT_IN = {
         "clip_score": "stage_rl.rewards.clip:ClipScoreConfig",
         "image_reward": "stage_rl.rewards.image_reward:ImageRewardConfig",
         "aesthetic": "stage_rl.rewards.clip:AestheticConfig",
-        "grounding_dino": "stage_rl.rewards.grounding_dino:GroundingDinoRewardConfig",
+        "grounding_dino": "stage_rl.rewards.t2i_r1:GroundingDinoRewardConfig",
         "git": "stage_rl.rewards.vqa:GitRewardConfig",
         "yes_no": "stage_rl.rewards.vqa:YesNoRewardConfig",
         "ocr": "stage_rl.rewards.ocr:OcrRewardConfig",

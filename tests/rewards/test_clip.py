@@ -1,24 +1,33 @@
-"""CLIP's vectors and cosines, HPSv2's pixels, and weights in open_clip's layout."""
+"""CLIP's vectors and cosines, weights in open_clip's layout, and the rewards on them."""
+
+import os
 
 import pytest
 import torch
+from tiny_models import noise, tiny_clip, tiny_clip_tokenizer
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel
 
 from stage_rl.config import load_reward
 from stage_rl.errors import RecipeError, WeightsError
-from stage_rl.rewards.clip import fitted_pixels, load_clip, load_open_clip, open_clip_names
+from stage_rl.rewards.clip import (
+    AffineHead,
+    fitted_pixels,
+    load_clip,
+    load_head,
+    load_open_clip,
+    open_clip_names,
+)
 from stage_rl.rewards.pretrained import CLIP_MEAN, CLIP_STD
-from stage_rl.rewards.tiny import tiny_clip, tiny_clip_tokenizer
 from stage_rl.types import Prompt
 
 CPU = torch.device("cpu")
 TEXTS = ["a red square", "Two dogs, a cat!", "a red square"]
 
 
-def noise(num=3, height=40, width=56):
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (num, height, width, 3), generator=generator, dtype=torch.uint8)
+@pytest.fixture(scope="module")
+def tiny(saved):
+    return load_clip(saved("clip"))
 
 
 def gelu_clip():
@@ -100,16 +109,8 @@ def checkpoint(tmp_path):
     return write
 
 
-def test_a_saved_clip_says_what_the_one_in_memory_says(tmp_path):
-    tiny_clip().save_pretrained(tmp_path)
-    tiny_clip_tokenizer().save_pretrained(tmp_path)
-    saved, tiny = load_clip(str(tmp_path)), load_clip("tiny")
-    assert torch.equal(saved.cosines_N(noise(), TEXTS), tiny.cosines_N(noise(), TEXTS))
-    assert saved.scale == tiny.scale
-
-
-def test_vectors_have_length_1_and_do_not_depend_on_the_batch():
-    clip, singly = load_clip("tiny"), load_clip("tiny", batch_size=1)
+def test_vectors_have_length_1_and_do_not_depend_on_the_batch(tiny, saved):
+    clip, singly = tiny, load_clip(saved("clip"), batch_size=1)
     images_ND, texts_MD = clip.images_ND(noise()), clip.texts_MD(TEXTS)
     assert images_ND.norm(dim=-1).tolist() == pytest.approx([1.0] * 3)
     assert texts_MD.norm(dim=-1).tolist() == pytest.approx([1.0] * 3)
@@ -117,27 +118,25 @@ def test_vectors_have_length_1_and_do_not_depend_on_the_batch():
     assert torch.allclose(singly.texts_MD(TEXTS), texts_MD, atol=1e-6)
 
 
-def test_each_image_meets_its_own_text():
-    clip = load_clip("tiny")
-    table_NM = clip.images_ND(noise()) @ clip.texts_MD(TEXTS).T
-    assert torch.allclose(clip.cosines_N(noise(), TEXTS), table_NM.diagonal(), atol=1e-6)
+def test_each_image_meets_its_own_text(tiny):
+    table_NM = tiny.images_ND(noise()) @ tiny.texts_MD(TEXTS).T
+    assert torch.allclose(tiny.cosines_N(noise(), TEXTS), table_NM.diagonal(), atol=1e-6)
 
 
-def test_a_long_text_is_cut_and_still_ends():
-    clip = load_clip("tiny")
+def test_a_long_text_is_cut_and_still_ends(tiny):
     # one token per word: begin, 75 words, end
-    long, cut = clip.texts_MD(["x " * 200, "x " * 75])
+    long, cut = tiny.texts_MD(["x " * 200, "x " * 75])
     assert torch.allclose(long, cut, atol=1e-6)
-    assert not torch.allclose(clip.texts_MD(["x " * 74])[0], cut, atol=1e-3)
+    assert not torch.allclose(tiny.texts_MD(["x " * 74])[0], cut, atol=1e-3)
 
 
-def test_an_old_configuration_reads_the_text_at_its_end_all_the_same(tmp_path):
+def test_an_old_configuration_reads_the_text_at_its_end_all_the_same(tiny, tmp_path):
     model = tiny_clip()
     model.config.text_config.eos_token_id = 2
     model.save_pretrained(tmp_path)
     tiny_clip_tokenizer().save_pretrained(tmp_path)
     old = load_clip(str(tmp_path)).texts_MD(TEXTS)
-    assert torch.equal(old, load_clip("tiny").texts_MD(TEXTS))
+    assert torch.equal(old, tiny.texts_MD(TEXTS))
 
 
 def test_open_clip_weights_give_what_open_clips_architecture_gives(base, checkpoint):
@@ -244,15 +243,10 @@ def test_half_precision_is_float16_and_bfloat16_is_refused(base):
         load_reward("hps", ["dtype=bfloat16"])
 
 
-def test_published_weights_have_a_self_test_and_random_ones_none():
-    for kind in ("hps", "pickscore", "clip_score", "image_reward"):
-        cases = load_reward(kind).reference_cases()
-        assert [case.prompt.text for case in cases] == [
-            "a red square",
-            "a blue square",
-            "a green circle",
-        ]
-        assert load_reward(kind, ["path=tiny"]).reference_cases() == ()
+@pytest.mark.parametrize("kind", ["hps", "pickscore", "clip_score", "image_reward"])
+def test_the_self_test_is_drawn_shapes(kind):
+    texts = [case.prompt.text for case in load_reward(kind).reference_cases()]
+    assert texts == ["a red square", "a blue square", "a green circle"]
 
 
 def test_the_table_names_every_tensor_of_the_published_size():
@@ -269,3 +263,98 @@ def test_the_table_names_every_tensor_of_the_published_size():
     ]
     assert sorted(ours) == sorted(dict(model.named_parameters()))
     assert round(sum(p.numel() for p in model.parameters()) / 1e6) == 986
+
+
+def test_variety_is_the_mean_over_pairs_within_a_prompt(saved):
+    reward = load_reward("variety", [f"path={saved('clip')}"]).build(CPU)
+    images_NHWC = noise(4, 32, 32)
+    images_NHWC[1] = images_NHWC[0]
+    prompts = [Prompt("a", 0), Prompt("a", 0), Prompt("a", 0), Prompt("b", 1)]
+    same, twin, other, alone = reward(images_NHWC, prompts)
+    # Two equal images and one at distance d: d/2, d/2 and d.
+    assert same.value == pytest.approx(twin.value, abs=1e-6)
+    assert other.value == pytest.approx(2 * same.value, abs=1e-5)
+    assert other.value > 0
+    assert alone.value is None
+
+
+PLACES = (0, 2, 4, 6, 7)
+WIDTHS = (32, 1024, 128, 64, 16, 1)
+
+
+def published_head(width=32):
+    """Each layer takes the mean of its inputs and adds a tenth of its place."""
+    widths = (width, *WIDTHS[1:])
+    tensors = {}
+    for i, place in enumerate(PLACES):
+        tensors[f"layers.{place}.weight"] = torch.full((widths[i + 1], widths[i]), 1 / widths[i])
+        tensors[f"layers.{place}.bias"] = torch.full((widths[i + 1],), place / 10)
+    return tensors
+
+
+def test_the_head_is_the_composition_of_its_layers(tmp_path):
+    torch.save(published_head(), tmp_path / "head.pth")
+    head = load_head(str(tmp_path / "head.pth"), width=32)
+    # f(0) = 0 + 0.2 + 0.4 + 0.6 + 0.7 = 1.9; the first unit vector adds its mean 1 / 32
+    vectors = torch.zeros(2, 32)
+    vectors[1, 0] = 1
+    assert head(vectors).tolist() == pytest.approx([1.9, 1.9 + 1 / 32], abs=1e-5)
+    # affine: f(x + y) = f(x) + f(y) - f(0)
+    x, y = torch.randn(2, 1, 32, generator=torch.Generator().manual_seed(1))
+    assert head(x + y).item() == pytest.approx(head(x).item() + head(y).item() - 1.9, abs=1e-4)
+
+
+def test_the_rating_is_the_heads_word_on_the_unit_vector_whatever_the_prompt(tiny, saved, tmp_path):
+    torch.save(published_head(), tmp_path / "head.pth")
+    config = load_reward("aesthetic", [f"path={saved('clip')}", f"head={tmp_path}/head.pth"])
+    reward = config.build(CPU)
+    scores = reward(noise(), [Prompt("a cat", i) for i in range(3)])
+    assert scores == reward(noise(), [Prompt("a dog", i) for i in range(3)])
+    wanted = (1.9 + tiny.images_ND(noise()).mean(-1)).tolist()
+    assert [score.value for score in scores] == pytest.approx(wanted, abs=1e-5)
+    assert scores[0].why == f"rated {wanted[0]:.2f} of 10"
+
+
+def test_a_head_for_other_vectors_is_refused(tmp_path):
+    torch.save(published_head(width=16), tmp_path / "head.pth")
+    with pytest.raises(WeightsError, match=r"of another shape: layers\.0\.weight"):
+        load_head(str(tmp_path / "head.pth"), width=32)
+    tensors = published_head()
+    del tensors["layers.6.bias"]
+    torch.save(tensors, tmp_path / "head.pth")
+    with pytest.raises(WeightsError, match=r"missing: layers\.6\.bias"):
+        load_head(str(tmp_path / "head.pth"), width=32)
+
+
+def test_a_head_that_is_not_there_says_where_it_is_published(tmp_path):
+    with pytest.raises(WeightsError, match="no such file; write the path of sac"):
+        load_head(str(tmp_path / "none.pth"), width=32)
+    with pytest.raises(RecipeError, match="aesthetic: head: is required"):
+        load_reward("aesthetic")
+
+
+def test_the_published_head_has_the_tensors_of_ours():
+    # inputs and bias times outputs, layer by layer
+    head = AffineHead(768)
+    assert set(head.state_dict()) == set(published_head())
+    wanted = 769 * 1024 + 1025 * 128 + 129 * 64 + 65 * 16 + 17
+    assert sum(p.numel() for p in head.parameters()) == wanted
+
+
+@pytest.mark.skipif("STAGE_AESTHETIC_HEAD" not in os.environ, reason="names the published file")
+def test_the_published_head_rates_three_vectors_as_its_authors_code_does():
+    head = load_head(os.environ["STAGE_AESTHETIC_HEAD"], width=768)
+    vectors_ND = torch.stack([torch.zeros(768), torch.eye(768)[0], torch.full((768,), 768**-0.5)])
+    assert head(vectors_ND).tolist() == pytest.approx([5.2366458, 4.5450524, 4.8832849], abs=1e-5)
+
+
+def test_the_aesthetic_self_test_is_a_photograph_against_noise():
+    cases = load_reward("aesthetic", ["head=head.pth"]).reference_cases()
+    assert [case.what for case in cases] == [
+        "a photograph of a cat against noise",
+        "a photograph of a cup against noise",
+    ]
+    # neighbouring pixels of a photograph are alike, those of noise are not
+    for case in cases:
+        steps = case.images_NHWC().float().diff(dim=2).abs().mean((1, 2, 3))
+        assert steps[0] < 20 < steps[1]

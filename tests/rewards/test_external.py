@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from stage_rl.errors import InputError, RewardError
-from stage_rl.rewards import external as line_process
+from stage_rl.rewards import external
 from stage_rl.rewards.external import ExternalRewardConfig
 from stage_rl.types import Prompt
 
@@ -117,7 +117,7 @@ def test_a_program_that_dies_twice_is_an_error_with_its_last_words(program):
 
 
 def test_a_program_that_says_nothing_is_an_error_even_if_it_never_reads(program, monkeypatch):
-    monkeypatch.setattr(line_process, "STOP_S", 0.1)
+    monkeypatch.setattr(external, "STOP_S", 0.1)
     reward = program(NEVER_READS, images="base64", timeout_s=0.3)
     large = torch.randint(0, 256, (2, 256, 256, 3), dtype=torch.uint8)  # more than a pipe holds
     started = time.monotonic()

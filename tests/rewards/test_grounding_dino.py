@@ -1,29 +1,24 @@
-"""GroundingDINO with tiny random weights: tokens, boxes, batches, and the reward on them."""
+"""GroundingDINO with tiny random weights: captions, tokens, boxes, batches."""
 
 import pytest
 import torch
+from tiny_models import noise, tiny_grounding_dino, tiny_scene_tokenizer
 
 from stage_rl.errors import RewardError, WeightsError
 from stage_rl.rewards.grounding_dino import (
-    GroundingDinoDetectorConfig,
-    GroundingDinoRewardConfig,
-    SceneReward,
+    caption_of,
     corners,
     load_grounding_dino,
     token_weights,
 )
 from stage_rl.rewards.pretrained import detr_pixels
-from stage_rl.rewards.t2i_r1 import caption_of, judge_scene
-from stage_rl.rewards.tiny import tiny_grounding_dino, tiny_scene_tokenizer
 from stage_rl.types import Prompt
 
 SMALL = {"shortest_side": 96, "longest_side": 128, "min_score": 0.3}
-CPU = torch.device("cpu")
 
 
 def images(count, height=48, width=48):
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (count, height, width, 3), generator=generator, dtype=torch.uint8)
+    return noise(count, height, width)
 
 
 def asking(*nouns):
@@ -31,8 +26,24 @@ def asking(*nouns):
 
 
 @pytest.fixture(scope="module")
-def detector():
-    return load_grounding_dino("tiny", **SMALL)
+def detector(saved):
+    return load_grounding_dino(saved("grounding_dino"), **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("nouns", "caption", "spans"),
+    [
+        (["car", "zebra"], "car . zebra.", [[(0, 3)], [(6, 11)]]),
+        (
+            ["computer keyboard", "cat"],
+            "computer keyboard . cat.",
+            [[(0, 8), (9, 17)], [(20, 23)]],
+        ),
+        (["french fry box"], "french fry box.", [[(0, 6), (11, 14)]]),
+    ],
+)
+def test_a_caption_names_the_nouns_and_where_they_stand(nouns, caption, spans):
+    assert caption_of(nouns) == (caption, spans)
 
 
 def test_a_noun_is_the_mean_of_its_tokens():
@@ -100,10 +111,12 @@ def test_detections_are_the_models_boxes_in_pixels_most_confident_first(detector
         assert detection.box == pytest.approx(box, abs=1e-3)
 
 
-def test_a_batch_gives_what_each_image_gives_alone(detector):
+def test_a_batch_gives_what_each_image_gives_alone(detector, saved):
     pictures = images(5)
     prompts = [asking(*nouns) for nouns in (("cat",), ("red dog", "cat"), ("cat",), (), ("cat",))]
-    together = load_grounding_dino("tiny", **SMALL, batch_size=2)(pictures, prompts)
+    together = load_grounding_dino(saved("grounding_dino"), **SMALL, batch_size=2)(
+        pictures, prompts
+    )
     assert together[3] == []
     for i, prompt in enumerate(prompts):
         (alone,) = detector(pictures[i : i + 1], [prompt])
@@ -113,89 +126,16 @@ def test_a_batch_gives_what_each_image_gives_alone(detector):
 
 
 @pytest.mark.gpu
-def test_a_gpu_finds_what_the_cpu_finds(detector):
-    on_gpu = load_grounding_dino("tiny", device="cuda", **SMALL).detect(images(2), ["cat"])
+def test_a_gpu_finds_what_the_cpu_finds(detector, saved):
+    moved = load_grounding_dino(saved("grounding_dino"), device="cuda", **SMALL)
+    on_gpu = moved.detect(images(2), ["cat"])
     for there, here in zip(on_gpu, detector.detect(images(2), ["cat"]), strict=True):
         assert there[0].label == here[0].label
         assert there[0].score == pytest.approx(here[0].score, abs=1e-2)
         assert there[0].box == pytest.approx(here[0].box, abs=0.5)
 
 
-def test_saved_weights_give_the_same_detections(detector, tmp_path):
-    tiny_grounding_dino().save_pretrained(tmp_path)
-    tiny_scene_tokenizer().save_pretrained(tmp_path)
-    again = load_grounding_dino(str(tmp_path), **SMALL)
-    assert again.detect(images(2), ["cat"]) == detector.detect(images(2), ["cat"])
-
-
 def test_weights_without_a_tokenizer_are_refused(tmp_path):
     tiny_grounding_dino().save_pretrained(tmp_path)
     with pytest.raises(WeightsError, match="no tokenizer there"):
         load_grounding_dino(str(tmp_path), **SMALL)
-
-
-def test_the_reward_judges_what_the_detector_finds(detector):
-    prompts = [asking("cat", "dog"), asking("cat", "a")]
-    reward = GroundingDinoRewardConfig(
-        detector=GroundingDinoDetectorConfig(path="tiny", **SMALL), threshold=0.5
-    ).build(CPU)
-    assert isinstance(reward, SceneReward)
-    found = detector(images(2), prompts)
-    assert reward(images(2), prompts) == [
-        judge_scene(one, prompt.metadata, size=(48, 48), threshold=0.5)
-        for one, prompt in zip(found, prompts, strict=True)
-    ]
-
-
-SPATIAL = {"task_type": "spatial", "nouns": ["a", "b"]}
-NUMERACY = {"task_type": "numeracy", "nouns": ["a"]}
-
-
-@pytest.mark.parametrize(
-    ("metadata", "compat", "unsupported_reason"),
-    [
-        ({"nouns": ["a"]}, "fixed", "needs 'task_type'"),
-        (SPATIAL, "fixed", "needs 'spatial_info'"),
-        (NUMERACY, "fixed", "needs 'numeracy_info'"),
-        (
-            {**NUMERACY, "numeracy_info": [{"obj_name": "c", "num": 1}]},
-            "fixed",
-            "'c' is not among them",
-        ),
-        (
-            {**SPATIAL, "spatial_info": {"obj1": "a", "obj2": "b", "locality": "inside"}},
-            "fixed",
-            "does not know the locality 'inside'; write one of: next to, near",
-        ),
-        (
-            {**SPATIAL, "spatial_info": {"obj1": "a", "obj2": "b", "locality": "inside"}},
-            "release",
-            None,
-        ),
-        ({"task_type": "object", "nouns": ["a"]}, "fixed", None),
-    ],
-)
-def test_a_prompt_that_cannot_be_judged_is_told_before_training(
-    metadata, compat, unsupported_reason
-):
-    said = GroundingDinoRewardConfig(compat=compat).unsupported_reason(Prompt("a", 0, metadata))
-    assert (unsupported_reason in said) if unsupported_reason else said is None
-
-
-def test_a_detector_that_hides_what_counts_is_refused():
-    with pytest.raises(ValueError, match=r"leaves out what the threshold of 0\.3 counts"):
-        GroundingDinoRewardConfig(detector=GroundingDinoDetectorConfig(min_score=0.4))
-
-
-def test_reference_images_come_with_what_the_reward_needs_and_random_weights_have_none():
-    config = GroundingDinoRewardConfig()
-    cases = config.reference_cases()
-    assert [case.prompt.text for case in cases] == ["a photo of a cat", "a photo of a cup"]
-    assert [config.unsupported_reason(case.prompt) for case in cases] == [None, None]
-    assert all(len(case.images_NHWC()) == 2 for case in cases)
-    assert (
-        GroundingDinoRewardConfig(
-            detector=GroundingDinoDetectorConfig(path="tiny")
-        ).reference_cases()
-        == ()
-    )

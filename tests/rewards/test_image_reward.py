@@ -1,14 +1,19 @@
 """ImageReward: the published layout against its architecture written out, batches, the scale."""
 
-import json
-
 import pytest
 import torch
+from tiny_models import (
+    image_reward_tensors,
+    noise,
+    save_image_reward,
+    tiny_bert_tokenizer,
+    tiny_blip_configs,
+)
 from torch.nn import functional as F
 from transformers import BlipTextConfig, BlipTextModel, BlipVisionModel
 
-from stage_rl.config import load_reward
 from stage_rl.errors import WeightsError
+from stage_rl.rewards.clip import AffineHead
 from stage_rl.rewards.image_reward import (
     MEAN,
     STD,
@@ -16,33 +21,20 @@ from stage_rl.rewards.image_reward import (
     TEXT_SIZES,
     UNUSED,
     VIT_L16,
-    WEIGHTS_FILE,
+    ImageReward,
     foreign_names,
     load_image_reward,
-    tiny_image_reward,
 )
-from stage_rl.rewards.pretrained import AffineHead, clip_pixels
-from stage_rl.rewards.tiny import tiny_bert_tokenizer, tiny_blip_configs
+from stage_rl.rewards.pretrained import clip_pixels
 from stage_rl.types import Prompt
 
 TEXTS = ["a red square", "Two dogs, a cat!", "a red square"]
-VISION, TEXT = tiny_blip_configs()
-
-
-def noise(num=3, height=40, width=56):
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (num, height, width, 3), generator=generator, dtype=torch.uint8)
+VISION, _ = tiny_blip_configs()
 
 
 def foreign_tensors():
-    """The tiny model in the published layout, with all that the published file may hold beside."""
-    model = tiny_image_reward()
-    ours = {f"vision.{name}": tensor for name, tensor in model.vision.state_dict().items()}
-    ours |= {f"text.{name}": tensor for name, tensor in model.text.state_dict().items()}
-    ours |= {f"mlp.{name}": tensor for name, tensor in model.head.state_dict().items()}
-    tensors = {theirs: ours.pop(name) for theirs, name in foreign_names(VISION, TEXT).items()}
-    assert not ours
-    return tensors | dict.fromkeys(UNUSED, torch.zeros(1))
+    """The published layout, with all that the published file may hold beside the model."""
+    return image_reward_tensors() | dict.fromkeys(UNUSED, torch.zeros(1))
 
 
 @pytest.fixture
@@ -50,11 +42,7 @@ def published(tmp_path):
     """Writes a folder as published."""
 
     def write(tensors):
-        tiny_bert_tokenizer().save_pretrained(tmp_path)
-        torch.save(tensors, tmp_path / WEIGHTS_FILE)
-        sizes = {name: getattr(TEXT, name) for name in TEXT_SIZES}
-        text = json.dumps({**sizes, "encoder_width": 768, "add_cross_attention": True})
-        (tmp_path / TEXT_FILE).write_text(text)
+        save_image_reward(tmp_path, tensors)
         return {"path": str(tmp_path), "tokenizer": str(tmp_path), "vision": VISION}
 
     return write
@@ -114,36 +102,31 @@ def test_the_published_layout_gives_what_its_architecture_gives(published):
     tokens = tiny_bert_tokenizer()(
         TEXTS, padding="max_length", max_length=35, truncation=True, return_tensors="pt"
     )
-    patches = read_image(clip_pixels(noise(), 32, device="cpu"), tensors)
+    patches = read_image(clip_pixels(noise(), 32), tensors)
     x = read_text(tokens["input_ids"], tokens["attention_mask"], patches, tensors)[:, 0]
     for place in (0, 2, 4, 6, 7):
         x = linear(x, tensors, f"mlp.layers.{place}")
     wanted = (x[:, 0] - 0.16717362830052426) / 1.0333394966054072
     assert torch.allclose(model.scores_N(noise(), TEXTS), wanted, atol=1e-5)
-    assert torch.allclose(tiny_image_reward().scores_N(noise(), TEXTS), wanted, atol=1e-5)
     # the images and the texts both count
     assert len(wanted.unique()) == 3
     other = model.scores_N(noise(1), [TEXTS[1]])
     assert abs(other.item() - wanted[0].item()) > 1e-4
 
 
-def test_the_reward_scores_pairs_in_any_batch():
-    settings = ["path=tiny"]
+def test_the_reward_scores_pairs_in_any_batch(published):
+    model = load_image_reward(**published(foreign_tensors()))
     prompts = [Prompt(text, i) for i, text in enumerate(TEXTS)]
-    whole, singly = (
-        load_reward("image_reward", [*settings, f"batch_size={size}"]).build(torch.device("cpu"))
-        for size in (16, 1)
-    )
-    wanted = tiny_image_reward().scores_N(noise(), TEXTS).tolist()
-    for reward in (whole, singly):
-        scores = reward(noise(), prompts)
+    wanted = model.scores_N(noise(), TEXTS).tolist()
+    for batch_size in (16, 1):
+        scores = ImageReward(model, batch_size)(noise(), prompts)
         assert [score.value for score in scores] == pytest.approx(wanted, abs=1e-5)
 
 
 @pytest.mark.parametrize(("output", "reward"), [(MEAN, 0.0), (MEAN + STD, 1.0), (0.0, -0.161780)])
-def test_the_heads_output_is_standardised(output, reward):
+def test_the_heads_output_is_standardised(published, output, reward):
     # -0.16717362830052426 / 1.0333394966054072 = -0.161780
-    model = tiny_image_reward()
+    model = load_image_reward(**published(foreign_tensors()))
     for parameter in model.head.parameters():
         parameter.zero_()
     model.head.layers["7"].bias.fill_(output)

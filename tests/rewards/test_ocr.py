@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from stage_rl.errors import InputError
-from stage_rl.rewards import ocr as ocr_engines
+from stage_rl.rewards import ocr
 from stage_rl.rewards.ocr import (
     Line,
     OcrReward,
@@ -163,17 +163,16 @@ def test_the_reference_images_are_in_order(reader):
 
 
 def test_a_missing_engine_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(ocr_engines.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(ocr.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"rapidocr is not installed; run pip install 'stage-rl\["):
         RapidOcr()
 
 
 READERS = '''
-"""Engines for worker processes; free of torch, so that these start fast."""
 import os
 import signal
 
-from stage_rl.rewards.ocr_engines import Line
+from stage_rl.rewards.ocr import Line
 
 
 class Echo:
@@ -228,7 +227,7 @@ KILLED = """
 import os, signal
 import numpy as np
 from echo_readers import Echo
-from stage_rl.rewards.worker_processes import ParallelReader
+from stage_rl.rewards.ocr import ParallelReader
 
 if __name__ == "__main__":
     pages = ParallelReader(Echo, processes=2).read([np.zeros((4, 4, 3), np.uint8)] * 4)
@@ -270,11 +269,6 @@ def test_processes_with_a_real_engine_read_what_one_reads(reader):
         reward.reader.close()
 
 
-def test_a_worker_needs_no_torch():
-    code = "import sys, stage_rl.rewards.worker_processes as w; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 def paddle(version, monkeypatch, **answers):
     """PaddleOCR as its two versions answer; it keeps what it was called with."""
     calls = []
@@ -284,8 +278,8 @@ def paddle(version, monkeypatch, **answers):
         return SimpleNamespace(**answers)
 
     monkeypatch.setitem(sys.modules, "paddleocr", SimpleNamespace(PaddleOCR=build))
-    monkeypatch.setattr(ocr_engines.importlib.util, "find_spec", lambda name: name)
-    monkeypatch.setattr(ocr_engines.importlib.metadata, "version", lambda name: version)
+    monkeypatch.setattr(ocr.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(ocr.importlib.metadata, "version", lambda name: version)
     return calls
 
 

@@ -1,10 +1,13 @@
-"""The rules of T2I-R1: the published arithmetic in both forms, with no model."""
+"""The rules of T2I-R1: the published arithmetic in both forms; and the reward that has them."""
 
 import pytest
+import torch
+from tiny_models import noise
 
 from stage_rl.rewards.base import Detection
+from stage_rl.rewards.grounding_dino import GroundingDinoDetectorConfig
 from stage_rl.rewards.t2i_r1 import (
-    caption_of,
+    GroundingDinoRewardConfig,
     iou,
     judge_scene,
     numeracy_score,
@@ -12,7 +15,9 @@ from stage_rl.rewards.t2i_r1 import (
     spatial_score,
     without_duplicates,
 )
+from stage_rl.types import Prompt
 
+CPU = torch.device("cpu")
 SIZE = (400, 400)
 
 
@@ -32,22 +37,6 @@ def one(label, *place, score=0.9):
 LEFT, RIGHT = (0.25, 0.5, 0.2, 0.2), (0.75, 0.5, 0.2, 0.2)
 TOP, BOTTOM = (0.5, 0.25, 0.2, 0.2), (0.5, 0.75, 0.2, 0.2)
 DIAGONAL = (0.75, 0.75, 0.2, 0.2)
-
-
-@pytest.mark.parametrize(
-    ("nouns", "caption", "spans"),
-    [
-        (["car", "zebra"], "car . zebra.", [[(0, 3)], [(6, 11)]]),
-        (
-            ["computer keyboard", "cat"],
-            "computer keyboard . cat.",
-            [[(0, 8), (9, 17)], [(20, 23)]],
-        ),
-        (["french fry box"], "french fry box.", [[(0, 6), (11, 14)]]),
-    ],
-)
-def test_a_caption_names_the_nouns_and_where_they_stand(nouns, caption, spans):
-    assert caption_of(nouns) == (caption, spans)
 
 
 # found, locality, released, fixed. Released: .2 for each object and half of the position;
@@ -202,3 +191,65 @@ def test_overlap_is_intersection_over_union():
     assert iou((0, 0, 10, 10), (10, 0, 20, 10)) == 0
     # exactly the threshold is kept: 2/3 of 4 in common is 2 / 4 = .5
     assert without_duplicates([(0, 0, 3, 1), (1, 0, 4, 1)]) == [(0, 0, 3, 1), (1, 0, 4, 1)]
+
+
+def test_the_reward_judges_what_the_detector_finds(saved):
+    metadata = [{"task_type": "object", "nouns": ["cat", noun]} for noun in ("dog", "a")]
+    prompts = [Prompt("a scene", 0, fields) for fields in metadata]
+    sizes = {"shortest_side": 96, "longest_side": 128, "min_score": 0.3}
+    detector = GroundingDinoDetectorConfig(path=saved("grounding_dino"), **sizes)
+    reward = GroundingDinoRewardConfig(detector=detector, threshold=0.5).build(CPU)
+    images = noise(2, 48, 48)
+    found = detector.build(CPU)(images, prompts)
+    assert reward(images, prompts) == [
+        judge_scene(one, prompt.metadata, size=(48, 48), threshold=0.5)
+        for one, prompt in zip(found, prompts, strict=True)
+    ]
+
+
+SPATIAL = {"task_type": "spatial", "nouns": ["a", "b"]}
+NUMERACY = {"task_type": "numeracy", "nouns": ["a"]}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "compat", "unsupported_reason"),
+    [
+        ({"nouns": ["a"]}, "fixed", "needs 'task_type'"),
+        (SPATIAL, "fixed", "needs 'spatial_info'"),
+        (NUMERACY, "fixed", "needs 'numeracy_info'"),
+        (
+            {**NUMERACY, "numeracy_info": [{"obj_name": "c", "num": 1}]},
+            "fixed",
+            "'c' is not among them",
+        ),
+        (
+            {**SPATIAL, "spatial_info": {"obj1": "a", "obj2": "b", "locality": "inside"}},
+            "fixed",
+            "does not know the locality 'inside'; write one of: next to, near",
+        ),
+        (
+            {**SPATIAL, "spatial_info": {"obj1": "a", "obj2": "b", "locality": "inside"}},
+            "release",
+            None,
+        ),
+        ({"task_type": "object", "nouns": ["a"]}, "fixed", None),
+    ],
+)
+def test_a_prompt_that_cannot_be_judged_is_told_before_training(
+    metadata, compat, unsupported_reason
+):
+    said = GroundingDinoRewardConfig(compat=compat).unsupported_reason(Prompt("a", 0, metadata))
+    assert (unsupported_reason in said) if unsupported_reason else said is None
+
+
+def test_a_detector_that_hides_what_counts_is_refused():
+    with pytest.raises(ValueError, match=r"leaves out what the threshold of 0\.3 counts"):
+        GroundingDinoRewardConfig(detector=GroundingDinoDetectorConfig(min_score=0.4))
+
+
+def test_reference_images_come_with_what_the_reward_needs():
+    config = GroundingDinoRewardConfig()
+    cases = config.reference_cases()
+    assert [case.prompt.text for case in cases] == ["a photo of a cat", "a photo of a cup"]
+    assert [config.unsupported_reason(case.prompt) for case in cases] == [None, None]
+    assert all(len(case.images_NHWC()) == 2 for case in cases)

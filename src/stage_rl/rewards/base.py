@@ -16,10 +16,7 @@ from PIL import Image
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from stage_rl.settings import (
-    Component,
-    name_of,
-)
+from stage_rl.settings import Component, name_of
 from stage_rl.types import Prompt
 
 

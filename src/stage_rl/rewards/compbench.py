@@ -1,8 +1,10 @@
-"""The rules of T2I-CompBench (arXiv 2307.06350, 2404.01247): from what models see to a score.
+"""The T2I-CompBench rewards (arXiv 2307.06350, 2404.01247): attributes, places, depth, numbers.
 
-Nothing here runs a model. A box is x0, y0, x1, y1 in pixels, an image size (width, height).
+BLIP is asked about each noun phrase of a prompt; a detector and a monocular depth model say what
+is where. A box is x0, y0, x1, y1 in pixels, an image size (width, height).
 
-Shape suffixes: H x W pixels.
+Shape suffixes: N images, H x W pixels, C colour channels, Y x X of the depth model's output, R rows
+(a question on an image), P image patches, L text tokens, D width.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,27 +20,27 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
-from transformers import (
-    AutoModelForDepthEstimation,
-    BlipConfig,
-    BlipForQuestionAnswering,
-    DPTConfig,
-    DPTForDepthEstimation,
-)
+from transformers import AutoModelForDepthEstimation, BlipForQuestionAnswering
 
 from stage_rl.rewards.base import Detection, Detector, DetectorConfig, Reward, RewardConfig, Score
 from stage_rl.rewards.grounding_dino import GroundingDinoDetectorConfig
 from stage_rl.rewards.pretrained import (
     CLIP_MEAN,
     CLIP_STD,
-    TINY,
     load_model,
     load_tokenizer,
     normalize,
     resize,
 )
-from stage_rl.rewards.t2i_r1 import RELEASED_SIDES, Box, Compat, Size, iou, position_score
-from stage_rl.rewards.tiny import random_model, tiny_blip_configs, tiny_scene_tokenizer
+from stage_rl.rewards.t2i_r1 import (
+    RELEASED_SIDES,
+    Box,
+    Compat,
+    SceneReward,
+    Size,
+    iou,
+    position_score,
+)
 from stage_rl.rewards.vqa import Answer, answers_from, tokens_of
 from stage_rl.settings import Count
 from stage_rl.types import Prompt
@@ -60,6 +62,52 @@ BEHIND = ("behind", "hidden", "hidden by")
 MAX_WORDS = 50
 """Words of a question that are asked."""
 
+MAX_TOKENS = 35
+
+DEPTH_UNREAD = r"^neck\.fusion_stage\.layers\.0\.residual_layer1\."
+"""The deepest layer has nothing to add to; published DPTs come without what would add it."""
+
+
+# Attributes.
+
+
+class AttributesConfig(RewardConfig):
+    """T2I-CompBench's attribute score: BLIP asked for each noun phrase of the prompt."""
+
+    required_fields: ClassVar[tuple[str, ...]] = ("attr_nouns",)
+
+    path: str = "Salesforce/blip-vqa-base"
+    """Folder or hub id."""
+    side: int = Field(default=480, ge=16)
+    """Pixels of the square that images are scaled to."""
+    batch_size: Count = 16
+    """Images at a time, each with all its questions."""
+
+    def build(self, device: torch.device) -> Reward:
+        """The reward with its weights on a device."""
+        module = load_model(BlipForQuestionAnswering, self.path, device=device)
+        model = BlipVqa(module, load_tokenizer(self.path), side=self.side)
+        return AttributeReward(model, self.batch_size)
+
+
+@dataclass(frozen=True)
+class AttributeReward:
+    """The product of the probabilities that a prompt's noun phrases are seen."""
+
+    model: BlipVqa
+    batch_size: int = 16
+
+    def __call__(self, images_NHWC: Tensor, prompts: list[Prompt]) -> list[Score]:
+        """One score per image; the phrases are those of `attr_nouns`."""
+        assert len(images_NHWC) == len(prompts)
+        scores: list[Score] = []
+        for images in images_NHWC.split(self.batch_size):
+            phrases = [p.metadata["attr_nouns"] for p in prompts[len(scores) :][: len(images)]]
+            questions = [[question_of(phrase) for phrase in some] for some in phrases]
+            shares = self.model.ask(images, questions)
+            scores += [attribute_score(*pair) for pair in zip(shares, phrases, strict=True)]
+        return scores
+
 
 def question_of(phrase: str) -> str:
     """A noun phrase as the published evaluator asks for it: small letters, without marks."""
@@ -69,9 +117,158 @@ def question_of(phrase: str) -> str:
 
 def attribute_score(shares: Sequence[float], phrases: Sequence[str]) -> Score:
     """The product of the probabilities of yes over the phrases, each with four decimals."""
-    told = [round(share, 4) for share in shares]
-    why = ", ".join(f"{name}: {share:.2f}" for name, share in zip(phrases, told, strict=True))
-    return Score(float(np.prod(told)), why)
+    rounded = [round(share, 4) for share in shares]
+    why = ", ".join(f"{name}: {share:.2f}" for name, share in zip(phrases, rounded, strict=True))
+    return Score(float(np.prod(rounded)), why)
+
+
+class BlipVqa:
+    """The probability of yes to questions, from the first token of the answer."""
+
+    def __init__(self, module: BlipForQuestionAnswering, tokenizer: Any, *, side: int) -> None:
+        self._module: Any = module
+        self._tokenizer = tokenizer
+        self._side = side
+        self._yes, self._no = tokens_of(tokenizer, ("yes",)), tokens_of(tokenizer, ("no",))
+        self._begin: int = self._module.decoder_start_token_id
+        # The two marks that BLIP adds follow BERT's words: begin of answer, begin of question.
+        self._encode = self._begin + 1
+
+    @torch.inference_mode()
+    def ask(self, images_NHWC: Tensor, questions: Sequence[Sequence[str]]) -> list[list[float]]:
+        """P(yes) / (P(yes) + P(no)) of every question on each image (uint8)."""
+        rows = [n for n, asked in enumerate(questions) for _ in asked]
+        if not rows:
+            return [[] for _ in questions]
+        sized = resize(images_NHWC, (self._side, self._side), "bicubic")
+        pixels = normalize(sized.to(self._module.device), CLIP_MEAN, CLIP_STD)
+        patches_NPD = self._module.vision_model(
+            pixel_values=pixels, interpolate_pos_encoding=True
+        ).last_hidden_state
+        texts = [question for asked in questions for question in asked]
+        ids = self._tokenizer(texts, truncation=True, max_length=MAX_TOKENS)["input_ids"]
+        shares = [0.0] * len(rows)
+        # Rows of one length share a batch: the library's decoder attends to padding (5.23 drops
+        # the mask of its cross-attention).
+        for length in {len(row) for row in ids}:
+            places = [place for place, row in enumerate(ids) if len(row) == length]
+            ids_RL = torch.tensor([ids[place] for place in places])
+            answers = self._answers(ids_RL, patches_NPD[[rows[place] for place in places]])
+            for place, answer in zip(places, answers, strict=True):
+                shares[place] = answer.yes
+        left = iter(shares)
+        return [[next(left) for _ in asked] for asked in questions]
+
+    def _answers(self, ids_RL: Tensor, patches_RPD: Tensor) -> list[Answer]:
+        """The first word of the answer to each question, all of one length."""
+        ids_RL = ids_RL.to(self._module.device)
+        ids_RL[:, 0] = self._encode
+        read_RLD = self._module.text_encoder(
+            input_ids=ids_RL, encoder_hidden_states=patches_RPD
+        ).last_hidden_state
+        begin_R1 = torch.full_like(ids_RL[:, :1], self._begin)
+        output = self._module.text_decoder(input_ids=begin_R1, encoder_hidden_states=read_RLD)
+        return answers_from(output.logits[:, -1], self._yes, self._no)
+
+
+# Places and numbers.
+
+
+class ArrangementConfig(RewardConfig):
+    """Base of the T2I-CompBench scores that need a detector."""
+
+    detector: DetectorConfig = GroundingDinoDetectorConfig()
+    """What finds the nouns of a prompt."""
+    threshold: float = Field(default=0.3, ge=0, lt=1)
+    """Confidence above which an object counts; the published detector takes 0.5."""
+
+
+class PlaneConfig(ArrangementConfig):
+    """T2I-CompBench's spatial score: two things and where they are in the plane."""
+
+    required_fields: ClassVar[tuple[str, ...]] = ("nouns", "spatial_info")
+
+    confidences: bool = False
+    """Weigh an object by the detector's confidence, as published for another detector."""
+    compat: Compat = "fixed"
+    """release: the released score: "on top of" never holds, depth is read with axes exchanged."""
+
+    def build(self, device: torch.device) -> Reward:
+        """The reward with its detector on a device."""
+
+        def rule(found: list[Detection], metadata: Mapping[str, Any], *, size: Size) -> Score:
+            return plane_score(
+                found,
+                metadata["spatial_info"],
+                size=size,
+                threshold=self.threshold,
+                trusted=not self.confidences,
+                compat=self.compat,
+            )
+
+        return SceneReward(self.detector.build(device), rule)
+
+
+class DepthConfig(PlaneConfig):
+    """T2I-CompBench's score of relations in depth."""
+
+    depth: str = "Intel/dpt-hybrid-midas"
+    """Folder or hub id of the depth model."""
+    depth_side: int = Field(default=384, ge=16)
+    """Pixels of the square that the depth model reads."""
+    batch_size: Count = 8
+    """Images at a time in the depth model."""
+
+    def build(self, device: torch.device) -> Reward:
+        """The reward with its detector and depth model on a device."""
+        return DepthReward(self.detector.build(device), self.load_depth(device), self)
+
+    def load_depth(self, device: torch.device) -> DepthModel:
+        """The depth model, whose output is larger where things are nearer."""
+        module = load_model(
+            AutoModelForDepthEstimation, self.depth, device=device, unread=DEPTH_UNREAD
+        )
+        return DepthModel(module, side=self.depth_side, batch_size=self.batch_size)
+
+
+class NumeracyConfig(ArrangementConfig):
+    """T2I-CompBench's score of numbers of things."""
+
+    required_fields: ClassVar[tuple[str, ...]] = ("nouns", "numeracy_info")
+
+    def build(self, device: torch.device) -> Reward:
+        """The reward with its detector on a device."""
+
+        def rule(found: list[Detection], metadata: Mapping[str, Any], *, size: Size) -> Score:
+            return numeracy_score(found, metadata["numeracy_info"], threshold=self.threshold)
+
+        return SceneReward(self.detector.build(device), rule)
+
+
+@dataclass(frozen=True)
+class DepthReward:
+    """Whether two things are there and stand in depth as the prompt's `spatial_info` says."""
+
+    detector: Detector
+    depth: DepthModel
+    rules: PlaneConfig
+
+    def __call__(self, images_NHWC: Tensor, prompts: list[Prompt]) -> list[Score]:
+        """One score per image."""
+        detections = self.detector(images_NHWC, prompts)
+        return [
+            depth_score(
+                found,
+                prompt.metadata["spatial_info"],
+                depth_HW=depth_HW,
+                threshold=self.rules.threshold,
+                trusted=not self.rules.confidences,
+                compat=self.rules.compat,
+            )
+            for found, prompt, depth_HW in zip(
+                detections, prompts, self.depth(images_NHWC), strict=True
+            )
+        ]
 
 
 def plane_score(
@@ -203,92 +400,6 @@ def _mean_depth(box: Box, depth_HW: NDArray[np.float32]) -> float:
     return float(depth_HW[y0 : max(int(box[3]), y0 + 1), x0 : max(int(box[2]), x0 + 1)].mean())
 
 
-# Rewards of T2I-CompBench that ask where things are and how many.
-#
-# Shape suffixes: N images, H x W pixels, C colour channels.
-
-
-@dataclass(frozen=True)
-class PlaneReward:
-    """Whether two things are there and stand as the prompt's `spatial_info` says."""
-
-    detector: Detector
-    threshold: float
-    trusted: bool
-    """What is above the threshold counts in full."""
-    compat: Compat = "fixed"
-
-    def __call__(self, images_NHWC: Tensor, prompts: list[Prompt]) -> list[Score]:
-        """One score per image."""
-        height, width = images_NHWC.shape[1:3]
-        return [
-            plane_score(
-                found,
-                prompt.metadata["spatial_info"],
-                size=(width, height),
-                threshold=self.threshold,
-                trusted=self.trusted,
-                compat=self.compat,
-            )
-            for found, prompt in zip(self.detector(images_NHWC, prompts), prompts, strict=True)
-        ]
-
-
-@dataclass(frozen=True)
-class DepthReward:
-    """The same for relations in depth."""
-
-    detector: Detector
-    depth: DepthModel
-    threshold: float
-    trusted: bool
-    compat: Compat = "fixed"
-
-    def __call__(self, images_NHWC: Tensor, prompts: list[Prompt]) -> list[Score]:
-        """One score per image."""
-        detections = self.detector(images_NHWC, prompts)
-        return [
-            depth_score(
-                found,
-                prompt.metadata["spatial_info"],
-                depth_HW=depth_HW,
-                threshold=self.threshold,
-                trusted=self.trusted,
-                compat=self.compat,
-            )
-            for found, prompt, depth_HW in zip(
-                detections, prompts, self.depth(images_NHWC), strict=True
-            )
-        ]
-
-
-@dataclass(frozen=True)
-class NumeracyReward:
-    """Whether the things of `numeracy_info` are there in their numbers."""
-
-    detector: Detector
-    threshold: float
-
-    def __call__(self, images_NHWC: Tensor, prompts: list[Prompt]) -> list[Score]:
-        """One score per image."""
-        detections = self.detector(images_NHWC, prompts)
-        return [
-            numeracy_score(found, prompt.metadata["numeracy_info"], threshold=self.threshold)
-            for found, prompt in zip(detections, prompts, strict=True)
-        ]
-
-
-# How near what is seen in an image is, by a monocular depth model.
-#
-# Shape suffixes: N images, H x W pixels, C colour channels, Y x X of the model's output.
-
-
-MEAN = STD = (0.5, 0.5, 0.5)
-
-UNREAD = r"^neck\.fusion_stage\.layers\.0\.residual_layer1\."
-"""The deepest layer has nothing to add to; published DPTs come without what would add it."""
-
-
 class DepthModel:
     """Depth on a scale from 0 (far) to 1 (near) in each image."""
 
@@ -304,7 +415,7 @@ class DepthModel:
         maps = []
         for images in images_NHWC.split(self._batch_size):
             sized = resize(images, (self._side, self._side), "bicubic")
-            pixels = normalize(sized.to(self._module.device), MEAN, STD)
+            pixels = normalize(sized.to(self._module.device), (0.5,) * 3, (0.5,) * 3)
             depth_NYX = self._module(pixel_values=pixels).predicted_depth.float()
             maps.append(interpolate(depth_NYX[:, None], size=size, mode="bicubic")[:, 0].cpu())
         depth_NHW = torch.cat(maps)
@@ -312,212 +423,3 @@ class DepthModel:
         spread = depth_NHW.amax((1, 2), keepdim=True) - least
         # An image of one depth has no order; anything but 0 as divisor says so.
         return ((depth_NHW - least) / spread.clamp(min=1e-12)).numpy()
-
-
-def load_depth(
-    path: str, *, side: int, batch_size: int, device: torch.device | str = "cpu"
-) -> DepthModel:
-    """A model whose output is larger where things are nearer, from a folder or hub id."""
-    if path == TINY:
-        module = tiny_depth()
-        nn.Module.to(module, device)
-        return DepthModel(module, side=32, batch_size=batch_size)
-    module = load_model(AutoModelForDepthEstimation, path, device=device, unread=UNREAD)
-    return DepthModel(module, side=side, batch_size=batch_size)
-
-
-def tiny_depth() -> DPTForDepthEstimation:
-    """A DPT of four layers that reads 32 x 32."""
-    config = DPTConfig(
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        image_size=32,
-        patch_size=16,
-        backbone_out_indices=[0, 1, 2, 3],
-        neck_hidden_sizes=[8, 8, 8, 8],
-        fusion_hidden_size=8,
-        is_hybrid=False,
-        use_auxiliary_head=False,
-    )
-    return random_model(lambda: DPTForDepthEstimation(config), scale=4.0)
-
-
-# BLIP asked about each noun phrase of a prompt, as T2I-CompBench judges attributes.
-#
-# Shape suffixes: N images, H x W pixels, C colour channels, R rows (a question on an image),
-# P image patches, L text tokens, D width.
-
-
-MAX_TOKENS = 35
-
-
-class BlipVqa:
-    """The probability of yes to questions, from the first token of the answer."""
-
-    def __init__(self, module: BlipForQuestionAnswering, tokenizer: Any, *, side: int) -> None:
-        self._module: Any = module
-        self._tokenizer = tokenizer
-        self._side = side
-        self._yes, self._no = tokens_of(tokenizer, ("yes",)), tokens_of(tokenizer, ("no",))
-        self._begin: int = self._module.decoder_start_token_id
-        # The two marks that BLIP adds follow BERT's words: begin of answer, begin of question.
-        self._encode = self._begin + 1
-
-    @torch.inference_mode()
-    def ask(self, images_NHWC: Tensor, questions: Sequence[Sequence[str]]) -> list[list[float]]:
-        """P(yes) / (P(yes) + P(no)) of every question on each image (uint8)."""
-        rows = [n for n, asked in enumerate(questions) for _ in asked]
-        if not rows:
-            return [[] for _ in questions]
-        sized = resize(images_NHWC, (self._side, self._side), "bicubic")
-        pixels = normalize(sized.to(self._module.device), CLIP_MEAN, CLIP_STD)
-        patches_NPD = self._module.vision_model(
-            pixel_values=pixels, interpolate_pos_encoding=True
-        ).last_hidden_state
-        texts = [question for asked in questions for question in asked]
-        ids = self._tokenizer(texts, truncation=True, max_length=MAX_TOKENS)["input_ids"]
-        shares = [0.0] * len(rows)
-        # Rows of one length share a batch: the library's decoder attends to padding (5.23 drops
-        # the mask of its cross-attention).
-        for length in {len(row) for row in ids}:
-            places = [place for place, row in enumerate(ids) if len(row) == length]
-            ids_RL = torch.tensor([ids[place] for place in places])
-            answers = self._answers(ids_RL, patches_NPD[[rows[place] for place in places]])
-            for place, answer in zip(places, answers, strict=True):
-                shares[place] = answer.yes
-        left = iter(shares)
-        return [[next(left) for _ in asked] for asked in questions]
-
-    def _answers(self, ids_RL: Tensor, patches_RPD: Tensor) -> list[Answer]:
-        """The first word of the answer to each question, all of one length."""
-        ids_RL = ids_RL.to(self._module.device)
-        ids_RL[:, 0] = self._encode
-        read_RLD = self._module.text_encoder(
-            input_ids=ids_RL, encoder_hidden_states=patches_RPD
-        ).last_hidden_state
-        begin_R1 = torch.full_like(ids_RL[:, :1], self._begin)
-        output = self._module.text_decoder(input_ids=begin_R1, encoder_hidden_states=read_RLD)
-        return answers_from(output.logits[:, -1], self._yes, self._no)
-
-
-@dataclass(frozen=True)
-class AttributeReward:
-    """The product of the probabilities that a prompt's noun phrases are seen."""
-
-    model: BlipVqa
-    batch_size: int = 16
-
-    def __call__(self, images_NHWC: Tensor, prompts: list[Prompt]) -> list[Score]:
-        """One score per image; the phrases are those of `attr_nouns`."""
-        assert len(images_NHWC) == len(prompts)
-        scores: list[Score] = []
-        for images in images_NHWC.split(self.batch_size):
-            phrases = [p.metadata["attr_nouns"] for p in prompts[len(scores) :][: len(images)]]
-            questions = [[question_of(phrase) for phrase in some] for some in phrases]
-            shares = self.model.ask(images, questions)
-            scores += [attribute_score(*pair) for pair in zip(shares, phrases, strict=True)]
-        return scores
-
-
-def load_blip_vqa(path: str, *, side: int, device: torch.device | str = "cpu") -> BlipVqa:
-    """The model of a folder or hub id, fp32; `tiny` is random."""
-    if path == TINY:
-        module, tokenizer = tiny_blip_vqa(), tiny_scene_tokenizer()
-        nn.Module.to(module, device)
-        return BlipVqa(module, tokenizer, side=side)
-    module = load_model(BlipForQuestionAnswering, path, device=device)
-    return BlipVqa(module, load_tokenizer(path), side=side)
-
-
-def tiny_blip_vqa() -> BlipForQuestionAnswering:
-    """A BLIP of two layers that reads 32 x 32 and what `tiny_scene_tokenizer` writes."""
-    vision, text = tiny_blip_configs()
-    words = len(tiny_scene_tokenizer())
-    sizes = {**text.to_dict(), "vocab_size": words + 2, "bos_token_id": words}
-    config = BlipConfig(text_config=sizes, vision_config=vision.to_dict(), projection_dim=32)
-    return random_model(lambda: BlipForQuestionAnswering(config), scale=2.0)
-
-
-# What a recipe says of the T2I-CompBench rewards and of variety; free of torch.
-
-
-class AttributesConfig(RewardConfig):
-    """T2I-CompBench's attribute score: BLIP asked for each noun phrase of the prompt."""
-
-    required_fields: ClassVar[tuple[str, ...]] = ("attr_nouns",)
-
-    path: str = "Salesforce/blip-vqa-base"
-    """Folder or hub id; tiny: random weights, for smoke runs."""
-    side: int = Field(default=480, ge=16)
-    """Pixels of the square that images are scaled to."""
-    batch_size: Count = 16
-    """Images at a time, each with all its questions."""
-
-    def build(self, device: torch.device) -> Reward:
-        """The reward with its weights on a device."""
-
-        model = load_blip_vqa(self.path, side=self.side, device=device)
-        return AttributeReward(model, self.batch_size)
-
-
-class ArrangementConfig(RewardConfig):
-    """Base of the T2I-CompBench scores that need a detector."""
-
-    detector: DetectorConfig = GroundingDinoDetectorConfig()
-    """What finds the nouns of a prompt."""
-    threshold: float = Field(default=0.3, ge=0, lt=1)
-    """Confidence above which an object counts; the published detector takes 0.5."""
-
-
-class PlaneConfig(ArrangementConfig):
-    """T2I-CompBench's spatial score: two things and where they are in the plane."""
-
-    required_fields: ClassVar[tuple[str, ...]] = ("nouns", "spatial_info")
-
-    confidences: bool = False
-    """Weigh an object by the detector's confidence, as published for another detector."""
-    compat: Literal["fixed", "release"] = "fixed"
-    """release: the released score: "on top of" never holds, depth is read with axes exchanged."""
-
-    def build(self, device: torch.device) -> Reward:
-        """The reward with its detector on a device."""
-
-        detector = self.detector.build(device)
-        return PlaneReward(
-            detector, self.threshold, trusted=not self.confidences, compat=self.compat
-        )
-
-
-class DepthConfig(PlaneConfig):
-    """T2I-CompBench's score of relations in depth."""
-
-    depth: str = "Intel/dpt-hybrid-midas"
-    """Folder or hub id of the depth model; tiny: random weights, for smoke runs."""
-    depth_side: int = Field(default=384, ge=16)
-    """Pixels of the square that the depth model reads."""
-    batch_size: Count = 8
-    """Images at a time in the depth model."""
-
-    def build(self, device: torch.device) -> Reward:
-        """The reward with its detector and depth model on a device."""
-
-        depth = load_depth(
-            self.depth, side=self.depth_side, batch_size=self.batch_size, device=device
-        )
-        detector = self.detector.build(device)
-        return DepthReward(
-            detector, depth, self.threshold, trusted=not self.confidences, compat=self.compat
-        )
-
-
-class NumeracyConfig(ArrangementConfig):
-    """T2I-CompBench's score of numbers of things."""
-
-    required_fields: ClassVar[tuple[str, ...]] = ("nouns", "numeracy_info")
-
-    def build(self, device: torch.device) -> Reward:
-        """The reward with its detector on a device."""
-
-        return NumeracyReward(self.detector.build(device), self.threshold)

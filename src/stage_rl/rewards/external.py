@@ -7,13 +7,10 @@ Shape suffixes: N images, H x W pixels, C colour channels.
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import io
 import itertools
 import json
 import logging
-import numbers
 import os
 import queue
 import shutil
@@ -27,13 +24,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
 from stage_rl.errors import InputError, RewardError
 from stage_rl.rewards.base import RewardConfig, Score
+from stage_rl.rewards.protocol import png_base64
 from stage_rl.settings import Count, Positive
 from stage_rl.types import Prompt
 
@@ -41,23 +41,42 @@ log = logging.getLogger(__name__)
 
 ImageForm = Literal["files", "base64"]
 
+STOP_S = 5.0
+"""How long a program may take to end after its input has ended."""
+
+
+class ExternalRewardConfig(RewardConfig):
+    """A program of the user's that reads JSON lines and answers each with a score."""
+
+    command: tuple[Annotated[str, Field(min_length=1)], ...] = Field(min_length=1)
+    """The program and its arguments; no shell reads them."""
+    cwd: str | None = None
+    """Folder it is started in; null: that of the trainer."""
+    images: ImageForm = "files"
+    """files: paths of PNG files, deleted when all of a batch are answered; base64: PNG inline."""
+    batch_size: Count = 16
+    """Images that are asked for before the first answer is waited for."""
+    timeout_s: Positive = 600.0
+    """Longest wait for an answer; the first includes what the program takes to start."""
+
+    def build(self, device: torch.device) -> ExternalReward:
+        """The reward; the program starts with the first image. An InputError without one."""
+        if self.cwd is not None and not Path(self.cwd).is_dir():
+            raise InputError(f"reward '{self.name}': cwd: no folder '{self.cwd}'; name one")
+        program = self.command[0]
+        if shutil.which(program) is None and shutil.which(program, path=self.cwd or ".") is None:
+            raise InputError(
+                f"reward '{self.name}': command: no program '{program}'; write its path"
+            )
+        return ExternalReward(self)
+
 
 class ExternalReward:
     """Scores images with a program that is started once and kept."""
 
-    def __init__(
-        self,
-        command: Sequence[str],
-        *,
-        cwd: str | None = None,
-        images: ImageForm = "files",
-        batch_size: int = 16,
-        timeout_s: float = 600.0,
-    ) -> None:
-        self._process = LineProcess(command, cwd=cwd)
-        self._form: ImageForm = images
-        self._batch_size = batch_size
-        self._timeout_s = timeout_s
+    def __init__(self, config: ExternalRewardConfig) -> None:
+        self._config = config
+        self._process = LineProcess(config.command, cwd=config.cwd)
         self._ids = itertools.count()
 
     def __call__(self, images_NHWC: Tensor, prompts: list[Prompt]) -> list[Score]:
@@ -67,13 +86,14 @@ class ExternalReward:
         RuntimeError where it reports that it could not score an image.
         """
         scores = []
-        for first in range(0, len(prompts), self._batch_size):
-            rows = slice(first, first + self._batch_size)
+        for first in range(0, len(prompts), self._config.batch_size):
+            rows = slice(first, first + self._config.batch_size)
             with tempfile.TemporaryDirectory(prefix="stage-images-") as folder:
-                pictures = [Image.fromarray(image) for image in images_NHWC[rows].numpy()]
                 requests = [
-                    self._request(picture, prompt, Path(folder))
-                    for picture, prompt in zip(pictures, prompts[rows], strict=True)
+                    self._request(image_HWC, prompt, Path(folder))
+                    for image_HWC, prompt in zip(
+                        images_NHWC[rows].numpy(), prompts[rows], strict=True
+                    )
                 ]
                 answers = self._answers(requests)
             scores += [_score(answers[request["id"]]) for request in requests]
@@ -83,20 +103,17 @@ class ExternalReward:
         """Ends the program."""
         self._process.stop()
 
-    def _request(self, picture: Image.Image, prompt: Prompt, folder: Path) -> dict[str, Any]:
-        request = {
-            "id": next(self._ids),
-            "prompt": prompt.text,
-            "metadata": dict(prompt.metadata),
-        }
+    def _request(
+        self, image_HWC: NDArray[np.uint8], prompt: Prompt, folder: Path
+    ) -> dict[str, Any]:
+        number = next(self._ids)
+        request = {"id": number, "prompt": prompt.text, "metadata": dict(prompt.metadata)}
+        if self._config.images == "base64":
+            return {**request, "image_png": png_base64(image_HWC)}
+        file = folder / f"{number}.png"
         # Speed matters more than size for files that live for seconds.
-        if self._form == "files":
-            file = folder / f"{request['id']}.png"
-            picture.save(file, compress_level=1)
-            return {**request, "image": str(file)}
-        buffer = io.BytesIO()
-        picture.save(buffer, "PNG", compress_level=1)
-        return {**request, "image_png": base64.b64encode(buffer.getvalue()).decode()}
+        Image.fromarray(image_HWC).save(file, compress_level=1)
+        return {**request, "image": str(file)}
 
     def _answers(self, requests: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
         try:
@@ -118,7 +135,7 @@ class ExternalReward:
         try:
             self._process.send(lines)
             while waiting:
-                answer = _parse(self._process.receive(self._timeout_s), waiting)
+                answer = _parse(self._process.receive(self._config.timeout_s), waiting)
                 waiting.remove(answer["id"])
                 answers[answer["id"]] = answer
         except (ProcessFault, RewardError):
@@ -151,7 +168,7 @@ def _fault(answer: Any, waiting: set[int]) -> str | None:
         return "its id was not asked for, or is answered twice; give each request's id back once"
     if isinstance(answer.get("error"), str):
         return None
-    if "score" not in answer or not _is_number(answer["score"], or_none=True):
+    if "score" not in answer or not (answer["score"] is None or _is_number(answer["score"])):
         return 'no score; write a number, or null where it does not apply, or an "error"'
     if not isinstance(answer.get("why", ""), str):
         return "why is not a text"
@@ -161,23 +178,14 @@ def _fault(answer: Any, waiting: set[int]) -> str | None:
     return None
 
 
-def _is_number(value: Any, *, or_none: bool = False) -> bool:
-    if value is None:
-        return or_none
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _score(answer: Mapping[str, Any]) -> Score:
     if "error" in answer:
         raise RuntimeError(f"the external scorer could not score an image: {answer['error']}")
     return Score(answer["score"], answer.get("why", ""), answer.get("extras", {}))
-
-
-# A program that is written lines and answers with lines, without either side waiting in vain.
-
-
-STOP_S = 5.0
-"""How long a program may take to end after its input has ended."""
 
 
 class ProcessFault(Exception):
@@ -303,39 +311,3 @@ def _close(stream: IO[str]) -> None:
     # What the program no longer reads is of no use to it.
     with contextlib.suppress(BrokenPipeError):
         stream.close()
-
-
-# What a recipe says of a reward that another program gives; free of torch.
-
-
-class ExternalRewardConfig(RewardConfig):
-    """A program of the user's that reads JSON lines and answers each with a score."""
-
-    command: tuple[Annotated[str, Field(min_length=1)], ...] = Field(min_length=1)
-    """The program and its arguments; no shell reads them."""
-    cwd: str | None = None
-    """Folder it is started in; null: that of the trainer."""
-    images: Literal["files", "base64"] = "files"
-    """files: paths of PNG files, deleted when all of a batch are answered; base64: PNG inline."""
-    batch_size: Count = 16
-    """Images that are asked for before the first answer is waited for."""
-    timeout_s: Positive = 600.0
-    """Longest wait for an answer; the first includes what the program takes to start."""
-
-    def build(self, device: torch.device) -> ExternalReward:
-        """The reward; the program starts with the first image. An InputError without one."""
-
-        if self.cwd is not None and not Path(self.cwd).is_dir():
-            raise InputError(f"reward '{self.name}': cwd: no folder '{self.cwd}'; name one")
-        program = self.command[0]
-        if shutil.which(program) is None and shutil.which(program, path=self.cwd or ".") is None:
-            raise InputError(
-                f"reward '{self.name}': command: no program '{program}'; write its path"
-            )
-        return ExternalReward(
-            self.command,
-            cwd=self.cwd,
-            images=self.images,
-            batch_size=self.batch_size,
-            timeout_s=self.timeout_s,
-        )

@@ -34,8 +34,53 @@ ScoreKind = Literal["soft", "correct", "strict"]
 
 Box = tuple[float, float, float, float]
 
+Found = Mapping[str, list[Detection]]
+"""The detections that count, by class, most confident first."""
+
 POSITION_MARGIN = 0.1
 """Share of the two objects' sizes that an offset must exceed before it counts."""
+
+
+class GenEvalRewardConfig(RewardConfig):
+    """The GenEval rules on what a detector finds."""
+
+    required_fields: ClassVar[tuple[str, ...]] = ("tag", "include")
+
+    detector: DetectorConfig = Mask2FormerConfig()
+    """What finds the objects and their colours."""
+    score: ScoreKind = "soft"
+    """soft: the mean over the terms; correct: the official verdict, 0 or 1; strict: the same with
+    exact counts."""
+    compat: Compat = "fixed"
+    """release: the released score, which adds 1 to a missed relation."""
+    clip_count: bool | None = None
+    """Count terms end at 0; null: in the fixed form only."""
+    threshold: float = Field(default=0.3, ge=0, lt=1)
+    """Confidence above which an object counts."""
+    counting_threshold: float = Field(default=0.9, ge=0, lt=1)
+    """The same for counting prompts."""
+    max_objects: int = Field(default=16, ge=1)
+    """Most confident objects of a class that are looked at."""
+
+    def build(self, device: torch.device) -> GenEvalReward:
+        """The reward with its detector on a device."""
+        rules = functools.partial(
+            judge,
+            compat=self.compat,
+            clip_count=self.clip_count,
+            threshold=self.threshold,
+            counting_threshold=self.counting_threshold,
+            max_objects=self.max_objects,
+        )
+        return GenEvalReward(self.detector.build(device), rules, self.score)
+
+    def unsupported_reason(self, prompt: Prompt) -> str | None:
+        """Also what the detector cannot find."""
+        return super().unsupported_reason(prompt) or self.detector.unsupported_reason(prompt)
+
+    def reference_cases(self) -> tuple[ReferenceCase, ...]:
+        """Those of the detector: the rules themselves need no weights."""
+        return self.detector.reference_cases()
 
 
 @dataclass(frozen=True)
@@ -60,27 +105,6 @@ class Verdict:
     why: str
 
 
-def relative_position(a: Box, b: Box) -> frozenset[str]:
-    """Where a lies relative to b: up to two of left of, right of, above, below.
-
-    Boxes are x0, y0, x1, y1 with y down. The offset of the centres, shortened by a tenth of both
-    sizes, must exceed half of the unshortened distance along an axis.
-    """
-    offset_x, offset_y = (a[0] + a[2] - b[0] - b[2]) / 2, (a[1] + a[3] - b[1] - b[3]) / 2
-    width, height = abs(a[2] - a[0]) + abs(b[2] - b[0]), abs(a[3] - a[1]) + abs(b[3] - b[1])
-    beyond_x = max(abs(offset_x) - POSITION_MARGIN * width, 0)
-    beyond_y = max(abs(offset_y) - POSITION_MARGIN * height, 0)
-    if beyond_x < 1e-3 and beyond_y < 1e-3:
-        return frozenset()
-    half = math.hypot(offset_x, offset_y) / 2
-    relations = set()
-    if beyond_x > half:
-        relations.add("left of" if offset_x < 0 else "right of")
-    if beyond_y > half:
-        relations.add("above" if offset_y < 0 else "below")
-    return frozenset(relations)
-
-
 def judge(
     detections: Sequence[Detection],
     metadata: Mapping[str, Any],
@@ -100,11 +124,12 @@ def judge(
     """
     assert compat in get_args(Compat), compat
     record = validate_metadata(metadata, where="GenEval metadata")
-    found = _confident(
-        detections,
-        threshold=counting_threshold if record["tag"] == "counting" else threshold,
-        max_objects=max_objects,
-    )
+    least = counting_threshold if record["tag"] == "counting" else threshold
+    found: dict[str, list[Detection]] = {}
+    for detection in sorted(detections, key=lambda one: -one.score):
+        objects = found.setdefault(detection.label, [])
+        if detection.score > least and len(objects) < max_objects:
+            objects.append(detection)
     clip = compat == "fixed" if clip_count is None else clip_count
     terms, strict = _soft_terms(found, record["include"], compat=compat, clip_count=clip)
     fault = _official_fault(found, record)
@@ -118,18 +143,31 @@ def judge(
     )
 
 
-Found = Mapping[str, list[Detection]]
+@dataclass(frozen=True)
+class GenEvalReward:
+    """Scores images by the GenEval rules on what a detector finds."""
 
+    detector: Detector
+    judge: Callable[[Sequence[Detection], Mapping[str, Any]], Verdict] = judge
+    """From detections and metadata to a verdict: `judge`, or with coefficients of its own."""
+    score: ScoreKind = "soft"
+    """Which number of the verdict is the score."""
 
-def _confident(
-    detections: Sequence[Detection], *, threshold: float, max_objects: int
-) -> dict[str, list[Detection]]:
-    """The detections that count, by class, most confident first."""
-    found: dict[str, list[Detection]] = {}
-    for detection in sorted(detections, key=lambda one: -one.score):
-        if detection.score > threshold:
-            found.setdefault(detection.label, []).append(detection)
-    return {label: objects[:max_objects] for label, objects in found.items()}
+    def __call__(self, images_NHWC: Tensor, prompts: list[Prompt]) -> list[Score]:
+        """The score of each image; the extras are the official and the strict verdict, and the soft
+        score where it is not the score itself.
+        """
+        assert len(images_NHWC) == len(prompts)
+        scores = []
+        for found, prompt in zip(self.detector(images_NHWC, prompts), prompts, strict=True):
+            verdict = self.judge(found, prompt.metadata)
+            numbers = {"correct": float(verdict.correct), "strict": float(verdict.strict)}
+            if self.score == "soft":
+                scores.append(Score(verdict.reward, verdict.why, numbers))
+            else:
+                extras = {"soft": verdict.reward, **numbers}
+                scores.append(Score(numbers[self.score], verdict.why, extras))
+        return scores
 
 
 def _soft_terms(
@@ -237,76 +275,22 @@ def _official_fault(found: Found, record: Mapping[str, Any]) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class GenEvalReward:
-    """Scores images by the GenEval rules on what a detector finds."""
+def relative_position(a: Box, b: Box) -> frozenset[str]:
+    """Where a lies relative to b: up to two of left of, right of, above, below.
 
-    detector: Detector
-    judge: Callable[[Sequence[Detection], Mapping[str, Any]], Verdict] = judge
-    """From detections and metadata to a verdict: `judge`, or with coefficients of its own."""
-    score: ScoreKind = "soft"
-    """Which number of the verdict is the score."""
-
-    def __call__(self, images_NHWC: Tensor, prompts: list[Prompt]) -> list[Score]:
-        """The score of each image; the extras are the official and the strict verdict, and the soft
-        score where it is not the score itself.
-        """
-        assert len(images_NHWC) == len(prompts)
-        detections = self.detector(images_NHWC, prompts)
-        verdicts = [
-            self.judge(found, prompt.metadata)
-            for found, prompt in zip(detections, prompts, strict=True)
-        ]
-        return [self._scored(verdict) for verdict in verdicts]
-
-    def _scored(self, verdict: Verdict) -> Score:
-        numbers = {"correct": float(verdict.correct), "strict": float(verdict.strict)}
-        if self.score == "soft":
-            return Score(verdict.reward, verdict.why, numbers)
-        return Score(numbers[self.score], verdict.why, {"soft": verdict.reward, **numbers})
-
-
-# What a recipe says of the built-in rewards.
-
-
-class GenEvalRewardConfig(RewardConfig):
-    """The GenEval rules on what a detector finds."""
-
-    required_fields: ClassVar[tuple[str, ...]] = ("tag", "include")
-
-    detector: DetectorConfig = Mask2FormerConfig()
-    """What finds the objects and their colours."""
-    score: Literal["soft", "correct", "strict"] = "soft"
-    """soft: the mean over the terms; correct: the official verdict, 0 or 1; strict: the same with
-    exact counts."""
-    compat: Literal["fixed", "release"] = "fixed"
-    """release: the released score, which adds 1 to a missed relation."""
-    clip_count: bool | None = None
-    """Count terms end at 0; null: in the fixed form only."""
-    threshold: float = Field(default=0.3, ge=0, lt=1)
-    """Confidence above which an object counts."""
-    counting_threshold: float = Field(default=0.9, ge=0, lt=1)
-    """The same for counting prompts."""
-    max_objects: int = Field(default=16, ge=1)
-    """Most confident objects of a class that are looked at."""
-
-    def build(self, device: torch.device) -> GenEvalReward:
-        """The reward with its detector on a device."""
-
-        rules = functools.partial(
-            judge,
-            compat=self.compat,
-            clip_count=self.clip_count,
-            threshold=self.threshold,
-            counting_threshold=self.counting_threshold,
-            max_objects=self.max_objects,
-        )
-        return GenEvalReward(self.detector.build(device), rules, self.score)
-
-    def unsupported_reason(self, prompt: Prompt) -> str | None:
-        """Also what the detector cannot find."""
-        return super().unsupported_reason(prompt) or self.detector.unsupported_reason(prompt)
-
-    def reference_cases(self) -> tuple[ReferenceCase, ...]:
-        """Those of the detector: the rules themselves need no weights."""
-        return self.detector.reference_cases()
+    Boxes are x0, y0, x1, y1 with y down. The offset of the centres, shortened by a tenth of both
+    sizes, must exceed half of the unshortened distance along an axis.
+    """
+    offset_x, offset_y = (a[0] + a[2] - b[0] - b[2]) / 2, (a[1] + a[3] - b[1] - b[3]) / 2
+    width, height = abs(a[2] - a[0]) + abs(b[2] - b[0]), abs(a[3] - a[1]) + abs(b[3] - b[1])
+    beyond_x = max(abs(offset_x) - POSITION_MARGIN * width, 0)
+    beyond_y = max(abs(offset_y) - POSITION_MARGIN * height, 0)
+    if beyond_x < 1e-3 and beyond_y < 1e-3:
+        return frozenset()
+    half = math.hypot(offset_x, offset_y) / 2
+    relations = set()
+    if beyond_x > half:
+        relations.add("left of" if offset_x < 0 else "right of")
+    if beyond_y > half:
+        relations.add("above" if offset_y < 0 else "below")
+    return frozenset(relations)

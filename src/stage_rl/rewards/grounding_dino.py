@@ -1,35 +1,53 @@
-"""GroundingDINO: boxes for the nouns of a prompt, and the T2I-R1 reward on them.
+"""GroundingDINO: boxes for the nouns of a prompt.
 
 Shape suffixes: N images, H x W pixels, C colour channels, Q queries, K nouns, L text tokens.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import Any, cast
 
 import torch
-from pydantic import Field, model_validator
-from torch import Tensor, nn
+from pydantic import Field
+from torch import Tensor
 from transformers import GroundingDinoForObjectDetection
 
 from stage_rl.errors import RewardError
-from stage_rl.rewards.base import (
-    Detection,
-    Detector,
-    DetectorConfig,
-    ReferenceCase,
-    RewardConfig,
-    Score,
-)
-from stage_rl.rewards.pretrained import SWIN_UNREAD, TINY, detr_pixels, load_model, load_tokenizer
-from stage_rl.rewards.selftest import PAIR, _asking
-from stage_rl.rewards.t2i_r1 import Span, caption_of
-from stage_rl.rewards.tiny import tiny_grounding_dino, tiny_scene_tokenizer
-from stage_rl.settings import Count, complaint
+from stage_rl.rewards.base import Detection, DetectorConfig
+from stage_rl.rewards.pretrained import SWIN_UNREAD, detr_pixels, load_model, load_tokenizer
+from stage_rl.settings import Count
 from stage_rl.types import Prompt
+
+Span = tuple[int, int]
+"""First character and the one after the last."""
+
+
+class GroundingDinoDetectorConfig(DetectorConfig):
+    """GroundingDINO asked for the nouns of each prompt."""
+
+    path: str = "IDEA-Research/grounding-dino-tiny"
+    """Folder or hub id."""
+    shortest_side: Count = 800
+    """Pixels that the shorter side of an image is scaled to."""
+    longest_side: Count = 1333
+    """Most pixels along the longer side."""
+    batch_size: Count = 8
+    """Images at a time."""
+    min_score: float = Field(default=0.05, ge=0, lt=1)
+    """Boxes of at most this confidence are left out."""
+
+    def build(self, device: torch.device) -> GroundingDino:
+        """The detector with its weights on a device."""
+        return load_grounding_dino(
+            self.path,
+            device=device,
+            shortest_side=self.shortest_side,
+            longest_side=self.longest_side,
+            batch_size=self.batch_size,
+            min_score=self.min_score,
+        )
 
 
 @dataclass(frozen=True)
@@ -49,7 +67,12 @@ class GroundingDino:
         assert len(images_NHWC) == len(prompts)
         places: dict[tuple[str, ...], list[int]] = {}
         for place, prompt in enumerate(prompts):
-            places.setdefault(_nouns_of(prompt), []).append(place)
+            if "nouns" not in prompt.metadata:
+                raise RewardError(
+                    f"GroundingDINO looks for 'nouns', which prompt {prompt.index} lacks; take a "
+                    "prompt set that has them, such as t2i_r1, or another detector"
+                )
+            places.setdefault(tuple(prompt.metadata["nouns"]), []).append(place)
         found: list[list[Detection]] = [[] for _ in prompts]
         # One caption at a time: texts padded to different lengths are masked differently.
         for nouns, rows in places.items():
@@ -97,21 +120,26 @@ class GroundingDino:
         ]
 
 
-@dataclass(frozen=True)
-class SceneReward:
-    """Scores images by rules on what a detector finds of their prompts' nouns."""
+def load_grounding_dino(
+    path: str, *, device: torch.device | str = "cpu", **settings: Any
+) -> GroundingDino:
+    """The detector of a folder or hub id. Settings are those of the class."""
+    module = load_model(GroundingDinoForObjectDetection, path, device=device, unread=SWIN_UNREAD)
+    return GroundingDino(module, load_tokenizer(path), **settings)
 
-    detector: Detector
-    judge: Callable[..., Score]
-    """From detections, metadata and size=(width, height) to a score: `t2i_r1.judge_scene`."""
 
-    def __call__(self, images_NHWC: Tensor, prompts: list[Prompt]) -> list[Score]:
-        """One score per image."""
-        height, width = images_NHWC.shape[1:3]
-        return [
-            self.judge(found, prompt.metadata, size=(width, height))
-            for found, prompt in zip(self.detector(images_NHWC, prompts), prompts, strict=True)
-        ]
+def caption_of(nouns: Sequence[str]) -> tuple[str, list[list[Span]]]:
+    """The text a grounding model is asked, and of each noun the spans that stand for it.
+
+    A noun of several words is stood for by its first and its last.
+    """
+    spans, start = [], 0
+    for noun in nouns:
+        words, end = noun.split(), start + len(noun)
+        first, last = (start, start + len(words[0])), (end - len(words[-1]), end)
+        spans.append([first] if len(words) == 1 else [first, last])
+        start = end + len(" . ")
+    return " . ".join(nouns) + ".", spans
 
 
 def token_weights(text: Any, spans: Sequence[Sequence[Span]], nouns: Sequence[str]) -> Tensor:
@@ -128,37 +156,16 @@ def token_weights(text: Any, spans: Sequence[Sequence[Span]], nouns: Sequence[st
     return weights_KL / (weights_KL.sum(1, keepdim=True) + 1e-6)
 
 
-def corners(boxes: Tensor) -> Tensor:
-    """x0, y0, x1, y1 of boxes given by centre, width and height."""
-    centre, half = boxes[..., :2], boxes[..., 2:] / 2
-    return torch.cat([centre - half, centre + half], -1)
-
-
-def load_grounding_dino(
-    path: str, *, device: torch.device | str = "cpu", **settings: Any
-) -> GroundingDino:
-    """The detector of a folder or hub id; `tiny` is random. Settings are those of the class."""
-    if path == TINY:
-        module, tokenizer = tiny_grounding_dino(), tiny_scene_tokenizer()
-        nn.Module.to(module, device)
-        return GroundingDino(module, tokenizer, **settings)
-    module = load_model(GroundingDinoForObjectDetection, path, device=device, unread=SWIN_UNREAD)
-    return GroundingDino(module, load_tokenizer(path), **settings)
-
-
-def _nouns_of(prompt: Prompt) -> tuple[str, ...]:
-    if "nouns" not in prompt.metadata:
-        raise RewardError(
-            f"GroundingDINO looks for 'nouns', which prompt {prompt.index} lacks; take a prompt "
-            "set that has them, such as t2i_r1, or another detector"
-        )
-    return tuple(prompt.metadata["nouns"])
-
-
 def _first_token(text: Any, characters: Sequence[int]) -> int | None:
     """The token of the first of these characters that has one."""
     tokens = (text.char_to_token(0, at) for at in characters)
     return next((token for token in tokens if token is not None), None)
+
+
+def corners(boxes: Tensor) -> Tensor:
+    """x0, y0, x1, y1 of boxes given by centre, width and height."""
+    centre, half = boxes[..., :2], boxes[..., 2:] / 2
+    return torch.cat([centre - half, centre + half], -1)
 
 
 def _detections(
@@ -171,81 +178,3 @@ def _detections(
         box = cast("tuple[float, float, float, float]", tuple(boxes_Q4[query].tolist()))
         found.append(Detection(nouns[int(row)], scores_KQ[row, query].item(), box))
     return sorted(found, key=lambda detection: -detection.score)
-
-
-# What a recipe says of the rewards that look for objects and ask questions; free of torch.
-
-
-class GroundingDinoDetectorConfig(DetectorConfig):
-    """GroundingDINO asked for the nouns of each prompt."""
-
-    path: str = "IDEA-Research/grounding-dino-tiny"
-    """Folder or hub id; tiny: random weights, for smoke runs."""
-    shortest_side: Count = 800
-    """Pixels that the shorter side of an image is scaled to."""
-    longest_side: Count = 1333
-    """Most pixels along the longer side."""
-    batch_size: Count = 8
-    """Images at a time."""
-    min_score: float = Field(default=0.05, ge=0, lt=1)
-    """Boxes of at most this confidence are left out."""
-
-    def build(self, device: torch.device) -> GroundingDino:
-        """The detector with its weights on a device."""
-
-        return load_grounding_dino(
-            self.path,
-            device=device,
-            shortest_side=self.shortest_side,
-            longest_side=self.longest_side,
-            batch_size=self.batch_size,
-            min_score=self.min_score,
-        )
-
-
-class GroundingDinoRewardConfig(RewardConfig):
-    """The T2I-R1 rules on the objects that a detector finds."""
-
-    required_fields: ClassVar[tuple[str, ...]] = ("task_type", "nouns")
-
-    detector: DetectorConfig = GroundingDinoDetectorConfig()
-    """What finds the nouns of a prompt."""
-    compat: Literal["fixed", "release"] = "fixed"
-    """release: the released score, in which relations such as above never count."""
-    threshold: float = Field(default=0.3, ge=0, lt=1)
-    """Confidence above which an object counts."""
-
-    @model_validator(mode="after")
-    def _sees_what_counts(self) -> Self:
-        detector = self.detector
-        if (
-            isinstance(detector, GroundingDinoDetectorConfig)
-            and detector.min_score > self.threshold
-        ):
-            text = f"{detector.min_score} leaves out what the threshold of {self.threshold} counts"
-            raise complaint("detector.min_score", f"{text}; write at most {self.threshold}")
-        return self
-
-    def unsupported_reason(self, prompt: Prompt) -> str | None:
-        """Also why a spatial or a numeracy prompt cannot be judged."""
-        from stage_rl.rewards.t2i_r1 import scene_unsupported_reason
-
-        missing = super().unsupported_reason(prompt)
-        return missing or scene_unsupported_reason(prompt.metadata, compat=self.compat)
-
-    def build(self, device: torch.device) -> SceneReward:
-        """The reward with its detector on a device."""
-        from stage_rl.rewards.t2i_r1 import judge_scene
-
-        rules = functools.partial(judge_scene, compat=self.compat, threshold=self.threshold)
-        return SceneReward(self.detector.build(device), rules)
-
-    def reference_cases(self) -> tuple[ReferenceCase, ...]:
-        """Photographs against noise, for who asks for a cat or a cup; none for random weights."""
-        from stage_rl.rewards.selftest import photograph_cases
-
-        detector = self.detector
-        if not isinstance(detector, GroundingDinoDetectorConfig) or detector.path == TINY:
-            return ()
-        pairs = zip(photograph_cases(), PAIR, strict=True)
-        return tuple(_asking(case, noun) for case, noun in pairs)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     BertTokenizer,
     BlipTextConfig,
@@ -25,10 +25,8 @@ from transformers import (
 
 from stage_rl.errors import WeightsError
 from stage_rl.rewards.base import Reward, Score
+from stage_rl.rewards.clip import AffineHead
 from stage_rl.rewards.pretrained import (
-    PLACES,
-    TINY,
-    AffineHead,
     ScorerConfig,
     clip_pixels,
     fill,
@@ -37,8 +35,8 @@ from stage_rl.rewards.pretrained import (
     load_part,
     read_tensors,
     rename,
+    weight_and_bias,
 )
-from stage_rl.rewards.tiny import random_model, tiny_bert_tokenizer, tiny_blip_configs
 from stage_rl.types import Prompt
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
@@ -58,17 +56,48 @@ VIT_L16 = BlipVisionConfig(
     layer_norm_eps=1e-6,
 )
 
+TEXT_SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "max_position_embeddings", "layer_norm_eps", "hidden_act"),
+)
+"""What is taken from the text tower's published configuration."""
+
 UNUSED = (
     "blip.text_encoder.embeddings.position_ids",
     *(f"blip.{side}_proj.{kind}" for side in ("vision", "text") for kind in ("weight", "bias")),
 )
 """What the published file may hold beside the model: a table, and the heads of BLIP's training."""
 
-TEXT_SIZES = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
-    *("num_attention_heads", "max_position_embeddings", "layer_norm_eps", "hidden_act"),
-)
-"""What is taken from the text tower's published configuration."""
+
+class ImageRewardConfig(ScorerConfig):
+    """ImageReward: human preference by a BLIP that reads image and prompt, about -2 to 2."""
+
+    path: str = "THUDM/ImageReward"
+    """Folder or hub id with ImageReward.pt and med_config.json."""
+    tokenizer: str = "google-bert/bert-base-uncased"
+    """Folder or hub id of the tokenizer."""
+
+    def build_scorer(self, device: torch.device) -> Reward:
+        """The reward."""
+        model = load_image_reward(self.path, tokenizer=self.tokenizer, device=device)
+        return ImageReward(model, self.batch_size)
+
+
+@dataclass(frozen=True)
+class ImageReward:
+    """The reward on batches of images."""
+
+    model: ImageRewardModel
+    batch_size: int = 16
+
+    def __call__(self, images_NHWC: Tensor, prompts: list[Prompt]) -> list[Score]:
+        """One score per image, each image with its own prompt and no other."""
+        assert len(images_NHWC) == len(prompts)
+        scores: list[float] = []
+        for images in images_NHWC.split(self.batch_size):
+            texts = [prompt.text for prompt in prompts[len(scores) :][: len(images)]]
+            scores += self.model.scores_N(images, texts).tolist()
+        return [Score(score, f"preferred by {score:.2f} deviations") for score in scores]
 
 
 @dataclass(frozen=True)
@@ -102,23 +131,6 @@ class ImageRewardModel:
         return (self.head(read_NLD[:, 0].float()) - MEAN) / STD
 
 
-@dataclass(frozen=True)
-class ImageReward:
-    """The reward on batches of images."""
-
-    model: ImageRewardModel
-    batch_size: int = 16
-
-    def __call__(self, images_NHWC: Tensor, prompts: list[Prompt]) -> list[Score]:
-        """One score per image, each image with its own prompt and no other."""
-        assert len(images_NHWC) == len(prompts)
-        scores: list[float] = []
-        for images in images_NHWC.split(self.batch_size):
-            texts = [prompt.text for prompt in prompts[len(scores) :][: len(images)]]
-            scores += self.model.scores_N(images, texts).tolist()
-        return [Score(score, f"preferred by {score:.2f} deviations") for score in scores]
-
-
 def load_image_reward(
     path: str,
     *,
@@ -126,9 +138,7 @@ def load_image_reward(
     vision: BlipVisionConfig = VIT_L16,
     device: torch.device | str = "cpu",
 ) -> ImageRewardModel:
-    """The published files in a folder or hub repository; `tiny`: random weights."""
-    if path == TINY:
-        return tiny_image_reward(device)
+    """The published files in a folder or hub repository."""
     words = load_part(BertTokenizer.from_pretrained, tokenizer, "the tokenizer")
     text = _text_config(path, vision)
     tensors = read_tensors(find_file(path, WEIGHTS_FILE))
@@ -136,65 +146,12 @@ def load_image_reward(
     kept = {name: tensor for name, tensor in tensors.items() if name not in UNUSED}
     renamed = rename(kept, foreign_names(vision, text), source=source)
     options: dict[str, Any] = {"source": source, "device": device}
-    head = AffineHead(text.hidden_size)
-    fill_part(head, _below("mlp.", renamed), source=source)
-    nn.Module.to(head, device)
     return ImageRewardModel(
         fill(BlipVisionModel, vision, _below("vision.", renamed), **options),
         fill(BlipTextModel, text, _below("text.", renamed), add_pooling_layer=False, **options),
-        head,
+        fill_part(AffineHead(text.hidden_size), _below("mlp.", renamed), **options),
         words,
     )
-
-
-def tiny_image_reward(device: torch.device | str = "cpu") -> ImageRewardModel:
-    """Random towers and head of two layers each."""
-    vision, text = tiny_blip_configs()
-    parts = (
-        random_model(lambda: BlipVisionModel(vision)),
-        random_model(lambda: BlipTextModel(text, add_pooling_layer=False)),
-        random_model(lambda: AffineHead(text.hidden_size)),
-    )
-    for part in parts:
-        nn.Module.to(part, device)
-    return ImageRewardModel(*parts, tiny_bert_tokenizer())
-
-
-def foreign_names(vision: BlipVisionConfig, text: BlipTextConfig) -> dict[str, str]:
-    """Every tensor of the published file, and what it is called below vision, text and mlp."""
-    eyes, ours = "blip.visual_encoder", "vision"
-    names = {
-        f"{eyes}.cls_token": f"{ours}.embeddings.class_embedding",
-        f"{eyes}.pos_embed": f"{ours}.embeddings.position_embedding",
-    }
-    names |= _with_bias(f"{eyes}.patch_embed.proj", f"{ours}.embeddings.patch_embedding")
-    names |= _with_bias(f"{eyes}.norm", f"{ours}.post_layernorm")
-    parts = {"norm1": "layer_norm1", "norm2": "layer_norm2", "mlp.fc1": "mlp.fc1"}
-    parts |= {"attn.qkv": "self_attn.qkv", "attn.proj": "self_attn.projection"}
-    for layer in range(vision.num_hidden_layers):
-        for theirs, mine in {**parts, "mlp.fc2": "mlp.fc2"}.items():
-            names |= _with_bias(
-                f"{eyes}.blocks.{layer}.{theirs}", f"{ours}.encoder.layers.{layer}.{mine}"
-            )
-    for name in _text_names(text.num_hidden_layers):
-        names[f"blip.text_encoder.{name}"] = f"text.{name}"
-    for place in PLACES:
-        names |= _with_bias(f"mlp.layers.{place}", f"mlp.layers.{place}")
-    return names
-
-
-def _text_names(num_layers: int) -> list[str]:
-    """The tensors of a BERT with cross-attention, which both sides call the same."""
-    modules = ["embeddings.LayerNorm"]
-    for layer in range(num_layers):
-        below = f"encoder.layer.{layer}"
-        for attention in ("attention", "crossattention"):
-            modules += [f"{below}.{attention}.self.{part}" for part in ("query", "key", "value")]
-            modules += [f"{below}.{attention}.output.{part}" for part in ("dense", "LayerNorm")]
-        modules += [f"{below}.intermediate.dense", f"{below}.output.dense"]
-        modules.append(f"{below}.output.LayerNorm")
-    tables = [f"embeddings.{kind}_embeddings.weight" for kind in ("word", "position")]
-    return [*tables, *(name for module in modules for name in _with_bias(module, module))]
 
 
 def _text_config(path: str, vision: BlipVisionConfig) -> BlipTextConfig:
@@ -211,24 +168,41 @@ def _text_config(path: str, vision: BlipVisionConfig) -> BlipTextConfig:
     return BlipTextConfig(**sizes, encoder_hidden_size=vision.hidden_size, bos_token_id=None)
 
 
-def _with_bias(theirs: str, ours: str) -> dict[str, str]:
-    return {f"{theirs}.{kind}": f"{ours}.{kind}" for kind in ("weight", "bias")}
-
-
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
-class ImageRewardConfig(ScorerConfig):
-    """ImageReward: human preference by a BLIP that reads image and prompt, about -2 to 2."""
+def foreign_names(vision: BlipVisionConfig, text: BlipTextConfig) -> dict[str, str]:
+    """Every tensor of the published file, and what it is called below vision, text and mlp."""
+    eyes = "blip.visual_encoder"
+    names = {
+        f"{eyes}.cls_token": "vision.embeddings.class_embedding",
+        f"{eyes}.pos_embed": "vision.embeddings.position_embedding",
+        **weight_and_bias(f"{eyes}.patch_embed.proj", "vision.embeddings.patch_embedding"),
+        **weight_and_bias(f"{eyes}.norm", "vision.post_layernorm"),
+    }
+    parts = {"norm1": "layer_norm1", "norm2": "layer_norm2", "mlp.fc1": "mlp.fc1"}
+    parts |= {"attn.qkv": "self_attn.qkv", "attn.proj": "self_attn.projection"}
+    for layer in range(vision.num_hidden_layers):
+        for theirs, ours in {**parts, "mlp.fc2": "mlp.fc2"}.items():
+            names |= weight_and_bias(
+                f"{eyes}.blocks.{layer}.{theirs}", f"vision.encoder.layers.{layer}.{ours}"
+            )
+    for name in _text_names(text.num_hidden_layers):
+        names[f"blip.text_encoder.{name}"] = f"text.{name}"
+    # The head and the text tower are called the same on both sides.
+    return names | {f"mlp.{name}": f"mlp.{name}" for name in AffineHead(1).state_dict()}
 
-    path: str = "THUDM/ImageReward"
-    """Folder or hub id with ImageReward.pt and med_config.json; tiny: random weights."""
-    tokenizer: str = "google-bert/bert-base-uncased"
-    """Folder or hub id of the tokenizer."""
 
-    def build_scorer(self, device: torch.device) -> Reward:
-        """The reward."""
-
-        model = load_image_reward(self.path, tokenizer=self.tokenizer, device=device)
-        return ImageReward(model, self.batch_size)
+def _text_names(num_layers: int) -> list[str]:
+    """The tensors of a BERT with cross-attention."""
+    modules = ["embeddings.LayerNorm"]
+    for layer in range(num_layers):
+        below = f"encoder.layer.{layer}"
+        for attention in ("attention", "crossattention"):
+            modules += [f"{below}.{attention}.self.{part}" for part in ("query", "key", "value")]
+            modules += [f"{below}.{attention}.output.{part}" for part in ("dense", "LayerNorm")]
+        modules += [f"{below}.intermediate.dense", f"{below}.output.dense"]
+        modules.append(f"{below}.output.LayerNorm")
+    tables = [f"embeddings.{kind}_embeddings.weight" for kind in ("word", "position")]
+    return [*tables, *(name for module in modules for name in weight_and_bias(module, module))]

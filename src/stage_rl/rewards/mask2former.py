@@ -1,7 +1,13 @@
 """GenEval's detector: Mask2Former finds the objects, CLIP tells their colours.
 
-Shape suffixes: N images, H x W pixels, C colour channels, Q queries, K classes, Y x X of the mask
-logits.
+From the outputs of a Mask2Former to instances goes as in MMDetection, whose weights and code the
+published GenEval figures come from (Cheng et al. 2022, arXiv 2112.01527). The library's own
+post-processing differs: it up-samples by nearest neighbour to a fixed size, and drops queries by a
+threshold before it scores masks.
+
+Shape suffixes: N images, H x W pixels, C colour channels, Q queries, K classes (K + 1: with "no
+object") or colours, I pairs of query and class, Y x X of the mask logits, B objects, S sentences,
+D joint width of CLIP.
 """
 
 from __future__ import annotations
@@ -11,17 +17,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import ImageOps
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import interpolate, normalize, pad
 from transformers import Mask2FormerForUniversalSegmentation
 
 from stage_rl.errors import WeightsError
-from stage_rl.prompts.geneval import CLASSES, COLORS
+from stage_rl.prompts.geneval import CLASSES, COLORS, colors_record, single_object_record
 from stage_rl.rewards.base import Detection, Detector, DetectorConfig, ReferenceCase
-from stage_rl.rewards.clip import CLIP_L14, Clip, clip_pixels
-from stage_rl.rewards.pretrained import SWIN_UNREAD, TINY, detr_pixels, load_model
-from stage_rl.rewards.tiny import tiny_mask2former
+from stage_rl.rewards.clip import CLIP_L14, Clip, load_clip
+from stage_rl.rewards.pretrained import SWIN_UNREAD, OnJpeg, clip_pixels, detr_pixels, load_model
+from stage_rl.rewards.selftest import photograph
+from stage_rl.settings import Count
 from stage_rl.types import Prompt
 
 STRIDE = 32
@@ -29,6 +37,77 @@ STRIDE = 32
 
 UNREAD = rf"{SWIN_UNREAD}|^criterion\."
 """Tensors beside those of a forward pass: the backbone's last norm and the weights of the loss."""
+
+MAX_INSTANCES = 100
+"""Most probable (query, class) pairs of an image that are looked at."""
+
+BACKGROUND = 153
+"""Grey level of the pixels that do not belong to the object (#999)."""
+
+UNKNOWN = "unknown"
+"""The colour of an object without pixels."""
+
+Size = tuple[int, int]
+"""Height and width."""
+
+
+class Mask2FormerConfig(DetectorConfig):
+    """GenEval's detector: Mask2Former for objects, CLIP for their colours."""
+
+    path: str = "facebook/mask2former-swin-small-coco-instance"
+    """Folder or hub id of the Mask2Former."""
+    clip: str = CLIP_L14
+    """Folder or hub id of the CLIP that tells colours."""
+    shortest_side: int = Field(default=800, ge=32)
+    """Pixels that the shorter side of an image is scaled to."""
+    longest_side: int = Field(default=1333, ge=32)
+    """Most pixels of the longer side."""
+    batch_size: Count = 8
+    """Images that go through the detector at once."""
+    min_score: float = Field(default=0.05, ge=0, lt=1)
+    """Detections at or below are not listed; keep it below the thresholds of the rules."""
+    swap_rb: bool = False
+    """Show the detector red as blue, as the released training rewards do by mistake."""
+    jpeg_quality: int | None = Field(default=None, ge=1, le=100)
+    """Look at the images as JPEG of this quality, as Flow-GRPO does (75); null: as drawn."""
+
+    def build(self, device: torch.device) -> Detector:
+        """The detector; wrong weights are a `WeightsError`."""
+        detector = MaskDetector(
+            load_mask2former(self.path, device=device),
+            ColorClassifier(load_clip(self.clip, device=device)),
+            input_size=(self.shortest_side, self.longest_side),
+            batch_size=self.batch_size,
+            min_score=self.min_score,
+            swap_rb=self.swap_rb,
+        )
+        return detector if self.jpeg_quality is None else OnJpeg(detector, self.jpeg_quality)
+
+    def unsupported_reason(self, prompt: Prompt) -> str | None:
+        """That a clause asks for something that is never found."""
+        clauses = prompt.metadata.get("include") or ()
+        unknown = [clause["class"] for clause in clauses if clause["class"] not in CLASSES]
+        if not unknown:
+            return None
+        return f"finds the {len(CLASSES)} classes of GenEval, not '{unknown[0]}'"
+
+    def reference_cases(self) -> tuple[ReferenceCase, ...]:
+        """Photographs of a cat and a cup, and the cat tinted in two colours."""
+        cat, cup = photograph("cat"), photograph("cup")
+        green, red = (
+            ImageOps.colorize(cat.convert("L"), black="black", mid=color, white="white")
+            for color in ("green", "red")
+        )
+        rows = (
+            (single_object_record("cat"), cat, cup, "a cat against a cup"),
+            (single_object_record("cup"), cup, cat, "a cup against a cat"),
+            (colors_record("green", "cat"), green, red, "a cat in green against one in red"),
+            (colors_record("red", "cat"), red, green, "a cat in red against one in green"),
+        )
+        return tuple(
+            ReferenceCase(Prompt(record["prompt"], index, record), better, worse, what)
+            for index, (record, better, worse, what) in enumerate(rows)
+        )
 
 
 class MaskDetector:
@@ -93,11 +172,12 @@ class MaskDetector:
         self, image_HWC: Tensor, instances: Sequence[Instance], metadata: Mapping[str, Any]
     ) -> list[Detection]:
         """The instances by name, with the colours that the metadata's clauses ask about."""
+        clauses = metadata.get("include") or ()
         colors: dict[int, str] = {}
-        for name in _colored(metadata):
+        for name in {clause["class"] for clause in clauses if clause.get("color") is not None}:
             places = [i for i, one in enumerate(instances) if CLASSES[one.label] == name]
-            told = self._colors(image_HWC, [instances[i] for i in places], name)
-            colors |= dict(zip(places, told, strict=True))
+            names = self._colors(image_HWC, [instances[i] for i in places], name)
+            colors |= dict(zip(places, names, strict=True))
         return [
             Detection(CLASSES[one.label], one.score, one.box, colors.get(place))
             for place, one in enumerate(instances)
@@ -107,14 +187,10 @@ class MaskDetector:
 def load_mask2former(
     path: str, *, device: torch.device | str = "cpu"
 ) -> Mask2FormerForUniversalSegmentation:
-    """A Mask2Former of 80 classes in COCO's order, fp32, from a folder or hub id; `tiny`: random.
+    """A Mask2Former of 80 classes in COCO's order, fp32, from a folder or hub id.
 
     Another number of classes is a `WeightsError`.
     """
-    if path == TINY:
-        module = tiny_mask2former()
-        nn.Module.to(module, device)
-        return module
     module = load_model(Mask2FormerForUniversalSegmentation, path, device=device, unread=UNREAD)
     if module.config.num_labels != len(CLASSES):
         raise WeightsError(
@@ -122,31 +198,6 @@ def load_mask2former(
             "of COCO, as in facebook/mask2former-swin-small-coco-instance"
         )
     return module
-
-
-def _colored(metadata: Mapping[str, Any]) -> tuple[str, ...]:
-    """The classes that a clause of GenEval metadata gives a colour to."""
-    clauses = metadata.get("include") or ()
-    return tuple(dict.fromkeys(c["class"] for c in clauses if c.get("color") is not None))
-
-
-# From the outputs of a Mask2Former to instances, as GenEval's detector computes them.
-#
-# The library's own post-processing differs: it up-samples by nearest neighbour to a fixed size,
-# and
-# drops queries by a threshold before it scores masks. What follows is MMDetection's, whose
-# weights
-# and code the published GenEval figures come from (Cheng et al. 2022, arXiv 2112.01527).
-#
-# Shape suffixes: Q queries, K classes (K + 1: with "no object"), I instances, H x W pixels of the
-# image, Y x X of the mask logits.
-
-
-MAX_INSTANCES = 100
-"""Most probable (query, class) pairs of an image that are looked at."""
-
-Size = tuple[int, int]
-"""Height and width."""
 
 
 @dataclass(frozen=True)
@@ -219,18 +270,6 @@ def tight_box(mask_HW: Tensor) -> tuple[float, float, float, float]:
     return (float(edges[0]), float(edges[1]), float(edges[2]), float(edges[3]))
 
 
-# The colour of an object by CLIP, as GenEval tells it.
-#
-# Shape suffixes: B objects, K colours, D joint width, H x W pixels, C colour channels.
-
-
-BACKGROUND = 153
-"""Grey level of the pixels that do not belong to the object (#999)."""
-
-UNKNOWN = "unknown"
-"""The colour of an object without pixels."""
-
-
 class ColorClassifier:
     """Names the colour of objects. Keeps the text vectors of the classes it has met."""
 
@@ -284,56 +323,3 @@ def cut_out(image_HWC: Tensor, instance: Instance) -> Tensor | None:
     mask_HW1 = instance.mask_HW.cpu()[..., None]
     masked_HWC = torch.where(mask_HW1, image_HWC, image_HWC.new_tensor(BACKGROUND))
     return masked_HWC[top:bottom, left:right]
-
-
-# What a recipe says of the detectors behind the GenEval rules.
-
-
-class Mask2FormerConfig(DetectorConfig):
-    """GenEval's detector: Mask2Former for objects, CLIP for their colours."""
-
-    path: str = "facebook/mask2former-swin-small-coco-instance"
-    """Folder or hub id of the Mask2Former; tiny: random weights, which find nothing sensible."""
-    clip: str = CLIP_L14
-    """Folder or hub id of the CLIP that tells colours; tiny: random weights."""
-    shortest_side: int = Field(default=800, ge=32)
-    """Pixels that the shorter side of an image is scaled to."""
-    longest_side: int = Field(default=1333, ge=32)
-    """Most pixels of the longer side."""
-    batch_size: int = Field(default=8, ge=1)
-    """Images that go through the detector at once."""
-    min_score: float = Field(default=0.05, ge=0, lt=1)
-    """Detections at or below are not listed; keep it below the thresholds of the rules."""
-    swap_rb: bool = False
-    """Show the detector red as blue, as the released training rewards do by mistake."""
-    jpeg_quality: int | None = Field(default=None, ge=1, le=100)
-    """Look at the images as JPEG of this quality, as Flow-GRPO does (75); null: as drawn."""
-
-    def build(self, device: torch.device) -> Detector:
-        """The detector; wrong weights are a `WeightsError`."""
-        from stage_rl.rewards.clip import load_clip
-        from stage_rl.rewards.selftest import OnJpeg
-
-        detector = MaskDetector(
-            load_mask2former(self.path, device=device),
-            ColorClassifier(load_clip(self.clip, device=device)),
-            input_size=(self.shortest_side, self.longest_side),
-            batch_size=self.batch_size,
-            min_score=self.min_score,
-            swap_rb=self.swap_rb,
-        )
-        return detector if self.jpeg_quality is None else OnJpeg(detector, self.jpeg_quality)
-
-    def unsupported_reason(self, prompt: Prompt) -> str | None:
-        """That a clause asks for something that is never found; random weights take anything."""
-        clauses = prompt.metadata.get("include") or ()
-        unknown = [clause["class"] for clause in clauses if clause["class"] not in CLASSES]
-        if self.path == TINY or not unknown:
-            return None
-        return f"finds the {len(CLASSES)} classes of GenEval, not '{unknown[0]}'"
-
-    def reference_cases(self) -> tuple[ReferenceCase, ...]:
-        """Photographs of a cat and a cup, and the cat in two colours; none for random weights."""
-        from stage_rl.rewards.selftest import detector_cases
-
-        return () if TINY in (self.path, self.clip) else detector_cases()

@@ -1,7 +1,8 @@
 """The OCR reward: how much of the text that a prompt quotes can be read in its image.
 
-github.com/yifan123/flow_grpo, whose score STAGE uses too. Shape suffixes: N images, H x W pixels,
-C colour channels.
+The score of github.com/yifan123/flow_grpo, which STAGE uses too.
+
+Shape suffixes: N images, H x W pixels, C colour channels.
 """
 
 from __future__ import annotations
@@ -33,6 +34,61 @@ from stage_rl.settings import Count
 from stage_rl.types import Prompt
 
 Compat = Literal["fixed", "release"]
+
+Picture = NDArray[np.uint8]
+
+WORDS = ("STAGE", "Open Today")
+"""What the reference images say."""
+
+DETECTION_SIDE = 960
+"""Pixels above which the longer side is scaled down to find lines, as PaddleOCR does."""
+
+
+class OcrRewardConfig(RewardConfig):
+    """How much of the text that a prompt quotes can be read in its image."""
+
+    engine: Literal["rapidocr", "paddleocr"] = "rapidocr"
+    """What reads: rapidocr has its models with it; paddleocr is the released code's."""
+    language: str = "en"
+    """Language of PaddleOCR's model; RapidOCR's reads Latin and Chinese script."""
+    compat: Compat = "fixed"
+    """release: the engine is given red in the place of blue."""
+    allow_more: bool = True
+    """A target inside a longer text scores 1, as released; false: as in the paper."""
+    min_confidence: float = Field(default=0.0, ge=0, lt=1)
+    """Confidence above which a line counts."""
+    processes: Count = 1
+    """Processes that read, each with an engine of its own; 1: the trainer's."""
+    threads: Count = 1
+    """Threads of one engine."""
+
+    def unsupported_reason(self, prompt: Prompt) -> str | None:
+        """Also that a prompt has no text to be read."""
+        try:
+            target_of(prompt)
+        except ValueError as error:
+            return str(error)
+        return super().unsupported_reason(prompt)
+
+    def build(self, device: torch.device) -> OcrReward:
+        """The reward with its engine, on the CPU; an InputError where that is not installed."""
+        make = functools.partial(RapidOcr, threads=self.threads)
+        if self.engine == "paddleocr":
+            make = functools.partial(PaddleOcr, language=self.language, threads=self.threads)
+        reader = make() if self.processes == 1 else ParallelReader(make, processes=self.processes)
+        return OcrReward(reader, self.compat, self.min_confidence, self.allow_more)
+
+    def reference_cases(self) -> tuple[ReferenceCase, ...]:
+        """Words that can be read against their strokes in disorder."""
+        return tuple(
+            ReferenceCase(
+                Prompt(f'a sign that says "{word}"', index),
+                text_image(word),
+                garbled(text_image(word)),
+                f"'{word}' against its strokes in disorder",
+            )
+            for index, word in enumerate(WORDS)
+        )
 
 
 @dataclass(frozen=True)
@@ -104,15 +160,6 @@ def edit_distance(a: str, b: str) -> int:
 
 def _plain(text: str) -> str:
     return text.replace(" ", "").lower()
-
-
-# OCR engines behind one call; free of torch, so that worker processes start fast and small.
-
-
-Picture = NDArray[np.uint8]
-
-DETECTION_SIDE = 960
-"""Pixels above which the longer side is scaled down to find lines, as PaddleOCR does."""
 
 
 @dataclass(frozen=True)
@@ -201,13 +248,6 @@ def _require(*modules: str, extra: str | None) -> None:
         raise InputError(f"reward 'ocr': {missing[0]} is not installed; run pip install {what}")
 
 
-# Several processes for scorers that keep a CPU core busy each.
-
-
-_reader: OcrReader | None = None
-"""The engine of a worker process; there is none in the trainer's own."""
-
-
 class ParallelReader:
     """A reader whose pictures are read by several processes, each with an engine of its own."""
 
@@ -217,12 +257,18 @@ class ParallelReader:
         self._processes = processes
         self._executor: ProcessPoolExecutor | None = None
 
-    def read(self, pictures: Sequence[Any]) -> list[list[Line]]:
+    def read(self, pictures: Sequence[Picture]) -> list[list[Line]]:
         """The lines of each picture; a RuntimeError where a worker died, new ones follow."""
-        executor = self._executor or self._start()
+        self._executor = self._executor or ProcessPoolExecutor(
+            self._processes,
+            # A fork would copy the trainer's threads and GPU as they are.
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_begin,
+            initargs=(self._make,),
+        )
         # One picture a task: pictures differ in how long they take.
         try:
-            return list(executor.map(_read_one, pictures))
+            return list(self._executor.map(_read_one, pictures))
         except BrokenProcessPool as error:
             self.close()
             raise RuntimeError(
@@ -236,15 +282,9 @@ class ParallelReader:
             self._executor.shutdown(cancel_futures=True)
         self._executor = None
 
-    def _start(self) -> ProcessPoolExecutor:
-        self._executor = ProcessPoolExecutor(
-            self._processes,
-            # A fork would copy the trainer's threads and GPU as they are.
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=_begin,
-            initargs=(self._make,),
-        )
-        return self._executor
+
+_reader: OcrReader | None = None
+"""The engine of a worker process; there is none in the trainer's own."""
 
 
 def _begin(make: Callable[[], OcrReader]) -> None:
@@ -263,15 +303,9 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _read_one(picture: Any) -> list[Line]:
+def _read_one(picture: Picture) -> list[Line]:
     assert _reader is not None, "not in a worker process"
     return _reader.read([picture])[0]
-
-
-# Images of written text, legible and not, whose OCR scores are known.
-
-
-WORDS = ("STAGE", "Open Today")
 
 
 def text_image(text: str, *, size: int = IMAGE_SIZE, color: str = "black") -> Image.Image:
@@ -298,62 +332,3 @@ def garbled(image: Image.Image, num_strips: int = 48) -> Image.Image:
         part = image.crop((source * strip, 0, (source + 1) * strip, height))
         mixed.paste(part, (place * strip, 0))
     return mixed
-
-
-def written_cases() -> tuple[ReferenceCase, ...]:
-    """Words that can be read against their strokes in disorder."""
-    return tuple(
-        ReferenceCase(
-            Prompt(f'a sign that says "{word}"', index),
-            text_image(word),
-            garbled(text_image(word)),
-            f"'{word}' against its strokes in disorder",
-        )
-        for index, word in enumerate(WORDS)
-    )
-
-
-# What a recipe says of the OCR reward; free of torch.
-
-
-class OcrRewardConfig(RewardConfig):
-    """How much of the text that a prompt quotes can be read in its image."""
-
-    engine: Literal["rapidocr", "paddleocr"] = "rapidocr"
-    """What reads: rapidocr has its models with it; paddleocr is the released code's."""
-    language: str = "en"
-    """Language of PaddleOCR's model; RapidOCR's reads Latin and Chinese script."""
-    compat: Literal["fixed", "release"] = "fixed"
-    """release: the engine is given red in the place of blue."""
-    allow_more: bool = True
-    """A target inside a longer text scores 1, as released; false: as in the paper."""
-    min_confidence: float = Field(default=0.0, ge=0, lt=1)
-    """Confidence above which a line counts."""
-    processes: Count = 1
-    """Processes that read, each with an engine of its own; 1: the trainer's."""
-    threads: Count = 1
-    """Threads of one engine."""
-
-    def unsupported_reason(self, prompt: Prompt) -> str | None:
-        """Also that a prompt has no text to be read."""
-
-        try:
-            target_of(prompt)
-        except ValueError as error:
-            return str(error)
-        return super().unsupported_reason(prompt)
-
-    def build(self, device: torch.device) -> OcrReward:
-        """The reward with its engine, on the CPU; an InputError where that is not installed."""
-
-        make = functools.partial(RapidOcr, threads=self.threads)
-        if self.engine == "paddleocr":
-            make = functools.partial(PaddleOcr, language=self.language, threads=self.threads)
-        several = self.processes > 1
-        reader = ParallelReader(make, processes=self.processes) if several else make()
-        return OcrReward(reader, self.compat, self.min_confidence, self.allow_more)
-
-    def reference_cases(self) -> tuple[ReferenceCase, ...]:
-        """Legible words against the same letters cut up."""
-
-        return written_cases()

@@ -1,34 +1,42 @@
-"""Loading of the models behind rewards: transformers folders and hub ids, whole or not at all."""
+"""What the rewards that are published models share: loading them whole, and pixels as they want.
+
+Shape suffixes: N images, C colour channels, H x W pixels, X x Y pixels after resizing.
+"""
 
 from __future__ import annotations
 
 import functools
+import io
 import pickle
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
 from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoTokenizer
-from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from stage_rl.errors import WeightsError
+from stage_rl.policies.loading import first_names, one_line, quiet
 from stage_rl.rewards.base import ReferenceCase, Reward, RewardConfig
+from stage_rl.rewards.selftest import shape_cases
+from stage_rl.settings import Count
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 LOADING_ERRORS = (
     *(OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError),
-    *(SafetensorError, StrictDataclassError),
+    *(SafetensorError, StrictDataclassError, EOFError, pickle.UnpicklingError),
 )
 
 COMPUTED = r"(^|\.)(position_ids|relative_position_index|inv_freq)$"
@@ -37,7 +45,39 @@ COMPUTED = r"(^|\.)(position_ids|relative_position_index|inv_freq)$"
 SWIN_UNREAD = r"\.swin\.layernorm\."
 """The last norm of a Swin that serves as a backbone; published detectors come without it."""
 
-Loaded = TypeVar("Loaded")
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Result = TypeVar("Result")
+
+
+class ScorerConfig(RewardConfig):
+    """Base of the rewards that are one model of image and text."""
+
+    path: str
+    """Folder or hub id of the weights."""
+    batch_size: Count = 32
+    """Images that go through the model at once."""
+    jpeg_quality: int | None = Field(default=None, ge=1, le=100)
+    """Score the images as JPEG of this quality, as some published figures do; null: as drawn."""
+
+    def build(self, device: torch.device) -> Reward:
+        """The reward; wrong weights are a `WeightsError`."""
+        reward = self.build_scorer(device)
+        return reward if self.jpeg_quality is None else OnJpeg(reward, self.jpeg_quality)
+
+    @abstractmethod
+    def build_scorer(self, device: torch.device) -> Reward:
+        """The reward on images as they are."""
+
+    def reference_cases(self) -> tuple[ReferenceCase, ...]:
+        """Drawn shapes of the prompt's colour and form against others."""
+        return shape_cases()
+
+
+# Models in transformers' layout.
 
 
 def load_model(
@@ -46,7 +86,7 @@ def load_model(
     *,
     dtype: str = "float32",
     device: torch.device | str = "cpu",
-    unread: str | None = None,
+    unread: str = "^$",
 ) -> Any:
     """A frozen transformers model in eval mode, from a folder or hub id; remote code is never run.
 
@@ -54,31 +94,19 @@ def load_model(
     `unread` matches the names of those that no forward pass reads, which may be missing or over.
     """
     source = locate(path)
-    options = {
-        "dtype": DTYPES[dtype],
-        "ignore_mismatched_sizes": True,  # to be named below, together with the missing
-        "output_loading_info": True,
-    }
-    load = functools.partial(model_class.from_pretrained, source, **options)
-    module, info = quietly(load, source, "the weights")
-    idle = re.compile(COMPUTED if unread is None else f"{COMPUTED}|{unread}")
-    refuse(
-        f"{source}: the weights do not fill a {type(module).__name__}",
-        {
-            "missing": {name for name in info["missing_keys"] if not idle.search(name)},
-            "unexpected": {name for name in info["unexpected_keys"] if not idle.search(name)},
-            "of another shape": {entry[0] for entry in info["mismatched_keys"]},
-        },
-        "write a checkpoint of this model, complete and with nothing else",
-    )
-    nn.Module.to(module, device)
-    return module.requires_grad_(False).eval()
+    module, faults = _from_pretrained(model_class, source, source, dtype=dtype)
+    idle = re.compile(f"{COMPUTED}|{unread}")
+    for kind in ("missing", "unexpected"):
+        faults[kind] = [name for name in faults[kind] if not idle.search(name)]
+    what = f"{source}: the weights do not fill a {type(module).__name__}"
+    _refuse(what, faults, "write a checkpoint of this model, complete and with nothing else")
+    return frozen(module, device)
 
 
-def load_part(loader: Callable[..., Loaded], path: str, what: str, **options: Any) -> Loaded:
-    """A processor or config, by its `from_pretrained`; failure is a `WeightsError`."""
+def load_part(loader: Callable[..., Result], path: str, what: str) -> Result:
+    """A processor or configuration, by its `from_pretrained`; failure is a `WeightsError`."""
     source = locate(path)
-    return quietly(lambda: loader(source, **options), source, what)
+    return _loaded(functools.partial(loader, source), source, what)
 
 
 def load_tokenizer(path: str) -> Any:
@@ -102,61 +130,159 @@ def locate(path: str) -> str:
     return path
 
 
-def quietly(load: Callable[[], Loaded], source: str, what: str) -> Loaded:
+# Weights published in other layouts, renamed tensor by tensor.
+
+Names = Mapping[str, str | tuple[str, ...]]
+"""Every tensor of a foreign layout: from its name to ours, or to several where it is split along
+its first axis. One that is missing or over is a `WeightsError` with its foreign name."""
+
+
+def find_file(path: str, name: str) -> Path:
+    """A file of a folder or of a hub repository, which is downloaded once."""
+    return Path(load_part(lambda source: str(cached_file(source, name)), path, f"'{name}'"))
+
+
+def read_tensors(file: Path, *, entry: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a torch file, or of the entry of that name in it; nothing in it is run."""
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except LOADING_ERRORS as error:
+        raise WeightsError(
+            f"{file}: holds no tensors that can be read: {one_line(error)}"
+        ) from error
+    if entry is not None:
+        if not isinstance(content, dict) or entry not in content:
+            raise WeightsError(f"{file}: has no '{entry}'; write the file as published")
+        content = content[entry]
+    if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
+        raise WeightsError(f"{file}: holds more than named tensors; write the file as published")
+    return content
+
+
+def rename(tensors: Mapping[str, Tensor], names: Names, *, source: str) -> dict[str, Tensor]:
+    """The tensors under our names."""
+    _refuse_misfit(
+        source, {"missing": names.keys() - tensors, "unexpected": tensors.keys() - names}
+    )
+    renamed = {}
+    for name, new in names.items():
+        if isinstance(new, str):
+            renamed[new] = tensors[name]
+        else:
+            parts = tensors[name].chunk(len(new))
+            renamed |= {ours: part.clone() for ours, part in zip(new, parts, strict=True)}
+    return renamed
+
+
+def weight_and_bias(theirs: str, ours: str) -> dict[str, str]:
+    """The two names of a layer."""
+    return {f"{theirs}.{kind}": f"{ours}.{kind}" for kind in ("weight", "bias")}
+
+
+def fill(
+    model_class: Any,
+    config: Any,
+    tensors: Mapping[str, Tensor],
+    *,
+    source: str,
+    dtype: str = "float32",
+    device: torch.device | str = "cpu",
+    **options: Any,
+) -> Any:
+    """A frozen transformers model in eval mode with these tensors, by its checkpoint names."""
+    options |= {"config": config, "state_dict": dict(tensors)}
+    module, faults = _from_pretrained(model_class, None, source, dtype=dtype, **options)
+    _refuse_misfit(source, faults)
+    return frozen(module, device)
+
+
+def fill_part(
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    *,
+    source: str,
+    device: torch.device | str = "cpu",
+) -> nn.Module:
+    """A small module of ours with these tensors, frozen."""
+    own = module.state_dict()
+    both = own.keys() & tensors.keys()
+    faults = {
+        "missing": own.keys() - tensors,
+        "unexpected": tensors.keys() - own,
+        "of another shape": {name for name in both if own[name].shape != tensors[name].shape},
+    }
+    _refuse_misfit(source, faults)
+    module.load_state_dict(dict(tensors))
+    return frozen(module, device)
+
+
+def frozen(module: nn.Module, device: torch.device | str) -> Any:
+    """The module on a device, in eval mode, without gradients."""
+    return module.to(device).requires_grad_(False).eval()
+
+
+def _from_pretrained(
+    model_class: Any, path: str | None, source: str, *, dtype: str, **options: Any
+) -> tuple[nn.Module, dict[str, Iterable[str]]]:
+    """A model and, by kind of fault, the names of the tensors that do not fit it."""
+    load = functools.partial(
+        model_class.from_pretrained,
+        path,
+        dtype=DTYPES[dtype],
+        ignore_mismatched_sizes=True,  # to be named together with the missing
+        output_loading_info=True,
+        **options,
+    )
+    module, info = _loaded(load, source, "the weights")
+    return module, {
+        "missing": info["missing_keys"],
+        "unexpected": info["unexpected_keys"],
+        "of another shape": {entry[0] for entry in info["mismatched_keys"]},
+    }
+
+
+def _loaded(load: Callable[[], Result], source: str, what: str) -> Result:
     """What `load` returns, nothing on the console; its failure is a `WeightsError` of one line."""
     try:
-        with _quiet():
+        with quiet():
             return load()
     except LOADING_ERRORS as error:
-        text = " ".join(str(error).split())
-        text = text if len(text) <= 300 else text[:297] + "..."
-        raise WeightsError(f"{source}: cannot load {what}: {text}") from error
+        raise WeightsError(f"{source}: cannot load {what}: {one_line(error)}") from error
 
 
-def refuse(what: str, faults: Mapping[str, Iterable[str]], advice: str) -> None:
+def _refuse_misfit(source: str, faults: Mapping[str, Iterable[str]]) -> None:
+    what = f"{source}: the tensors do not fit the model"
+    _refuse(what, faults, "write the file as published")
+
+
+def _refuse(what: str, faults: Mapping[str, Iterable[str]], advice: str) -> None:
     """Raises a WeightsError that names three tensors of each kind of fault, where there is one."""
-    told = []
-    for kind, names in faults.items():
-        found = sorted(names)
-        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-        told += [f"{kind}: {', '.join(found[:3])}{more}"] if found else []
+    told = [f"{kind}: {first_names(names)}" for kind, names in faults.items() if names]
     if told:
         raise WeightsError(f"{what}: {'; '.join(told)}; {advice}")
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps transformers' bars and reports off the console; what matters becomes an error."""
-    verbosity = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
+# From images as rewards get them to the pixels that models were trained on. The models' own image
+# processors differ between versions and backends, so nothing here asks them; the tests compare.
 
 
-# From images as rewards get them to the pixel tensors that models were trained on.
-#
-# The models' own image processors differ between versions and backends, so nothing here asks
-# them;
-# the tests compare with them.
-#
-# Shape suffixes: N images, C colour channels, H x W pixels, X x Y pixels after resizing.
+def clip_pixels(images_NHWC: Tensor, side: int, *, device: torch.device | str = "cpu") -> Tensor:
+    """pixels_NCXX as CLIP was trained: shortest side by bicubic, middle square, CLIP's scale."""
+    height, width = images_NHWC.shape[1:3]
+    resized = resize(images_NHWC, shortest_side_size(height, width, shortest=side), "bicubic")
+    top, left = (resized.shape[-2] - side) // 2, (resized.shape[-1] - side) // 2
+    cropped = resized[..., top : top + side, left : left + side]
+    return normalize(cropped.to(device), CLIP_MEAN, CLIP_STD)
 
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-Filter = Literal["bilinear", "bicubic"]
+def detr_pixels(
+    images_NHWC: Tensor, *, shortest: int, longest: int, device: torch.device | str
+) -> Tensor:
+    """pixels_NCXY for DETR-like models: scaled to fit, bilinear, ImageNet's scale, not padded."""
+    height, width = images_NHWC.shape[1:3]
+    size = shortest_side_size(height, width, shortest=shortest, longest=longest)
+    resized = resize(images_NHWC, size, "bilinear")
+    return normalize(resized.to(device), IMAGENET_MEAN, IMAGENET_STD)
 
 
 def shortest_side_size(
@@ -174,7 +300,9 @@ def shortest_side_size(
     return (round(target), along) if height <= width else (along, round(target))
 
 
-def resize(images_NHWC: Tensor, size: tuple[int, int], filter_: Filter) -> Tensor:
+def resize(
+    images_NHWC: Tensor, size: tuple[int, int], filter_: Literal["bilinear", "bicubic"]
+) -> Tensor:
     """images_NCXY of uint8 images, uint8 and on the CPU, filtered as Pillow does it.
 
     On the CPU, whose 8-bit kernel rounds and clips between the two directions as Pillow does: the
@@ -187,196 +315,33 @@ def resize(images_NHWC: Tensor, size: tuple[int, int], filter_: Filter) -> Tenso
     return F.interpolate(images_NCHW, size=size, mode=filter_, align_corners=False, antialias=True)
 
 
-def center_crop(images_NCHW: Tensor, side: int) -> Tensor:
-    """The middle side x side pixels, of images at least that large."""
-    height, width = images_NCHW.shape[-2:]
-    assert min(height, width) >= side, (height, width, side)
-    top, left = (height - side) // 2, (width - side) // 2
-    return images_NCHW[..., top : top + side, left : left + side]
-
-
 def normalize(
     images_NCHW: Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]
 ) -> Tensor:
     """(x / 255 - mean) / std per channel."""
-    shape = (1, 3, 1, 1)
-    mean_C = torch.tensor(mean, device=images_NCHW.device).view(shape)
-    std_C = torch.tensor(std, device=images_NCHW.device).view(shape)
-    return (images_NCHW / 255 - mean_C) / std_C
-
-
-def clip_pixels(images_NHWC: Tensor, side: int, *, device: torch.device | str) -> Tensor:
-    """pixels_NCXX for CLIP-like models: shortest side by bicubic, middle square, CLIP's scale."""
-    height, width = images_NHWC.shape[1:3]
-    size = shortest_side_size(height, width, shortest=side)
-    cropped = center_crop(resize(images_NHWC, size, "bicubic"), side)
-    return normalize(cropped.to(device), CLIP_MEAN, CLIP_STD)
-
-
-def detr_pixels(
-    images_NHWC: Tensor, *, shortest: int, longest: int, device: torch.device | str
-) -> Tensor:
-    """pixels_NCXY for DETR-like models: scaled to fit, bilinear, ImageNet's scale, not padded."""
-    height, width = images_NHWC.shape[1:3]
-    size = shortest_side_size(height, width, shortest=shortest, longest=longest)
-    resized = resize(images_NHWC, size, "bilinear")
-    return normalize(resized.to(device), IMAGENET_MEAN, IMAGENET_STD)
-
-
-# Weights published in other layouts than transformers', renamed tensor by tensor.
-#
-# A table lists every tensor of the foreign layout; one that is missing or over is a
-# `WeightsError`
-# with its foreign name, one of another shape with ours. Files are read without running anything
-# in
-# them.
-
-
-Names = Mapping[str, str | tuple[str, ...]]
-"""From a foreign name to ours; to several where the tensor is split along its first axis."""
-
-
-def find_file(path: str, name: str) -> Path:
-    """A file of a folder or of a hub repository, which is downloaded once."""
-    return Path(load_part(lambda source: str(cached_file(source, name)), path, f"'{name}'"))
-
-
-def read_tensors(file: Path, *, entry: str | None = None) -> dict[str, Tensor]:
-    """The tensors of a torch file, or of the entry of that name in it."""
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except (*LOADING_ERRORS, EOFError, pickle.UnpicklingError) as error:
-        text = " ".join(str(error).split())[:300]
-        raise WeightsError(f"{file}: holds no tensors that can be read: {text}") from error
-    if entry is not None:
-        if not isinstance(content, dict) or entry not in content:
-            raise WeightsError(f"{file}: has no '{entry}'; write the file as published")
-        content = content[entry]
-    if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
-        raise WeightsError(f"{file}: holds more than named tensors; write the file as published")
-    return content
-
-
-def rename(tensors: Mapping[str, Tensor], names: Names, *, source: str) -> dict[str, Tensor]:
-    """The tensors under our names."""
-    _refuse(source, {"missing": names.keys() - tensors, "unexpected": tensors.keys() - names})
-    renamed = {}
-    for name, new in names.items():
-        if isinstance(new, str):
-            renamed[new] = tensors[name]
-        else:
-            parts = tensors[name].chunk(len(new))
-            renamed |= {ours: part.clone() for ours, part in zip(new, parts, strict=True)}
-    return renamed
-
-
-def fill(
-    model_class: Any,
-    config: Any,
-    tensors: Mapping[str, Tensor],
-    *,
-    source: str,
-    dtype: str = "float32",
-    device: torch.device | str = "cpu",
-    **options: Any,
-) -> Any:
-    """A frozen transformers model in eval mode with these tensors, by its checkpoint names."""
-    load = functools.partial(
-        model_class.from_pretrained,
-        None,
-        config=config,
-        state_dict=dict(tensors),
-        dtype=DTYPES[dtype],
-        ignore_mismatched_sizes=True,  # to be named below, together with the missing
-        output_loading_info=True,
-        **options,
+    mean_C11, std_C11 = (
+        torch.tensor(values, device=images_NCHW.device).view(3, 1, 1) for values in (mean, std)
     )
-    module, info = quietly(load, source, "the weights")
-    shapes = {entry[0] for entry in info["mismatched_keys"]}
-    named = {"missing": info["missing_keys"], "unexpected": info["unexpected_keys"]}
-    _refuse(source, {**named, "of another shape": shapes})
-    nn.Module.to(module, device)
-    return module.requires_grad_(False).eval()
+    return (images_NCHW / 255 - mean_C11) / std_C11
 
 
-def fill_part(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:
-    """Copies tensors into a small module of ours (in place), which is frozen."""
-    own = module.state_dict()
-    shapes = {name for name in own.keys() & tensors if own[name].shape != tensors[name].shape}
-    _refuse(
-        source,
-        {
-            "missing": own.keys() - tensors,
-            "unexpected": tensors.keys() - own,
-            "of another shape": shapes,
-        },
-    )
-    module.load_state_dict(dict(tensors))
-    module.requires_grad_(False).eval()
+@dataclass(frozen=True)
+class OnJpeg(Generic[Result]):
+    """A reward or detector that sees its images as JPEG of a quality from 1 to 100."""
+
+    look: Callable[[Tensor, Any], Result]
+    quality: int
+
+    def __call__(self, images_NHWC: Tensor, prompts: Any) -> Result:
+        """What it says of the compressed images."""
+        return self.look(as_jpeg(images_NHWC, self.quality), prompts)
 
 
-def _refuse(source: str, faults: Mapping[str, Iterable[str]]) -> None:
-    refuse(f"{source}: the tensors do not fit the model", faults, "write the file as published")
-
-
-# The head that two published scorers share: five linear layers with nothing between them.
-#
-# Trained with dropout between the layers, it is one affine function of its input when used.
-#
-# Shape suffixes: N images, D width of the input.
-
-
-WIDTHS = (1024, 128, 64, 16, 1)
-
-PLACES = (0, 2, 4, 6, 7)
-"""Where the linear layers stand among the dropouts; their names in the published files."""
-
-
-class AffineHead(nn.Module):
-    """From vectors to one number each; its tensors are called layers.0.weight and so on."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        widths = (width, *WIDTHS)
-        self.layers = nn.ModuleDict(
-            {str(place): nn.Linear(widths[i], widths[i + 1]) for i, place in enumerate(PLACES)}
-        )
-
-    def forward(self, vectors_ND: Tensor) -> Tensor:
-        """scores_N."""
-        x = vectors_ND
-        for layer in self.layers.values():
-            x = layer(x)
-        return x[:, 0]
-
-
-TINY = "tiny"
-"""The path of random weights, for smoke runs; their scores mean nothing."""
-
-
-class ScorerConfig(RewardConfig):
-    """Base of the rewards that are one model."""
-
-    path: str
-    """Folder or hub id of the weights; tiny: random ones, whose scores mean nothing."""
-    batch_size: int = Field(default=32, ge=1)
-    """Images that go through the model at once."""
-    jpeg_quality: int | None = Field(default=None, ge=1, le=100)
-    """Score the images as JPEG of this quality, as some published figures do; null: as drawn."""
-
-    def build(self, device: torch.device) -> Reward:
-        """The reward; wrong weights are a `WeightsError`."""
-        from stage_rl.rewards.selftest import OnJpeg
-
-        reward = self.build_scorer(device)
-        return reward if self.jpeg_quality is None else OnJpeg(reward, self.jpeg_quality)
-
-    @abstractmethod
-    def build_scorer(self, device: torch.device) -> Reward:
-        """The reward on images as they are."""
-
-    def reference_cases(self) -> tuple[ReferenceCase, ...]:
-        """Drawn shapes of the prompt's colour and form against others; none for random weights."""
-        from stage_rl.rewards.selftest import shape_cases
-
-        return () if self.path == TINY else shape_cases()
+def as_jpeg(images_NHWC: Tensor, quality: int) -> Tensor:
+    """The images (uint8) written as JPEG and read again, as some published figures saw them."""
+    reread = []
+    for image_HWC in images_NHWC.cpu().numpy():
+        file = io.BytesIO()
+        Image.fromarray(image_HWC).save(file, "JPEG", quality=quality)
+        reread.append(np.array(Image.open(file)))
+    return torch.from_numpy(np.stack(reread))

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
@@ -32,6 +33,11 @@ KEY_HEADER = "Idempotency-Key"
 SCORES_PATH = "/v1/rewards/{name}/scores"
 
 REWARDS_PATH = "/v1/rewards"
+
+TOKEN_ENV = "STAGE_REWARD_TOKEN"
+"""Environment variable that holds the token where no other is named."""
+
+MIN_TOKEN_LENGTH = 16
 
 NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 """Numbers that JSON lacks; a reward that gives one must not seem to have given another."""
@@ -91,7 +97,7 @@ def question_json(images_NHWC: Any, prompts: Sequence[Prompt]) -> bytes:
             "prompt": prompt.text,
             "index": prompt.index,
             "metadata": dict(prompt.metadata),
-            "image_png": _png(image_HWC),
+            "image_png": png_base64(image_HWC),
         }
         for image_HWC, prompt in zip(images_NHWC, prompts, strict=True)
     ]
@@ -122,11 +128,11 @@ def read_answer(body: bytes, *, num_images: int) -> list[Score]:
     return [_score(score) for score in scores]
 
 
-def _png(image_HWC: Any) -> str:
+def png_base64(image_HWC: Any) -> str:
+    """An image (uint8 RGB, an array or a tensor on the CPU) as PNG in base64."""
     buffer = io.BytesIO()
     # Speed matters more than size for what lives for seconds.
-    pixels = image_HWC.numpy() if hasattr(image_HWC, "numpy") else image_HWC
-    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
+    Image.fromarray(np.asarray(image_HWC)).save(buffer, "PNG", compress_level=1)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -157,39 +163,27 @@ def _read(value: Any) -> int | float:
     raise ValueError(f"{value!r:.40} for a number")
 
 
-# The secret by which a reward server knows its clients; it never stands in a recipe.
-
-
-TOKEN_ENV = "STAGE_REWARD_TOKEN"
-"""Environment variable that holds the token where no other is named."""
-
-LEAST_LENGTH = 16
-
-
 def read_token(file: str | None, variable: str = TOKEN_ENV) -> str | None:
-    """The token in a file, else in an environment variable; None where neither is given.
+    """The secret by which a server knows its clients: in a file, else in an environment variable.
 
-    An InputError for a file that cannot be read, and for a token that is too short or does not fit
-    into a header. Errors do not show the token.
+    None where neither is given. An InputError for a file that cannot be read, and for a token that
+    is too short or does not fit into a header. Errors do not show the token.
     """
     if file is None:
         where, token = f"${variable}", os.environ.get(variable, "").strip()
         if not token:
             return None
     else:
-        where, token = f"token file {file}", _read_file(file)
-    if len(token) < LEAST_LENGTH or not all("!" <= sign <= "~" for sign in token):
+        where = f"token file {file}"
+        try:
+            token = Path(file).read_text(encoding="utf-8").strip()
+        except OSError as error:
+            raise InputError(f"{where}: {error.strerror}; name a file") from error
+        except UnicodeDecodeError as error:
+            raise InputError(f"{where}: is no text; name a file with the token") from error
+    if len(token) < MIN_TOKEN_LENGTH or not all("!" <= sign <= "~" for sign in token):
         raise InputError(
-            f"{where}: the token is shorter than {LEAST_LENGTH} characters or holds others than "
-            "printable ASCII; write one such as `openssl rand -hex 32` gives"
+            f"{where}: the token is shorter than {MIN_TOKEN_LENGTH} characters or holds others "
+            "than printable ASCII; write one such as `openssl rand -hex 32` gives"
         )
     return token
-
-
-def _read_file(file: str) -> str:
-    try:
-        return Path(file).read_text(encoding="utf-8").strip()
-    except OSError as error:
-        raise InputError(f"token file {file}: {error.strerror}; name a file") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"token file {file}: is no text; name a file with the token") from error

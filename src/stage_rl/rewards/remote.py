@@ -5,7 +5,6 @@ Shape suffixes: N images, H x W pixels, C colour channels.
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import logging
@@ -20,7 +19,6 @@ from dataclasses import dataclass
 from typing import Any, Self
 from urllib.parse import urlsplit
 
-import httpx2
 import torch
 from pydantic import PrivateAttr, ValidationError, model_validator
 from torch import Tensor
@@ -41,6 +39,96 @@ from stage_rl.rewards.protocol import (
 )
 from stage_rl.settings import Count, Positive, complaint, near_or_all
 from stage_rl.types import Prompt
+
+try:
+    import httpx2
+except ModuleNotFoundError:  # an optional extra, asked for when a reward needs it
+    httpx2: Any = None
+
+log = logging.getLogger(__name__)
+
+
+CONNECT_S = 10.0
+
+FIRST_PAUSE_S = 0.2
+
+LONGEST_PAUSE_S = 5.0
+
+LONGEST_ADVICE_S = 30.0
+"""Most that a server's Retry-After is obeyed."""
+
+PASSING = {408, 429, 502, 503, 504}
+"""Answers after which the same request may succeed: too slow, too busy, about to stop. So may one
+that failed between here and the server."""
+
+UNAUTHORIZED = 401
+
+LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+
+JITTER = random.Random()
+"""Of its own, so that a wait leaves the streams that anyone has seeded as they are."""
+
+
+class RemoteRewardConfig(RewardConfig):
+    """A reward of `stage rewards serve`, which tests its reference images itself."""
+
+    url: str
+    """Address of the server, such as http://127.0.0.1:8000."""
+    reward: str = ""
+    """Name of the reward on the server; empty: its only one."""
+    token_file: str | None = None
+    """File with the server's token; null: token_env is read."""
+    token_env: str = TOKEN_ENV
+    """Environment variable with the token; a server on loopback may have none."""
+    batch_size: Count = 32
+    """Images of a request."""
+    connections: Count = 8
+    """Requests at a time."""
+    timeout_s: Positive = 120.0
+    """Longest wait for an answer; the request is then sent again."""
+    give_up_s: Positive = 600.0
+    """How long a request is sent again before the run stops."""
+    _fields: list[str] | None = PrivateAttr(None)
+
+    @model_validator(mode="after")
+    def _check_url(self) -> Self:
+        try:
+            parts = urlsplit(self.url)
+            is_right = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:
+            is_right = False
+        if not is_right or any(sign in self.url for sign in "@?# "):
+            raise complaint("url", f"'{self.url}' is no address; write http://HOST:PORT")
+        return self
+
+    def unsupported_reason(self, prompt: Prompt) -> str | None:
+        """What the server's reward requires; asks the server the first time."""
+        if self._fields is None:
+            client = self._client()
+            self._fields = find_offer(client, self.reward)[0].required_fields
+            client.close()
+        missing = [field for field in self._fields if field not in prompt.metadata]
+        return f"needs '{missing[0]}', which this prompt lacks" if missing else None
+
+    def build(self, device: torch.device) -> RemoteReward:
+        """The reward; an InputError where the server has none of the name, or not the token."""
+        client = self._client()
+        offer, max_images = find_offer(client, self.reward)
+        size = min(self.batch_size, max_images)
+        return RemoteReward(client, offer, batch_size=size, connections=self.connections)
+
+    def _client(self) -> RetryingClient:
+        if httpx2 is None:
+            raise InputError(
+                f"reward '{self.name}': httpx2 is not installed; run pip install 'stage-rl[server]'"
+            )
+        return RetryingClient(
+            self.url,
+            token=read_token(self.token_file, self.token_env),
+            timeout_s=self.timeout_s,
+            give_up_s=self.give_up_s,
+            connections=self.connections,
+        )
 
 
 class RemoteReward:
@@ -144,32 +232,6 @@ def _batches(prompts: Sequence[Prompt], size: int, *, whole_groups: bool) -> lis
     return batches
 
 
-# HTTP requests to a reward server that are sent again until it answers.
-
-
-log = logging.getLogger(__name__)
-
-CONNECT_S = 10.0
-
-FIRST_PAUSE_S = 0.2
-
-LONGEST_PAUSE_S = 5.0
-
-LONGEST_ADVICE_S = 30.0
-"""Most that a server's Retry-After is obeyed."""
-
-PASSING = {408, 429, 502, 503, 504}
-"""Answers after which the same request may succeed: too slow, too busy, about to stop. So may one
-that failed between here and the server."""
-
-UNKNOWN = 401
-
-LOOPBACK = {"localhost", "127.0.0.1", "::1"}
-
-JITTER = random.Random()
-"""Of its own, so that a wait leaves the streams that anyone has seeded as they are."""
-
-
 class ScoringFailed(Exception):
     """The reward failed on the images of a request; others may well be scored."""
 
@@ -207,7 +269,7 @@ class RetryingClient:
     ) -> bytes:
         """The body of the answer, after as many attempts as fit in the time to give up.
 
-        A RewardError where the server refuses or none answers, an `ScoringFailed` where the reward
+        A RewardError where the server refuses or none answers, a `ScoringFailed` where the reward
         failed. All attempts have one key, by which the server knows them as one request. `stop`
         ends the waiting between them.
         """
@@ -226,7 +288,7 @@ class RetryingClient:
                     f"reward server {self._url}: {answer.what}, at attempt {attempt + 1} after "
                     f"{waited_s:.0f} s; see that it runs, then start the same command again"
                 )
-            self._tell(answer)
+            self._warn(answer)
             stop.wait(pause_s)
         raise AssertionError
 
@@ -243,22 +305,22 @@ class RetryingClient:
             raise InputError(f"url '{self._url}': {error}; write http://HOST:PORT") from error
         if response.status_code == 200:
             return response.content
-        code, message = _complaint(response)
+        code, message = _error_of(response)
         is_foreign = response.status_code >= 500 and not code
         if response.status_code in PASSING or is_foreign:
             return RetryableError(f"{response.status_code} {message}", _advice(response))
         if code == "reward_failed":
             raise ScoringFailed(message)
         what = f"reward server {self._url}: {response.status_code} {message}"
-        raise InputError(what) if response.status_code == UNKNOWN else RewardError(what)
+        raise InputError(what) if response.status_code == UNAUTHORIZED else RewardError(what)
 
-    def _tell(self, trouble: RetryableError) -> None:
+    def _warn(self, error: RetryableError) -> None:
         """Warns once until the next answer."""
         if self._is_answered:
             log.warning(
                 "reward server %s: %s; asked again for up to %.0f s",
                 self._url,
-                trouble.what,
+                error.what,
                 self._give_up_s,
             )
         self._is_answered = False
@@ -275,77 +337,10 @@ def _advice(response: httpx2.Response) -> float:
     return min(float(text), LONGEST_ADVICE_S) if text.isascii() and text.isdigit() else 0.0
 
 
-def _complaint(response: httpx2.Response) -> tuple[str, str]:
+def _error_of(response: httpx2.Response) -> tuple[str, str]:
     """Code and message of an error; what stands between us and the server may not write JSON."""
     try:
         error: Any = json.loads(response.content)["error"]
         return str(error["code"]), str(error["message"])
     except (ValueError, KeyError, TypeError):
         return "", response.reason_phrase
-
-
-# What a recipe says of a reward that a server gives; free of torch.
-
-
-class RemoteRewardConfig(RewardConfig):
-    """A reward of `stage rewards serve`, which tests its reference images itself."""
-
-    url: str
-    """Address of the server, such as http://127.0.0.1:8000."""
-    reward: str = ""
-    """Name of the reward on the server; empty: its only one."""
-    token_file: str | None = None
-    """File with the server's token; null: token_env is read."""
-    token_env: str = TOKEN_ENV
-    """Environment variable with the token; a server on loopback may have none."""
-    batch_size: Count = 32
-    """Images of a request."""
-    connections: Count = 8
-    """Requests at a time."""
-    timeout_s: Positive = 120.0
-    """Longest wait for an answer; the request is then sent again."""
-    give_up_s: Positive = 600.0
-    """How long a request is sent again before the run stops."""
-    _fields: list[str] | None = PrivateAttr(None)
-
-    @model_validator(mode="after")
-    def _check_url(self) -> Self:
-        try:
-            parts = urlsplit(self.url)
-            is_right = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-        except ValueError:
-            is_right = False
-        if not is_right or any(sign in self.url for sign in "@?# "):
-            raise complaint("url", f"'{self.url}' is no address; write http://HOST:PORT")
-        return self
-
-    def unsupported_reason(self, prompt: Prompt) -> str | None:
-        """What the server's reward requires; asks the server the first time."""
-        if self._fields is None:
-            client = self._client()
-            self._fields = find_offer(client, self.reward)[0].required_fields
-            client.close()
-        missing = [field for field in self._fields if field not in prompt.metadata]
-        return f"needs '{missing[0]}', which this prompt lacks" if missing else None
-
-    def build(self, device: torch.device) -> RemoteReward:
-        """The reward; an InputError where the server has none of the name, or not the token."""
-
-        client = self._client()
-        offer, most = find_offer(client, self.reward)
-        size = min(self.batch_size, most)
-        return RemoteReward(client, offer, batch_size=size, connections=self.connections)
-
-    def _client(self) -> RetryingClient:
-        if importlib.util.find_spec("httpx2") is None:
-            raise InputError(
-                f"reward '{self.name}': httpx2 is not installed; run pip install 'stage-rl[server]'"
-            )
-
-        return RetryingClient(
-            self.url,
-            token=read_token(self.token_file, self.token_env),
-            timeout_s=self.timeout_s,
-            give_up_s=self.give_up_s,
-            connections=self.connections,
-        )

@@ -1,20 +1,38 @@
-"""The rules of T2I-R1 (arXiv 2505.00703): from detected nouns to a score, by kind of prompt.
+"""The T2I-R1 reward (arXiv 2505.00703): from detected nouns to a score, by kind of prompt.
 
 `release` is the released arithmetic with its flaws, `fixed` the same without them; both are pinned
 by tests. A box is x0, y0, x1, y1 in pixels, an image size (width, height).
+
+Shape suffixes: N images, H x W pixels, C colour channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
 
-from stage_rl.rewards.base import Detection, Score
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from stage_rl.rewards.base import (
+    Detection,
+    Detector,
+    DetectorConfig,
+    ReferenceCase,
+    RewardConfig,
+    Score,
+)
+from stage_rl.rewards.grounding_dino import GroundingDinoDetectorConfig
+from stage_rl.rewards.selftest import noise_cases
+from stage_rl.settings import complaint
+from stage_rl.types import Prompt
 
 Compat = Literal["fixed", "release"]
 Box = tuple[float, float, float, float]
 Size = tuple[float, float]
-Span = tuple[int, int]
 
 PRESENT = 0.2
 """What an object counts for that is there, in the wrong number or (released form) place."""
@@ -39,18 +57,60 @@ SIDES = {
 """Where the first object lies from the second, by the words of `spatial_info.locality`."""
 
 
-def caption_of(nouns: Sequence[str]) -> tuple[str, list[list[Span]]]:
-    """The text a grounding model is asked, and of each noun the spans that stand for it.
+class GroundingDinoRewardConfig(RewardConfig):
+    """The T2I-R1 rules on the objects that a detector finds."""
 
-    A noun of several words is stood for by its first and its last.
-    """
-    spans, start = [], 0
-    for noun in nouns:
-        words, end = noun.split(), start + len(noun)
-        first, last = (start, start + len(words[0])), (end - len(words[-1]), end)
-        spans.append([first] if len(words) == 1 else [first, last])
-        start = end + len(" . ")
-    return " . ".join(nouns) + ".", spans
+    required_fields: ClassVar[tuple[str, ...]] = ("task_type", "nouns")
+
+    detector: DetectorConfig = GroundingDinoDetectorConfig()
+    """What finds the nouns of a prompt."""
+    compat: Compat = "fixed"
+    """release: the released score, in which relations such as above never count."""
+    threshold: float = Field(default=0.3, ge=0, lt=1)
+    """Confidence above which an object counts."""
+
+    @model_validator(mode="after")
+    def _sees_what_counts(self) -> Self:
+        detector = self.detector
+        if (
+            isinstance(detector, GroundingDinoDetectorConfig)
+            and detector.min_score > self.threshold
+        ):
+            text = f"{detector.min_score} leaves out what the threshold of {self.threshold} counts"
+            raise complaint("detector.min_score", f"{text}; write at most {self.threshold}")
+        return self
+
+    def unsupported_reason(self, prompt: Prompt) -> str | None:
+        """Also why a spatial or a numeracy prompt cannot be judged."""
+        missing = super().unsupported_reason(prompt)
+        return missing or scene_unsupported_reason(prompt.metadata, compat=self.compat)
+
+    def build(self, device: torch.device) -> SceneReward:
+        """The reward with its detector on a device."""
+        rules = functools.partial(judge_scene, compat=self.compat, threshold=self.threshold)
+        return SceneReward(self.detector.build(device), rules)
+
+    def reference_cases(self) -> tuple[ReferenceCase, ...]:
+        """Photographs against noise, for who asks for a cat or a cup."""
+        is_known = isinstance(self.detector, GroundingDinoDetectorConfig)
+        return noise_cases() if is_known else ()
+
+
+@dataclass(frozen=True)
+class SceneReward:
+    """Scores images by rules on what a detector finds of their prompts' nouns."""
+
+    detector: Detector
+    judge: Callable[..., Score]
+    """From detections, metadata and size=(width, height) to a score: `judge_scene`."""
+
+    def __call__(self, images_NHWC: Tensor, prompts: list[Prompt]) -> list[Score]:
+        """One score per image."""
+        height, width = images_NHWC.shape[1:3]
+        return [
+            self.judge(found, prompt.metadata, size=(width, height))
+            for found, prompt in zip(self.detector(images_NHWC, prompts), prompts, strict=True)
+        ]
 
 
 def scene_unsupported_reason(

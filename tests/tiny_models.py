@@ -1,14 +1,12 @@
-"""Models of a few thousand random parameters behind the real ones' interfaces.
-
-A reward whose `path` is `tiny` runs through all of its code and its scores mean nothing: for tests
-and smoke runs.
-"""
+"""Models of a few thousand random parameters, saved in the layouts of the published ones."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, TypeVar
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -17,12 +15,18 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertTokenizer,
+    BlipConfig,
+    BlipForQuestionAnswering,
     BlipTextConfig,
+    BlipTextModel,
     BlipVisionConfig,
+    BlipVisionModel,
     CLIPConfig,
     CLIPModel,
     CLIPTokenizer,
     CLIPVisionConfig,
+    DPTConfig,
+    DPTForDepthEstimation,
     GitConfig,
     GitForCausalLM,
     GroundingDinoConfig,
@@ -38,23 +42,29 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from stage_rl.rewards.clip import AffineHead
+from stage_rl.rewards.image_reward import TEXT_FILE, TEXT_SIZES, WEIGHTS_FILE, foreign_names
+
 CLIP_WIDTH = 32
 """Width of the tiny CLIP's joint space."""
 
-Model = TypeVar("Model", bound=nn.Module)
+
+def noise(num: int = 3, height: int = 40, width: int = 56) -> torch.Tensor:
+    """images_NHWC, the same each time."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (num, height, width, 3), generator=generator, dtype=torch.uint8)
 
 
-@contextmanager
-def seeded(seed: int = 0) -> Iterator[None]:
-    """Draws the same numbers each time and leaves the global stream where it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
+def save(kind: str, folder: Path) -> None:
+    """Saves the model of a kind, and what belongs beside it."""
+    for part in MODELS[kind]():
+        part.save_pretrained(folder)
 
 
-def random_model(build: Callable[[], Model], *, scale: float = 1.0) -> Model:
+def random_model(build: Callable[[], nn.Module], *, scale: float = 1.0) -> Any:
     """A frozen model in eval mode, the same each time; matrices `scale` times their usual size."""
-    with seeded():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
         model = build()
     for parameter in model.parameters():
         if parameter.ndim > 1:
@@ -142,9 +152,6 @@ def tiny_bert_tokenizer() -> BertTokenizer:
     return BertTokenizer(vocab={word: i for i, word in enumerate(words)})
 
 
-# Models of a few thousand random parameters that find nouns in images or answer questions.
-
-
 NUM_TOKENS = 1040
 """Enough for the ids of the marks that GroundingDINO has in its code."""
 
@@ -174,6 +181,7 @@ CHAT = (
 )
 
 
+@functools.cache
 def tiny_scene_tokenizer() -> BertTokenizer:
     """yes, no and one token per printable ASCII character; GroundingDINO's marks at its ids."""
     marks = {"[CLS]": 101, "[SEP]": 102, ".": 1012, "?": 1029}
@@ -255,3 +263,66 @@ def tiny_vlm() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
         **image,
     )
     return random_model(lambda: LlavaForConditionalGeneration(config), scale=4.0), processor
+
+
+def tiny_depth() -> DPTForDepthEstimation:
+    """A DPT of four layers that reads 32 x 32."""
+    config = DPTConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=16,
+        backbone_out_indices=[0, 1, 2, 3],
+        neck_hidden_sizes=[8, 8, 8, 8],
+        fusion_hidden_size=8,
+        is_hybrid=False,
+        use_auxiliary_head=False,
+    )
+    return random_model(lambda: DPTForDepthEstimation(config), scale=4.0)
+
+
+def tiny_blip_vqa() -> BlipForQuestionAnswering:
+    """A BLIP of two layers that reads 32 x 32 and what `tiny_scene_tokenizer` writes."""
+    vision, text = tiny_blip_configs()
+    words = len(tiny_scene_tokenizer())
+    sizes = {**text.to_dict(), "vocab_size": words + 2, "bos_token_id": words}
+    config = BlipConfig(text_config=sizes, vision_config=vision.to_dict(), projection_dim=32)
+    return random_model(lambda: BlipForQuestionAnswering(config), scale=2.0)
+
+
+def image_reward_tensors() -> dict[str, torch.Tensor]:
+    """A tiny ImageReward in the published layout."""
+    vision, text = tiny_blip_configs()
+    parts = {
+        "vision": random_model(lambda: BlipVisionModel(vision)),
+        "text": random_model(lambda: BlipTextModel(text, add_pooling_layer=False)),
+        "mlp": random_model(lambda: AffineHead(text.hidden_size)),
+    }
+    ours = {f"{k}.{name}": t for k, part in parts.items() for name, t in part.state_dict().items()}
+    tensors = {theirs: ours.pop(name) for theirs, name in foreign_names(vision, text).items()}
+    assert not ours
+    return tensors
+
+
+def save_image_reward(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """The files as published, and a tokenizer."""
+    _, text = tiny_blip_configs()
+    tiny_bert_tokenizer().save_pretrained(folder)
+    torch.save(tensors, folder / WEIGHTS_FILE)
+    sizes = {name: getattr(text, name) for name in TEXT_SIZES}
+    published = json.dumps({**sizes, "encoder_width": 768, "add_cross_attention": True})
+    (folder / TEXT_FILE).write_text(published)
+
+
+MODELS: dict[str, Callable[[], tuple[Any, ...]]] = {
+    "clip": lambda: (tiny_clip(), tiny_clip_tokenizer()),
+    "mask2former": lambda: (tiny_mask2former(),),
+    "grounding_dino": lambda: (tiny_grounding_dino(), tiny_scene_tokenizer()),
+    "git": lambda: (tiny_git(), tiny_scene_tokenizer()),
+    "blip": lambda: (tiny_blip_vqa(), tiny_scene_tokenizer()),
+    "depth": lambda: (tiny_depth(),),
+    "vlm": tiny_vlm,
+}
+"""A model and, where it reads text, its tokenizer or processor."""

@@ -1,4 +1,4 @@
-"""What reward server and client write to each other: nothing is lost or changed on the way."""
+"""What reward server and client write to each other, and the token they know each other by."""
 
 import json
 import math
@@ -6,10 +6,18 @@ import math
 import numpy as np
 import pytest
 
+from stage_rl.errors import InputError
 from stage_rl.rewards.base import Score
-from stage_rl.rewards.protocol import answer_json, question_json, read_answer
+from stage_rl.rewards.protocol import (
+    TOKEN_ENV,
+    answer_json,
+    question_json,
+    read_answer,
+    read_token,
+)
 from stage_rl.types import Prompt
 
+TOKEN = "0123456789abcdef"
 IMAGE = np.zeros((1, 2, 2, 3), np.uint8)
 
 
@@ -62,3 +70,31 @@ def test_an_answer_of_another_form_is_an_error(body, complaint):
 def test_metadata_that_is_no_json_is_an_error(metadata):
     with pytest.raises((TypeError, ValueError), match="JSON"):
         question_json(IMAGE, [Prompt("a", 0, metadata)])
+
+
+def test_a_file_goes_before_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv(TOKEN_ENV, "fedcba9876543210")
+    assert read_token(None) == "fedcba9876543210"
+    (tmp_path / "token").write_text(f"{TOKEN}\n")
+    assert read_token(str(tmp_path / "token")) == TOKEN
+
+
+def test_without_either_there_is_none(monkeypatch):
+    monkeypatch.delenv(TOKEN_ENV, raising=False)
+    assert read_token(None) is None
+    monkeypatch.setenv(TOKEN_ENV, "")
+    assert read_token(None) is None
+
+
+@pytest.mark.parametrize("token", ["", TOKEN[:-1], TOKEN + " 0", TOKEN + "é"])
+def test_a_token_that_will_not_do_is_an_error_that_does_not_show_it(token, tmp_path):
+    file = tmp_path / "token"
+    file.write_text(token)
+    with pytest.raises(InputError, match="shorter than 16 characters or holds others") as caught:
+        read_token(str(file))
+    assert not token or token not in str(caught.value)
+
+
+def test_a_file_that_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(InputError, match="No such file"):
+        read_token(str(tmp_path / "token"))

@@ -1,43 +1,41 @@
-"""Mask2Former and CLIP colours behind the detector's call, on tiny random weights."""
+"""GenEval's detector: instances against figures of MMDetection, colours, the detector's call."""
 
 import pytest
 import torch
+from tiny_models import noise, tiny_mask2former
 
 from stage_rl.config import load_reward
 from stage_rl.errors import WeightsError
 from stage_rl.prompts.geneval import CLASSES, COLORS, colors_record, single_object_record
 from stage_rl.rewards.base import Detection
-from stage_rl.rewards.clip import CLIP_L14, Clip, load_clip
+from stage_rl.rewards.clip import CLIP_L14, load_clip
 from stage_rl.rewards.geneval import GenEvalReward
 from stage_rl.rewards.mask2former import (
     ColorClassifier,
     Instance,
     Mask2FormerConfig,
     cut_out,
+    find_instances,
     load_mask2former,
     sentences_of,
+    tight_box,
 )
 from stage_rl.rewards.selftest import check_reward
-from stage_rl.rewards.tiny import tiny_clip, tiny_clip_tokenizer, tiny_mask2former
 from stage_rl.types import Prompt
 
 CPU = torch.device("cpu")
 SIDES = {"shortest_side": 64, "longest_side": 96, "min_score": 0.005}
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """A Mask2Former and a CLIP as transformers saves them."""
-    root = tmp_path_factory.mktemp("detector")
-    tiny_mask2former().save_pretrained(root / "mask2former")
-    tiny_clip().save_pretrained(root / "clip")
-    tiny_clip_tokenizer().save_pretrained(root / "clip")
-    return {"path": str(root / "mask2former"), "clip": str(root / "clip")}
+@pytest.fixture
+def build(saved):
+    """Builds the detector of tiny models with these settings."""
 
+    def build(**settings):
+        paths = {"path": saved("mask2former"), "clip": saved("clip")}
+        return Mask2FormerConfig(**paths, **SIDES, **settings).build(CPU)
 
-def noise(num=3, height=40, width=56):
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (num, height, width, 3), generator=generator, dtype=torch.uint8)
+    return build
 
 
 def prompts(num=3):
@@ -45,11 +43,8 @@ def prompts(num=3):
     return [Prompt(record["prompt"], i, record) for i in range(num)]
 
 
-def test_a_saved_detector_finds_what_the_one_in_memory_finds(folders):
-    saved = Mask2FormerConfig(**folders, **SIDES).build(CPU)(noise(), prompts())
-    tiny = Mask2FormerConfig(path="tiny", clip="tiny", **SIDES).build(CPU)(noise(), prompts())
-    assert saved == tiny
-    found = saved[0]
+def test_detections_lie_in_the_image_most_confident_first(build):
+    found = build()(noise(), prompts())[0]
     assert found
     assert {one.label for one in found} <= set(CLASSES)
     assert [one.score for one in found] == sorted((one.score for one in found), reverse=True)
@@ -58,25 +53,23 @@ def test_a_saved_detector_finds_what_the_one_in_memory_finds(folders):
     )
 
 
-def test_an_image_is_judged_the_same_in_any_batch():
+def test_an_image_is_judged_the_same_in_any_batch(build):
     images = noise(5)
-    whole = Mask2FormerConfig(path="tiny", clip="tiny", **SIDES, batch_size=4).build(CPU)
-    single = Mask2FormerConfig(path="tiny", clip="tiny", **SIDES, batch_size=1).build(CPU)
+    whole, single = build(batch_size=4), build(batch_size=1)
     for one, other in zip(whole(images, prompts(5)), single(images, prompts(5)), strict=True):
         assert [d.label for d in one] == [d.label for d in other]
         assert [d.box for d in one] == [d.box for d in other]
         assert [d.score for d in one] == pytest.approx([d.score for d in other], abs=1e-5)
 
 
-def test_swapped_channels_are_those_of_a_swapped_image():
-    plain = Mask2FormerConfig(path="tiny", clip="tiny", **SIDES).build(CPU)
-    swapped = Mask2FormerConfig(path="tiny", clip="tiny", **SIDES, swap_rb=True).build(CPU)
+def test_swapped_channels_are_those_of_a_swapped_image(build):
+    plain, swapped = build(), build(swap_rb=True)
     assert swapped(noise().flip(-1), prompts()) == plain(noise(), prompts())
     assert swapped(noise(), prompts()) != plain(noise(), prompts())
 
 
-def test_colours_are_told_only_for_classes_that_the_prompt_gives_a_colour():
-    detector = Mask2FormerConfig(path="tiny", clip="tiny", **SIDES).build(CPU)
+def test_colours_are_told_only_for_classes_that_the_prompt_gives_a_colour(build):
+    detector = build()
     name = detector(noise(1), prompts(1))[0][0].label
     asked, other = colors_record("red", name), single_object_record(name)
     colored, plain = (
@@ -167,9 +160,8 @@ def test_a_colour_is_three_sentences():
     )
 
 
-def test_colours_by_a_real_clip_are_of_the_ten():
-    clip = load_clip("tiny")
-    assert isinstance(clip, Clip)
+def test_colours_by_a_clip_are_of_the_ten(saved):
+    clip = load_clip(saved("clip"))
     mask = torch.ones(40, 56, dtype=torch.bool)
     told = ColorClassifier(clip)(noise(1)[0], [Instance(0, 1.0, (0, 0, 56, 40), mask)] * 2, "dog")
     assert told[0] == told[1]
@@ -200,3 +192,84 @@ def test_the_reference_cases_are_ordered_by_one_who_sees():
         *[(1.0, 0.0)] * 2,
         *[(1.0, 0.5)] * 2,
     ]
+
+
+# Instances from the outputs of a Mask2Former.
+
+SIZES = {"padded": (96, 96), "resized": (96, 96), "image": (48, 48)}
+
+
+def golden(outside=-6.0):
+    """Three queries on a grid of 12 x 12; `outside` is query 1's logit around its mask."""
+    classes = torch.full((3, 81), -10.0)
+    classes[:, 80] = 0.0
+    classes[0, 16], classes[1, 16], classes[2, 2] = 8.0, 3.0, 5.0
+    masks = torch.full((3, 12, 12), -6.0)
+    masks[1] = outside
+    masks[0, 2:6, 2:6] = 6.0
+    masks[1, 7:10, 7:10] = 2.0
+    masks[2, 0:3, 8:12] = 6.0
+    return classes, masks
+
+
+def rounded(instances):
+    return [(one.label, round(one.score, 4), one.box) for one in instances]
+
+
+def test_the_golden_outputs_give_the_published_scores_and_boxes():
+    # the figures were computed with MMDetection's functions on the same tensors
+    found = find_instances(*golden(), **SIZES, min_score=0.01)
+    assert rounded(found) == [
+        (2, 0.9634, (32.0, 0.0, 48.0, 12.0)),
+        (16, 0.9493, (8.0, 8.0, 24.0, 24.0)),
+        (16, 0.7799, (29.0, 29.0, 39.0, 39.0)),
+    ]
+    found = find_instances(*golden(outside=-2.0), **SIZES, min_score=0.01)
+    assert rounded(found)[2] == (16, 0.7470, (28.0, 28.0, 40.0, 40.0))
+
+
+def test_masks_have_the_size_of_the_image_and_fill_their_box():
+    first = find_instances(*golden(), **SIZES, min_score=0.01)[0]
+    assert first.mask_HW.shape == (48, 48)
+    assert first.mask_HW.dtype == torch.bool
+    assert tight_box(first.mask_HW) == first.box
+
+
+def test_padding_plays_no_part():
+    classes, masks = golden()
+    # one more cell repeats the edge, as up-sampling without padding does; the rest is full
+    wider = torch.nn.functional.pad(masks[None], (0, 1, 0, 1), mode="replicate")[0]
+    wider = torch.nn.functional.pad(wider, (0, 3, 0, 7), value=9.0)
+    # 12 + 8 rows and 12 + 4 columns of 8 pixels
+    padded = {**SIZES, "padded": (160, 128)}
+    assert rounded(find_instances(classes, wider, **padded)) == rounded(
+        find_instances(classes, masks, **SIZES)
+    )
+
+
+def test_the_best_hundred_are_taken_over_all_queries_and_classes():
+    # 2 queries x 80 classes = 160 pairs, equal but for query 0's class 5
+    classes = torch.zeros(2, 81)
+    classes[0, 5] = 3.0
+    masks = torch.full((2, 4, 4), 8.0)
+    found = find_instances(classes, masks, padded=(16, 16), resized=(16, 16), image=(8, 8))
+    assert len(found) == 100
+    assert found[0].label == 5
+    # one query stands for several classes
+    assert len({one.label for one in found}) > 50
+    # e^3 / (e^3 + 80) = 20.0855 / 100.0855; sigmoid(8) = 0.99966
+    assert found[0].score == pytest.approx(0.20068 * 0.99966, abs=1e-5)
+
+
+def test_the_lowest_score_changes_nothing_above_it():
+    everything = find_instances(*golden(), **SIZES)
+    kept = find_instances(*golden(), **SIZES, min_score=0.8)
+    assert rounded(kept) == [one for one in rounded(everything) if one[1] > 0.8]
+    assert find_instances(*golden(), **SIZES, min_score=0.99999) == []
+
+
+def test_an_empty_mask_scores_nothing_and_has_an_empty_box():
+    classes, _ = golden()
+    found = find_instances(classes, torch.full((3, 12, 12), -5.0), **SIZES, min_score=-1.0)
+    assert {one.score for one in found} == {0.0}
+    assert {one.box for one in found} == {(0.0, 0.0, 0.0, 0.0)}

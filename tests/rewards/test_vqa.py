@@ -1,17 +1,19 @@
-"""GIT with tiny random weights: questions, answers, batches."""
+"""GIT and the yes-or-no question on tiny random weights: questions, answers, batches."""
 
 import math
 
 import pytest
 import torch
+from PIL import Image
+from tiny_models import noise, tiny_git, tiny_scene_tokenizer, tiny_vlm
 from transformers import BertTokenizer
 
 from stage_rl.errors import WeightsError
 from stage_rl.rewards.pretrained import clip_pixels
-from stage_rl.rewards.tiny import tiny_git, tiny_scene_tokenizer
 from stage_rl.rewards.vqa import (
     Answer,
     GitRewardConfig,
+    YesNoRewardConfig,
     answers_from,
     load_git,
     questions_of,
@@ -23,9 +25,27 @@ from stage_rl.types import Prompt
 CPU = torch.device("cpu")
 
 
+PROMPTS = [Prompt("a red cat"), Prompt("a dog"), Prompt("x")]
+
+
 def images(count):
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (count, 48, 40, 3), generator=generator, dtype=torch.uint8)
+    return noise(count, 48, 48)
+
+
+@pytest.fixture(scope="module")
+def git(saved):
+    return load_git(saved("git"))
+
+
+@pytest.fixture
+def yes_no(saved):
+    """Builds the yes-or-no reward of the tiny LLaVA."""
+
+    def build(**settings):
+        fields = {"question": "Is it {prompt}?", "dtype": "float32", **settings}
+        return YesNoRewardConfig(path=saved("vlm"), **fields).build(CPU)
+
+    return build
 
 
 def test_a_share_of_yes_is_renormalised_and_the_belief_is_kept():
@@ -83,13 +103,12 @@ def test_without_questions_the_reward_does_not_apply(task, released):
 QUESTIONS = [("red cat?", "a?"), ("dog?",), ("blue bird?", "x y z?"), (), ("dog?",)]
 
 
-def test_a_batch_gives_what_each_image_gives_alone():
+def test_a_batch_gives_what_each_image_gives_alone(git, saved):
     pictures = images(5)
-    together = load_git("tiny", batch_size=2).ask(pictures, QUESTIONS)
-    model = load_git("tiny")
+    together = load_git(saved("git"), batch_size=2).ask(pictures, QUESTIONS)
     assert [len(given) for given in together] == [2, 1, 2, 0, 1]
     for i, asked in enumerate(QUESTIONS):
-        (alone,) = model.ask(pictures[i : i + 1], [asked])
+        (alone,) = git.ask(pictures[i : i + 1], [asked])
         for a, b in zip(together[i], alone, strict=True):
             assert a.yes == pytest.approx(b.yes, abs=1e-5)
             assert a.belief == pytest.approx(b.belief, abs=1e-5)
@@ -97,49 +116,93 @@ def test_a_batch_gives_what_each_image_gives_alone():
     assert len({answer.yes for given in together for answer in given}) == 6
 
 
-def test_an_answer_is_the_last_text_token_of_the_plain_forward():
+def test_an_answer_is_the_last_text_token_of_the_plain_forward(git):
     module, tokenizer = tiny_git(), tiny_scene_tokenizer()
     yes, no = (tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no"))
     ids = torch.tensor(
         [[tokenizer.cls_token_id, *tokenizer("cat?", add_special_tokens=False)["input_ids"]]]
     )
     with torch.inference_mode():
-        logits = module(input_ids=ids, pixel_values=clip_pixels(images(1), 32, device="cpu")).logits
+        logits = module(input_ids=ids, pixel_values=clip_pixels(images(1), 32)).logits
     shares = logits[0, -1].softmax(-1)
-    ((answer,),) = load_git("tiny").ask(images(1), [("cat?",)])
+    ((answer,),) = git.ask(images(1), [("cat?",)])
     assert answer.yes == pytest.approx((shares[yes] / (shares[yes] + shares[no])).item(), abs=1e-5)
 
 
 @pytest.mark.gpu
-def test_a_gpu_answers_what_the_cpu_answers():
+def test_a_gpu_answers_what_the_cpu_answers(git, saved):
     asked = [("cat?", "dog?")] * 2
-    on_gpu = load_git("tiny", device="cuda").ask(images(2), asked)
-    on_cpu = load_git("tiny").ask(images(2), asked)
+    on_gpu = load_git(saved("git"), device="cuda").ask(images(2), asked)
+    on_cpu = git.ask(images(2), asked)
     for there, here in zip(on_gpu, on_cpu, strict=True):
         assert [a.yes for a in there] == pytest.approx([a.yes for a in here], abs=1e-2)
 
 
-def test_saved_weights_give_the_same_answers(tmp_path):
-    tiny_git().save_pretrained(tmp_path)
-    tiny_scene_tokenizer().save_pretrained(tmp_path)
-    asked = [("cat?", "dog?")] * 2
-    assert load_git(str(tmp_path)).ask(images(2), asked) == load_git("tiny").ask(images(2), asked)
-
-
-def test_the_reward_is_built_from_its_config():
+def test_the_git_reward_does_not_apply_to_places(saved):
     prompts = [
         Prompt("a", 0, {"task_type": "color", "nouns": ["cat"]}),
         Prompt("b", 1, {"task_type": "spatial", "nouns": ["cat"]}),
     ]
-    colour, spatial = GitRewardConfig(path="tiny").build(CPU)(images(2), prompts)
+    colour, spatial = GitRewardConfig(path=saved("git")).build(CPU)(images(2), prompts)
     assert 0 < colour.value < 1
     assert spatial.value is None
 
 
-def test_reference_images_come_with_what_the_reward_needs_and_random_weights_have_none():
-    config = GitRewardConfig()
+def test_a_padded_batch_gives_what_each_image_gives_alone(yes_no):
+    pictures = images(3)
+    together = yes_no(batch_size=2)(pictures, PROMPTS)
+    reward = yes_no()
+    for i, prompt in enumerate(PROMPTS):
+        (alone,) = reward(pictures[i : i + 1], [prompt])
+        assert together[i].value == pytest.approx(alone.value, abs=1e-5)
+        assert together[i].extras["answered"] == pytest.approx(alone.extras["answered"], abs=1e-5)
+    assert len({score.value for score in together}) == 3
+    assert together[1].why.startswith("Is it a dog? 0.")
+
+
+def test_the_score_is_read_off_the_next_token_of_the_chat(yes_no):
+    module, processor = tiny_vlm()
+    text = "USER: <image> Is it a dog? ANSWER: "
+    picture = Image.fromarray(images(1)[0].numpy())
+    with torch.inference_mode():
+        inputs = processor(images=[picture], text=[text], return_tensors="pt")
+        shares = module(**inputs).logits[0, -1].softmax(-1)
+    token = processor.tokenizer.convert_tokens_to_ids
+    yes, no = (
+        sum(shares[token(w)].item() for w in pair) for pair in (("yes", "Yes"), ("no", "No"))
+    )
+    (score,) = yes_no()(images(1), [Prompt("a dog")])
+    assert score.value == pytest.approx(yes / (yes + no), abs=1e-5)
+    assert score.extras["answered"] == pytest.approx(yes + no, abs=1e-5)
+
+
+def test_braces_in_a_prompt_are_only_text(yes_no):
+    (score,) = yes_no()(images(1), [Prompt("a {cat}")])
+    assert score.why.startswith("Is it a {cat}?")
+
+
+def test_a_model_without_a_chat_template_is_refused(tmp_path):
+    module, processor = tiny_vlm()
+    module.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(WeightsError, match="no chat template"):
+        YesNoRewardConfig(path=str(tmp_path)).build(CPU)
+
+
+def test_the_reward_is_built_from_its_config_in_half_precision(yes_no):
+    reward = yes_no(dtype="bfloat16")
+    assert all(0 < score.value < 1 for score in reward(images(3), PROMPTS))
+
+
+def test_a_question_without_the_prompt_is_refused():
+    with pytest.raises(ValueError, match="does not name the prompt"):
+        YesNoRewardConfig(path="a/model", question="Is it good?")
+
+
+@pytest.mark.parametrize("config", [GitRewardConfig(), YesNoRewardConfig(path="a/model")])
+def test_reference_images_come_with_what_the_reward_needs(config):
     cases = config.reference_cases()
     assert [case.prompt.text for case in cases] == ["a photo of a cat", "a photo of a cup"]
     assert [config.unsupported_reason(case.prompt) for case in cases] == [None, None]
     assert all(len(case.images_NHWC()) == 2 for case in cases)
-    assert GitRewardConfig(path="tiny").reference_cases() == ()

@@ -1,0 +1,264 @@
+"""Models behind rewards: what is loaded and what refused, and pixels as the library makes them."""
+
+import io
+import re
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny_models import noise
+from transformers import BertConfig, BertModel, BertTokenizer
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.grounding_dino.image_processing_pil_grounding_dino import (
+    GroundingDinoImageProcessorPil,
+)
+
+from stage_rl.config import load_reward
+from stage_rl.errors import WeightsError
+from stage_rl.rewards.clip import load_clip
+from stage_rl.rewards.compbench import AttributesConfig, DepthConfig
+from stage_rl.rewards.grounding_dino import load_grounding_dino
+from stage_rl.rewards.mask2former import load_mask2former
+from stage_rl.rewards.pretrained import (
+    as_jpeg,
+    clip_pixels,
+    detr_pixels,
+    load_model,
+    load_tokenizer,
+    shortest_side_size,
+)
+from stage_rl.rewards.vqa import load_git
+from stage_rl.types import Prompt
+
+CPU = torch.device("cpu")
+SMALL = BertConfig(
+    vocab_size=20,
+    hidden_size=8,
+    num_hidden_layers=1,
+    num_attention_heads=1,
+    intermediate_size=8,
+    max_position_embeddings=8,
+)
+
+
+def change(folder, edit):
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.fixture
+def bert(tmp_path):
+    torch.manual_seed(0)
+    BertModel(SMALL).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_a_model_is_loaded_whole_frozen_and_in_eval_mode(bert):
+    # Tables that old checkpoints keep are no fault.
+    change(bert, lambda tensors: tensors.update({"rotary.inv_freq": torch.zeros(2)}))
+    module = load_model(BertModel, str(bert))
+    wanted = load_file(bert / "model.safetensors")
+    assert all(torch.equal(p, wanted[name]) for name, p in module.named_parameters())
+    assert not any(p.requires_grad for p in module.parameters())
+    assert not module.training
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t.pop("encoder.layer.0.output.dense.bias"), "missing: encoder.layer.0.out"),
+        (lambda t: t.update({"pooler.dense.bias": torch.zeros(9)}), "of another shape: pooler"),
+        (lambda t: t.update({"more.weight": torch.zeros(2)}), r"unexpected: more\.weight; write"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_named(bert, edit, message):
+    change(bert, edit)
+    with pytest.raises(WeightsError, match=message):
+        load_model(BertModel, str(bert))
+
+
+def test_only_what_is_said_to_be_unread_may_be_missing_or_over(bert):
+    change(bert, lambda t: t.update({"pooler.more": t.pop("pooler.dense.bias")}))
+    load_model(BertModel, str(bert), unread=r"^pooler\.")
+    with pytest.raises(WeightsError, match=r"missing: pooler.dense.bias; unexpected: pooler.more"):
+        load_model(BertModel, str(bert), unread=r"^encoder\.")
+
+
+def test_a_path_without_a_model_is_one_line(tmp_path):
+    (tmp_path / "weights.pt").write_bytes(b"")
+    for path in ("no/such/folder", "./nothing"):
+        with pytest.raises(WeightsError, match="no such folder; write a folder with weights"):
+            load_model(BertModel, path)
+    with pytest.raises(WeightsError, match="is a file"):
+        load_model(BertModel, str(tmp_path / "weights.pt"))
+
+
+def test_a_tokenizer_is_loaded_with_its_words_or_refused(bert):
+    with pytest.raises(WeightsError, match="no tokenizer there"):
+        load_tokenizer(str(bert))
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cat"]
+    BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(bert)
+    assert load_tokenizer(str(bert))("Cat")["input_ids"] == [2, 5, 3]
+
+
+# Checkpoints as they were published: without tensors that only newer models have, with old tables.
+# transformers saved them when a Swin backbone had no last norm (2022), when tables such as position
+# ids were stored, and from a DPT whose deepest fusion layer has one residual unit only.
+
+IMAGES = noise(2, 64, 64)
+WINDOW = "layers.0.blocks.0.attention.self.relative_position_index"
+
+
+def read_mask2former(folder):
+    pixels = IMAGES.permute(0, 3, 1, 2) / 255
+    return load_mask2former(folder)(pixel_values=pixels).masks_queries_logits
+
+
+def read_grounding_dino(folder):
+    found = load_grounding_dino(folder, shortest_side=64, longest_side=64, min_score=0.0)
+    return torch.tensor([one.score for one in found.detect(IMAGES, ["cat"])[0]])
+
+
+def read_depth(folder):
+    return torch.from_numpy(DepthConfig(depth=folder, depth_side=32).load_depth(CPU)(IMAGES))
+
+
+def read_git(folder):
+    answers = load_git(folder).ask(IMAGES, [("cat?",), ("dog?",)])
+    return torch.tensor([answer.yes for (answer,) in answers])
+
+
+def read_blip(folder):
+    reward = AttributesConfig(path=folder, side=32).build(CPU)
+    return torch.tensor(reward.model.ask(IMAGES, [["a cat?"], ["a dog?"]]))
+
+
+def read_clip(folder):
+    return load_clip(folder).cosines_N(IMAGES, ["a cat", "a dog"])
+
+
+# what reads it, what the published file lacks, what it holds besides
+LAYOUTS = {
+    "mask2former": (
+        *(read_mask2former, r"swin\.layernorm|^criterion"),
+        [f"model.pixel_level_module.encoder.encoder.{WINDOW}"],
+    ),
+    "grounding_dino": (
+        *(read_grounding_dino, r"swin\.layernorm"),
+        [
+            f"model.backbone.conv_encoder.model.encoder.{WINDOW}",
+            "model.text_backbone.embeddings.position_ids",
+        ],
+    ),
+    "depth": (read_depth, r"fusion_stage\.layers\.0\.residual_layer1", []),
+    "git": (
+        *(read_git, r"^$"),
+        [
+            "git.embeddings.position_ids",
+            "git.image_encoder.vision_model.embeddings.position_ids",
+        ],
+    ),
+    "blip": (
+        *(read_blip, r"^$"),
+        ["text_encoder.embeddings.position_ids", "text_decoder.bert.embeddings.position_ids"],
+    ),
+    "clip": (
+        *(read_clip, r"^$"),
+        ["text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_a_published_layout_says_what_the_whole_model_says(kind, tmp_path):
+    read, lacks, holds = LAYOUTS[kind]
+    module, *words = tiny_models.MODELS[kind]()
+    # What the file lacks is not what the library would draw, and still plays no part.
+    unread = [t for name, t in module.state_dict().items() if re.search(lacks, name)]
+    assert bool(unread) is (lacks != r"^$")
+    with torch.no_grad():
+        for tensor in unread:
+            tensor.add_(1.5)
+    for part in (module, *words):
+        part.save_pretrained(tmp_path)
+    whole = read(str(tmp_path))
+    assert whole.unique().numel() > 1
+
+    def publish(tensors):
+        for name in [name for name in tensors if re.search(lacks, name)]:
+            del tensors[name]
+        tensors.update({name: torch.zeros(1, 4, dtype=torch.long) for name in holds})
+
+    change(tmp_path, publish)
+    assert torch.equal(read(str(tmp_path)), whole)
+    change(tmp_path, lambda tensors: tensors.update({"more.weight": torch.zeros(1)}))
+    with pytest.raises(WeightsError, match=r"unexpected: more\.weight; write a checkpoint"):
+        read(str(tmp_path))
+
+
+# Pixels against the library's own processors.
+
+LEVEL = 1 / 255 / 0.224
+"""One step of 8 bits on the smallest standard deviation of ImageNet."""
+
+
+@pytest.mark.parametrize(("height", "width"), [(48, 48), (60, 80), (40, 160), (90, 70)])
+def test_pixels_are_those_of_the_library_within_two_levels(height, width):
+    images = noise(2, height, width)
+
+    def library(processor):
+        return processor(images=[i.numpy() for i in images], return_tensors="pt")["pixel_values"]
+
+    square = {"height": 56, "width": 56}
+    wanted = library(CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size=square))
+    got = clip_pixels(images, 56)
+    assert got.shape == (2, 3, 56, 56)
+    assert (got - wanted).abs().max() <= 2 * LEVEL
+    assert (got - wanted).abs().mean() <= 0.05 * LEVEL
+    sides = {"shortest_edge": 96, "longest_edge": 160}
+    wanted = library(GroundingDinoImageProcessorPil(size=sides))
+    got = detr_pixels(images, shortest=96, longest=160, device="cpu")
+    assert got.shape == wanted.shape
+    assert (got - wanted).abs().max() <= 2.1 * LEVEL
+
+
+def test_an_image_that_would_grow_too_long_is_scaled_to_the_longest_side():
+    assert shortest_side_size(384, 384, shortest=800, longest=1333) == (800, 800)
+    # 64 x 200 at 800 would be 2500 long: 1333 x 64 / 200 = 426.56 on the short side
+    assert shortest_side_size(64, 200, shortest=800, longest=1333) == (427, 1333)
+    # 300 x 400: 800 x 4 / 3 = 1066.67, rounded down
+    assert shortest_side_size(300, 400, shortest=800, longest=1333) == (800, 1066)
+
+
+def test_an_image_of_the_wanted_size_is_only_normalized():
+    images = torch.full((1, 32, 32, 3), 255, dtype=torch.uint8)
+    # (1 - 0.485) / 0.229 = 2.2489
+    pixels = detr_pixels(images, shortest=32, longest=64, device="cpu")
+    assert pixels[0, 0].unique().tolist() == pytest.approx([2.2489], abs=1e-4)
+
+
+def test_jpeg_images_are_what_a_file_of_that_quality_holds():
+    file = io.BytesIO()
+    Image.fromarray(noise()[1].numpy()).save(file, "JPEG", quality=75)
+    wanted = torch.from_numpy(np.array(Image.open(file)))
+    assert torch.equal(as_jpeg(noise(), 75)[1], wanted)
+    assert not torch.equal(wanted, noise()[1])
+
+
+@pytest.mark.parametrize("kind", ["clip_score", "geneval"])
+def test_a_reward_looks_at_the_compressed_images(kind, saved):
+    record = {"tag": "single_object", "include": [{"class": "cat", "count": 1}]}
+    prompts = [Prompt("a photo of a cat", i, record) for i in range(2)]
+    settings, key = [f"path={saved('clip')}"], "jpeg_quality"
+    if kind == "geneval":
+        detector = {"kind": "mask2former", "path": saved("mask2former"), "clip": saved("clip")}
+        detector |= {"shortest_side": 64, "longest_side": 96, "min_score": 0.01}
+        settings = [f"detector.{name}={value}" for name, value in detector.items()]
+        settings, key = [*settings, "threshold=0.02"], "detector.jpeg_quality"
+    plain = load_reward(kind, settings).build(CPU)
+    compressed = load_reward(kind, [*settings, f"{key}=20"]).build(CPU)
+    assert compressed(noise(2), prompts) == plain(as_jpeg(noise(2), 20), prompts)
