@@ -129,7 +129,8 @@ def test_a_relative_import_is_refused(package):
         package(rewards__base="def f():\n    from ..training import loop")
 
 
-def test_rewards_know_neither_rollout_nor_policies():
+def test_rewards_know_neither_rollout_nor_policies_but_for_the_loading_of_weights():
     imports = imports_of(ROOT)
     below = {n for m, names in imports.items() if m.startswith("rewards.") for n in names}
-    assert not [name for name in below if name.startswith(("rollout", "policies"))]
+    known = {name for name in below if name.startswith(("rollout", "policies"))}
+    assert known <= {"policies.loading"}
