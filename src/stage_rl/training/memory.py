@@ -2,7 +2,8 @@
 
 What is counted: everything that lies on the device all the time, and the most that a phase adds to
 it. What is not: reward models, and what an operation or the allocator holds beyond its tensors.
-`stage bench memory` sets the prediction against what is seen. Sizes are bytes; free of torch.
+`stage bench memory` sets the prediction against what is seen. Sizes are bytes; GB are 10^9 bytes,
+as in the names of GPUs.
 
 A token of the formulas is one slot of one row: N completions of S = prompt + image - 1 slots.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import fnmatch
+import json
 import math
 import re
 import sys
@@ -19,6 +21,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from huggingface_hub import constants as hub
 from pydantic import ValidationError
 
 from stage_rl.errors import RecipeError
@@ -304,8 +308,6 @@ def layer_bytes(work: Work, checkpointing: str) -> float:
 
 
 # Whether a run fits its GPU, what would make it fit, and what `--dry-run` says of both.
-#
-# Free of torch where no GPU is asked for. GB are 10^9 bytes, as in the names of GPUs.
 
 
 GB = 1e9
@@ -317,24 +319,22 @@ HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:/[\w.-]+)*(?:@[\w./-]+)?")
 
 PROCESSES = (1, 2, 4, 8)
 
-ADAPTER = "policy.lora.rank=64"
+ADAPTER = {"policy.lora.rank": 64, "policy.dtype": "bfloat16"}
 
 SAVINGS = (
-    "training.groups_per_microbatch=1",
-    "training.dtype=mixed",
-    "rollout.dtype=mixed",
-    "rollout.release_cache=true",
-    "rollout.max_images=32",
-    "rollout.max_images=16",
-    "rollout.max_images=8",
-    "training.activation_checkpointing=selective",
-    "training.activation_checkpointing=full",
-    "optimizer.kind=adamw_8bit",
-    "training.reference=streamed",
+    ("training.groups_per_microbatch", 1),
+    ("training.dtype", "mixed"),
+    ("rollout.dtype", "mixed"),
+    ("rollout.release_cache", True),
+    ("rollout.max_images", 32),
+    ("rollout.max_images", 16),
+    ("rollout.max_images", 8),
+    ("training.activation_checkpointing", "selective"),
+    ("training.activation_checkpointing", "full"),
+    ("optimizer.kind", "adamw_8bit"),
+    ("training.reference", "streamed"),
 )
 """What saves memory, the cheapest in time first."""
-
-VALUES = {"1": 1, "8": 8, "16": 16, "32": 32, "64": 64, "true": True}
 
 FOR_ONE_PROCESS = ("optimizer.kind", "training.reference")
 
@@ -360,7 +360,7 @@ def check_memory(recipe: Recipe, memory_gb: float | None, *, num_processes: int 
     found = suggest_overrides(recipe, size, memory_gb, num_processes=num_processes)
     raise RecipeError(
         f"memory: the phase {phase} needs {plan.peak / GB:.0f} GB, and the GPU has "
-        f"{memory_gb:.0f} GB; write {' '.join(found) if found else _others(recipe, memory_gb)}"
+        f"{memory_gb:.0f} GB; write {_text(found) if found else _others(recipe, size, memory_gb)}"
     )
 
 
@@ -369,8 +369,6 @@ def gpu_memory_gb(recipe: Recipe) -> float | None:
     training = recipe.training
     if training.memory_gb is not None or training.device == "cpu":
         return training.memory_gb
-    import torch
-
     if not torch.cuda.is_available():
         return None
     return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / GB
@@ -378,42 +376,47 @@ def gpu_memory_gb(recipe: Recipe) -> float | None:
 
 def suggest_overrides(
     recipe: Recipe, size: ModelSize, memory_gb: float, *, num_processes: int = 1
-) -> list[str]:
-    """The overrides with which a recipe fits, as few as do; none where no such are known."""
-    taken: list[str] = []
-    for override in SAVINGS:
-        if num_processes > 1 and override.startswith(FOR_ONE_PROCESS):
+) -> dict[str, Any]:
+    """The settings with which a recipe fits, as few as do; none where no such are known."""
+
+    def fits(overrides: Mapping[str, Any]) -> bool:
+        other = with_overrides(recipe, overrides)
+        if other is None:
+            return False
+        return _fits(predict(other, size, num_processes=num_processes), memory_gb)
+
+    taken: dict[str, Any] = {}
+    for key, value in SAVINGS:
+        if num_processes > 1 and key in FOR_ONE_PROCESS:
             continue
-        if with_overrides(recipe, [*taken, override]) in (None, with_overrides(recipe, taken)):
-            continue  # refused, or no change
-        taken = [known for known in taken if not _same(known, override)] + [override]
-        if _fits_with(recipe, taken, size, memory_gb, num_processes):
+        changed = with_overrides(recipe, taken | {key: value})
+        if changed is None or changed == with_overrides(recipe, taken):
+            continue
+        taken.pop(key, None)  # so that it comes last
+        taken[key] = value
+        if fits(taken):
             break
     else:
-        return []
+        return {}
     # Each that is not needed goes, and each that need not save so much becomes a cheaper one.
-    for override in list(taken):
-        fewer = [known for known in taken if known != override]
-        before = SAVINGS[: SAVINGS.index(override)]
-        cheaper = [[*fewer, other] for other in before if _same(other, override)]
-        for fitting in [fewer, *cheaper]:
-            if _fits_with(recipe, fitting, size, memory_gb, num_processes):
-                taken = fitting
-                break
+    for key, value in list(taken.items()):
+        fewer = {other: taken[other] for other in taken if other != key}
+        before = SAVINGS[: SAVINGS.index((key, value))]
+        cheaper = [fewer | {key: less} for name, less in before if name == key]
+        taken = next((fitting for fitting in [fewer, *cheaper] if fits(fitting)), taken)
     return taken
 
 
-def with_overrides(recipe: Recipe, overrides: Iterable[str]) -> Recipe | None:
-    """The recipe with settings of `SAVINGS`; None where they contradict others."""
+def with_overrides(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe | None:
+    """The recipe with other settings by dotted key; None where they contradict the rest."""
     tree: dict[str, Any] = recipe.model_dump(mode="json")
-    for override in overrides:
-        key, _, value = override.partition("=")
+    for key, value in overrides.items():
         *sections, name = key.split(".")
         inner = tree
         for section in sections:
             inner[section] = inner[section] or {}
             inner = inner[section]
-        inner[name] = VALUES.get(value, value)
+        inner[name] = value
     adapted = (tree["policy"] or {}).get("lora")
     if adapted and tree["training"]["reference"] == "streamed":
         return None
@@ -421,6 +424,41 @@ def with_overrides(recipe: Recipe, overrides: Iterable[str]) -> Recipe | None:
         return Recipe.model_validate(tree)
     except ValidationError:
         return None
+
+
+def _text(overrides: Mapping[str, Any]) -> str:
+    values = {key: v if isinstance(v, str) else json.dumps(v) for key, v in overrides.items()}
+    return " ".join(f"{key}={value}" for key, value in values.items())
+
+
+def _others(recipe: Recipe, size: ModelSize, memory_gb: float) -> str:
+    """More processes or an adapter, where no setting helps."""
+    ways = []
+    adapted = with_overrides(recipe, ADAPTER | {"optimizer.kind": "adamw"})
+    if adapted is not None:
+        more = suggest_overrides(adapted, size, memory_gb)
+        if more or _fits(predict(adapted, size), memory_gb):
+            ways.append(_text(ADAPTER | more))
+    for count in PROCESSES[1:]:
+        even = recipe.rollout.prompts_per_step % count == 0 and not _is_for_one(recipe)
+        if even and _fits(predict(recipe, size, num_processes=count), memory_gb):
+            ways.append(f"torchrun --nproc-per-node {count} for as many GPUs")
+            break
+    return ", or ".join(ways) if ways else "a smaller model in policy.path"
+
+
+def _is_for_one(recipe: Recipe) -> bool:
+    streamed = recipe.training.reference == "streamed"
+    return streamed or recipe.optimizer.kind == "adamw_8bit"
+
+
+def _fits(plan: Plan, memory_gb: float) -> bool:
+    return plan.peak <= SHARE * memory_gb * GB
+
+
+def _size(recipe: Recipe) -> ModelSize | None:
+    policy = recipe.policy
+    return size_of(policy.path) if isinstance(policy, JanusConfig) else None
 
 
 def report(recipe: Recipe, memory_gb: float | None, *, num_processes: int = 1) -> list[str]:
@@ -444,50 +482,6 @@ def report(recipe: Recipe, memory_gb: float | None, *, num_processes: int = 1) -
     else:
         lines.append(f"Memory of the GPU: {memory_gb:.1f} GB")
     return lines
-
-
-def _size(recipe: Recipe) -> ModelSize | None:
-    policy = recipe.policy
-    return size_of(policy.path) if isinstance(policy, JanusConfig) else None
-
-
-def _fits(plan: Plan, memory_gb: float) -> bool:
-    return plan.peak <= SHARE * memory_gb * GB
-
-
-def _fits_with(
-    recipe: Recipe, overrides: list[str], size: ModelSize, memory_gb: float, num_processes: int
-) -> bool:
-    other = with_overrides(recipe, overrides)
-    return other is not None and _fits(predict(other, size, num_processes=num_processes), memory_gb)
-
-
-def _same(one: str, other: str) -> bool:
-    """Whether two overrides are of the same key."""
-    return one.partition("=")[0] == other.partition("=")[0]
-
-
-def _others(recipe: Recipe, memory_gb: float) -> str:
-    """More processes or an adapter, where no setting helps."""
-    size = _size(recipe)
-    assert size is not None
-    ways = []
-    adapted = with_overrides(recipe, [ADAPTER, "policy.dtype=bfloat16", "optimizer.kind=adamw"])
-    if adapted is not None:
-        more = suggest_overrides(adapted, size, memory_gb)
-        if more or _fits(predict(adapted, size), memory_gb):
-            ways.append(" ".join([ADAPTER, "policy.dtype=bfloat16", *more]))
-    for count in PROCESSES[1:]:
-        even = recipe.rollout.prompts_per_step % count == 0 and not _is_for_one(recipe)
-        if even and _fits(predict(recipe, size, num_processes=count), memory_gb):
-            ways.append(f"torchrun --nproc-per-node {count} for as many GPUs")
-            break
-    return ", or ".join(ways) if ways else "a smaller model in policy.path"
-
-
-def _is_for_one(recipe: Recipe) -> bool:
-    streamed = recipe.training.reference == "streamed"
-    return streamed or recipe.optimizer.kind == "adamw_8bit"
 
 
 def _downloads(recipe: Recipe) -> list[str]:
@@ -520,10 +514,8 @@ def _paths(tree: Any) -> Iterable[str]:
 
 def _is_cached(path: str) -> bool:
     """Whether anything of the repository of a hub id lies in the local cache."""
-    from huggingface_hub.constants import HF_HUB_CACHE
-
     repository = "--".join(path.partition("@")[0].split("/")[:2])
-    return (Path(HF_HUB_CACHE) / f"models--{repository}" / "snapshots").is_dir()
+    return (Path(hub.HF_HUB_CACHE) / f"models--{repository}" / "snapshots").is_dir()
 
 
 def _table(plan: Plan) -> list[str]:
@@ -538,9 +530,9 @@ def _table(plan: Plan) -> list[str]:
 
 # Memory that the C library keeps for the next step.
 
+
 # Names and values of malloc.h in the GNU C library.
 _M_TRIM_THRESHOLD = -1
-
 _M_MMAP_THRESHOLD = -3
 
 LARGEST_KEPT = 32 * 2**20
