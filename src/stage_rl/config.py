@@ -117,16 +117,12 @@ def _parse(text: str, where: str) -> DictConfig:
         raise RecipeError(f"{where}: {_yaml_reason(error)}") from error
     except OSError:  # OmegaConf's answer to a bare number
         tree = None
-    if not isinstance(tree, DictConfig) or _is_bare_text(tree):
+    # OmegaConf reads bare text as a mapping of that text to nothing.
+    if not isinstance(tree, DictConfig) or (len(tree) == 1 and tree == dict.fromkeys(tree)):
         raise RecipeError(f"{where}: is no mapping; write lines of the form key: value")
     if not tree:
         raise RecipeError(f"{where}: is empty; start from `stage recipes show NAME`")
     return tree
-
-
-def _is_bare_text(tree: DictConfig) -> bool:
-    """OmegaConf reads bare text as a mapping of that text to nothing."""
-    return len(tree) == 1 and OmegaConf.to_container(tree, resolve=False) == dict.fromkeys(tree)
 
 
 def _yaml_reason(error: Exception) -> str:
@@ -253,9 +249,7 @@ def _reason(error: ErrorDetails) -> str:
 
 
 def _show(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return str({None: "null", True: "true", False: "false"}[value])
-    text = repr(value)
+    text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 

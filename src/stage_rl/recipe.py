@@ -1,12 +1,12 @@
-"""What a recipe may say: the component families and the typed tree.
+"""What a recipe may say, section by section.
 
-Free of torch, so that a wrong recipe is answered at once. The docstring under an attribute is the
-reference of its key: `stage recipes show` prints it.
+The docstring under an attribute is the reference of its key: `stage recipes show` prints it.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PrivateAttr, model_validator
@@ -25,14 +25,32 @@ from stage_rl.settings import (
     complaint,
 )
 
-# The settings of the objective, with a preset for each reading of it.
-#
-# The presets set every point where the paper and its released code differ.
-#
-# A recipe names a preset under `algorithm.preset`; a key written beside it overrides that one
-# point.
-# The defaults of the classes are the preset `default`, so PRESETS lists only what the others
-# change.
+
+class RolloutConfig(Settings):
+    """How a step's images are sampled."""
+
+    prompts_per_step: Count = 8
+    """Prompts of one step."""
+    group_size: int = Field(default=8, ge=2)
+    """Images per prompt."""
+    guidance_scale: NonNegative = 5.0
+    """Unconditional + scale x (conditional - unconditional); 1 needs no unconditional rows."""
+    temperature: Positive = 1.0
+    """Divides the guided logits."""
+    top_k: Every = 0
+    """Draw from the k likeliest tokens; 0: from all, as the policy gradient assumes."""
+    top_p: Fraction = 1.0
+    """Draw from the likeliest tokens that hold this share; 1: from all."""
+    resample_equal_groups: Every = 0
+    """Times that a group whose rewards are all equal is drawn again; 0: never."""
+    dtype: Literal["float32", "mixed"] = "float32"
+    """Precision of the sampler; mixed: bf16 linear layers, the rest in fp32."""
+    max_images: Count | None = None
+    """Images sampled at one time; null: what a GPU has memory for, 64 on a CPU. Any gives the same
+    images."""
+    release_cache: bool = False
+    """Give the memory of the key-value cache back before the other passes of a step, on a GPU that
+    cannot hold both."""
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -49,6 +67,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "entropy": {"centred": True},
     },
 }
+"""What a preset of the objective changes; the defaults of the classes are `default`."""
 
 
 class EntropyConfig(Settings):
@@ -95,11 +114,11 @@ class AlgorithmConfig(Settings):
     """KL coefficient."""
     clip: float = Field(default=0.2, gt=0, lt=1)
     """epsilon of equation 3."""
-    clip_high: Annotated[float, Field(gt=0)] | None = None
+    clip_high: Positive | None = None
     """epsilon of the upper side; null: clip."""
     ratio: Literal["clipped", "unclipped"] = "clipped"
     """Equation 4, or exp(logprob - its detached self) without clip; the same for one update."""
-    advantage_eps: Annotated[float, Field(gt=0)] = 1e-4
+    advantage_eps: Positive = 1e-4
     """Added to the standard deviation of equation 2."""
     advantage_std_floor: NonNegative = 0.0
     """Least standard deviation in equation 2; above 0 it silences small differences, those of the
@@ -119,11 +138,11 @@ class AlgorithmConfig(Settings):
     are drawn from, with or without a gradient through its unconditional pass."""
     importance_sampling: Literal["none", "truncated"] = "none"
     """truncated: weigh the policy term by trainer's over sampler's probability of each token."""
-    importance_cap: Annotated[float, Field(gt=0)] = 2.0
+    importance_cap: Positive = 2.0
     """Largest of these weights."""
     logprob_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of log-probabilities and entropies; in bfloat16 a small KL is exactly 0."""
-    reference_refresh_every: int = Field(default=0, ge=0)
+    reference_refresh_every: Every = 0
     """Steps after which the reference becomes the current policy; 0: never."""
     entropy: EntropyConfig = EntropyConfig()
     kl: KlConfig = KlConfig()
@@ -135,12 +154,11 @@ class AlgorithmConfig(Settings):
         if not isinstance(data, dict):
             return data
         preset = PRESETS.get(str(data.get("preset")), {})
-        nested = {
-            key: {**value, **data[key]}
-            for key, value in preset.items()
-            if isinstance(value, dict) and isinstance(data.get(key), dict)
-        }
-        return {**preset, **data, **nested}
+        merged = preset | data
+        for section in ("entropy", "kl"):
+            if isinstance(data.get(section), dict):
+                merged[section] = preset.get(section, {}) | data[section]
+        return merged
 
     @property
     def reweights_advantages(self) -> bool:
@@ -153,106 +171,7 @@ class AlgorithmConfig(Settings):
         return self.reweight in ("both", "kl")
 
 
-# The settings of what watches over a run: its drift, what it is evaluated on, signs of being
-# dead.
-#
-# Free of torch, like every settings module.
-
-
-class ProbeConfig(Settings):
-    """The fixed reference samples on which exact KL and entropy drift are measured."""
-
-    every: Every = 10
-    """Steps between measurements; 0: never."""
-    num_prompts: Count = 8
-    """Prompts of the set, the first of the training set."""
-    images_per_prompt: Count = 2
-    """Reference samples per prompt."""
-    mismatch_images: Every = 2
-    """Images of each step on which sampler and trainer are compared under the distribution that is
-    not trained, at most a group; 0: none. Under the trained one all images are, at no cost."""
-
-
-class EvaluationConfig(Settings):
-    """What base and trained policy are compared on after the last step."""
-
-    benchmark: Literal["shapes-geneval"] = "shapes-geneval"
-    """Name of the benchmark, as `stage eval` takes it."""
-    images_per_task: Count = 100
-    """Images per task."""
-    guidance_scale: NonNegative | None = None
-    """Guidance while evaluating; null: that of the rollout."""
-    seed: Seed = 0
-    """Seed of the random streams, the same for both policies."""
-    every: Every = 0
-    """Steps between validations on held-out prompts while training; 0: none. The checkpoint that
-    is best by them is kept as RUN@best."""
-    validation_images_per_task: Count = 16
-    """Images per task of a validation."""
-    validation_seed: Seed = 1
-    """Seed of a validation's random streams; another than seed, so that the choice is not judged
-    on the images it was made by."""
-
-
-class LivenessConfig(Settings):
-    """Steps in a row with a sign of being dead after which a run stops; 0: it never does."""
-
-    equal_reward_steps: Every = 10
-    """Every group's rewards are equal."""
-    zero_gradient_steps: Every = 3
-    """The gradient is exactly 0."""
-    constant_reward_steps: Every = 10
-    """The summed reward is one and the same number for all images."""
-    failed_reward_steps: Every = 3
-    """A reward failed and groups left the step."""
-
-
-class TripwiresConfig(Settings):
-    """Thresholds of a run that goes astray; null: not watched."""
-
-    action: Literal["warn", "stop"] = "warn"
-    """What happens when a number stays beyond its threshold: a line on the console, or the end."""
-    steps: Count = 3
-    """Steps in a row beyond a threshold before something happens."""
-    entropy_gap: Positive | None = 1.0
-    """Largest size of entropy/gap, nats."""
-    kl: Positive | None = 1.0
-    """Largest kl/mean, nats."""
-    grad_norm: Positive | None = None
-    """Largest grad/norm, before clipping."""
-    validation_drop: Positive | None = None
-    """Largest fall of held-out validation below its best; needs evaluation.every."""
-
-
-TAKEN_NAMES = ("mean", "std", "equal_groups", "failed_groups")
-"""Metrics of the summed reward, beside which each reward's own is logged."""
-
-
-class RolloutConfig(Settings):
-    """How a step's images are sampled."""
-
-    prompts_per_step: Count = 8
-    """Prompts of one step."""
-    group_size: int = Field(default=8, ge=2)
-    """Images per prompt."""
-    guidance_scale: NonNegative = 5.0
-    """Unconditional + scale x (conditional - unconditional); 1 needs no unconditional rows."""
-    temperature: Positive = 1.0
-    """Divides the guided logits."""
-    top_k: Every = 0
-    """Draw from the k likeliest tokens; 0: from all, as the policy gradient assumes."""
-    top_p: Fraction = 1.0
-    """Draw from the likeliest tokens that hold this share; 1: from all."""
-    resample_equal_groups: Every = 0
-    """Times that a group whose rewards are all equal is drawn again; 0: never."""
-    dtype: Literal["float32", "mixed"] = "float32"
-    """Precision of the sampler; mixed: bf16 linear layers, the rest in fp32."""
-    max_images: Count | None = None
-    """Images sampled at one time; null: what a GPU has memory for, 64 on a CPU. Any gives the same
-    images."""
-    release_cache: bool = False
-    """Give the memory of the key-value cache back before the other passes of a step, on a GPU that
-    cannot hold both."""
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(Settings):
@@ -263,10 +182,7 @@ class OptimizerConfig(Settings):
     `[8bit]`)."""
     lr: Positive = 5e-6
     """Learning rate after warm-up; the paper has 5e-6 for GenEval and 1e-6 for other rewards."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
-        0.9,
-        0.999,
-    )
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay of the first and second moment, as in the paper."""
     eps: Positive = 1e-8
     """Added to the root of the second moment; that of PyTorch."""
@@ -306,6 +222,41 @@ class TrainingConfig(Settings):
     """Memory of the GPU in GB that the run must fit in; null: that of the one it runs on."""
 
 
+class ProbeConfig(Settings):
+    """The fixed reference samples on which exact KL and entropy drift are measured."""
+
+    every: Every = 10
+    """Steps between measurements; 0: never."""
+    num_prompts: Count = 8
+    """Prompts of the set, the first of the training set."""
+    images_per_prompt: Count = 2
+    """Reference samples per prompt."""
+    mismatch_images: Every = 2
+    """Images of each step on which sampler and trainer are compared under the distribution that is
+    not trained, at most a group; 0: none. Under the trained one all images are, at no cost."""
+
+
+class EvaluationConfig(Settings):
+    """What base and trained policy are compared on after the last step."""
+
+    benchmark: Literal["shapes-geneval"] = "shapes-geneval"
+    """Name of the benchmark, as `stage eval` takes it."""
+    images_per_task: Count = 100
+    """Images per task."""
+    guidance_scale: NonNegative | None = None
+    """Guidance while evaluating; null: that of the rollout."""
+    seed: Seed = 0
+    """Seed of the random streams, the same for both policies."""
+    every: Every = 0
+    """Steps between validations on held-out prompts while training; 0: none. The checkpoint that
+    is best by them is kept as RUN@best."""
+    validation_images_per_task: Count = 16
+    """Images per task of a validation."""
+    validation_seed: Seed = 1
+    """Seed of a validation's random streams; another than seed, so that the choice is not judged
+    on the images it was made by."""
+
+
 class RunConfig(Settings):
     """The run folder."""
 
@@ -319,6 +270,36 @@ class RunConfig(Settings):
     """Steps between image grids with reasons and samples/STEP.npz; 0: never."""
     log_groups: Count = 2
     """Groups in a grid and in samples/STEP.npz."""
+
+
+class LivenessConfig(Settings):
+    """Steps in a row with a sign of being dead after which a run stops; 0: it never does."""
+
+    equal_reward_steps: Every = 10
+    """Every group's rewards are equal."""
+    zero_gradient_steps: Every = 3
+    """The gradient is exactly 0."""
+    constant_reward_steps: Every = 10
+    """The summed reward is one and the same number for all images."""
+    failed_reward_steps: Every = 3
+    """A reward failed and groups left the step."""
+
+
+class TripwiresConfig(Settings):
+    """Thresholds of a run that goes astray; null: not watched."""
+
+    action: Literal["warn", "stop"] = "warn"
+    """What happens when a number stays beyond its threshold: a line on the console, or the end."""
+    steps: Count = 3
+    """Steps in a row beyond a threshold before something happens."""
+    entropy_gap: Positive | None = 1.0
+    """Largest size of entropy/gap, nats."""
+    kl: Positive | None = 1.0
+    """Largest kl/mean, nats."""
+    grad_norm: Positive | None = None
+    """Largest grad/norm, before clipping."""
+    validation_drop: Positive | None = None
+    """Largest fall of held-out validation below its best; needs evaluation.every."""
 
 
 class Recipe(Settings):
@@ -361,37 +342,33 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _agree(self) -> Self:
         """Refuses settings that contradict each other."""
-        for name, count in Counter(reward.name for reward in self.rewards).items():
-            if count > 1:
-                text = f"{count} rewards are named '{name}'; give each its own name"
-                raise complaint("rewards", text)
-            if name in TAKEN_NAMES:
-                text = f"'{name}' is a metric of the summed reward; give the reward another name"
-                raise complaint("rewards", text)
-        if self.optimizer.updates_per_rollout > 1 and self.algorithm.ratio == "unclipped":
-            text = "unclipped is for one update per rollout; write clipped, or "
-            raise complaint("algorithm.ratio", f"{text}optimizer.updates_per_rollout=1")
-        self._check_scoring()
-        self._check_validation()
-        if self.optimizer.warmup_steps > self.steps:
-            text = f"{self.optimizer.warmup_steps} is more than steps ({self.steps}); write fewer"
-            raise complaint("optimizer.warmup_steps", text)
+        for key, text in self._contradictions():
+            raise complaint(key, text)
         return self
 
-    def _check_scoring(self) -> None:
-        """The guided forms score by rollout.guidance_scale and temperature; no form truncates."""
-        if self.algorithm.logprobs == "conditional":
-            return
-        for key, off in (("top_k", 0), ("top_p", 1)):
-            if getattr(self.rollout, key) != off:
-                text = f"guided log-probabilities are those of the whole distribution; write {off},"
-                raise complaint(f"rollout.{key}", f"{text} or algorithm.logprobs=conditional")
-
-    def _check_validation(self) -> None:
+    def _contradictions(self) -> Iterator[tuple[str, str]]:
+        """Keys, and what is wrong with them."""
+        for name, count in Counter(reward.name for reward in self.rewards).items():
+            if count > 1:
+                yield "rewards", f"{count} rewards are named '{name}'; give each its own name"
+            if name in ("mean", "std", "equal_groups", "failed_groups"):
+                text = f"'{name}' is a metric of the summed reward; give the reward another name"
+                yield "rewards", text
+        if self.optimizer.updates_per_rollout > 1 and self.algorithm.ratio == "unclipped":
+            text = "unclipped is for one update per rollout; write clipped, or "
+            yield "algorithm.ratio", f"{text}optimizer.updates_per_rollout=1"
+        if self.algorithm.logprobs != "conditional":
+            for key, off in (("top_k", 0), ("top_p", 1)):
+                if getattr(self.rollout, key) != off:
+                    text = "guided log-probabilities are those of the whole distribution; write "
+                    yield f"rollout.{key}", f"{text}{off}, or algorithm.logprobs=conditional"
         evaluation = self.evaluation
         if self.tripwires.validation_drop is not None and not (evaluation and evaluation.every):
             text = "needs validation while training; write evaluation.every, or null here"
-            raise complaint("tripwires.validation_drop", text)
+            yield "tripwires.validation_drop", text
         if evaluation and evaluation.every and evaluation.validation_seed == evaluation.seed:
             text = "is evaluation.seed too, so the best checkpoint would be judged on the images it"
-            raise complaint("evaluation.validation_seed", f"{text} was chosen by; write another")
+            yield "evaluation.validation_seed", f"{text} was chosen by; write another"
+        if self.optimizer.warmup_steps > self.steps:
+            text = f"{self.optimizer.warmup_steps} is more than steps ({self.steps}); write fewer"
+            yield "optimizer.warmup_steps", text
