@@ -9,12 +9,14 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
+from stage_rl.errors import RecipeError
 from stage_rl.policies.base import PolicyConfig
 from stage_rl.prompts.files import PromptsConfig
 from stage_rl.rewards.base import RewardConfig
 from stage_rl.settings import (
+    BUILT_IN,
     Count,
     Every,
     Fraction,
@@ -23,6 +25,7 @@ from stage_rl.settings import (
     Seed,
     Settings,
     complaint,
+    resolve,
 )
 
 
@@ -123,6 +126,10 @@ class AlgorithmConfig(Settings):
     advantage_std_floor: NonNegative = 0.0
     """Least standard deviation in equation 2; above 0 it silences small differences, those of the
     entropy reward among them."""
+    credit: str = "stage"
+    """What each token's advantage and beta are weighted by: stage, its similarity, as reweight,
+    mask_normalization, self_similarity, equal_group_similarity and kl say; uniform, nothing; or
+    module:function."""
     reweight: Literal["both", "advantages", "kl", "none"] = "both"
     """What the similarity weighs: advantages (equation 8) and beta, one of them, or nothing."""
     mask_normalization: Literal["group_mean", "none"] = "group_mean"
@@ -133,6 +140,8 @@ class AlgorithmConfig(Settings):
     """Which terms leave the loss in groups whose summed rewards are all equal."""
     equal_group_similarity: Annotated[float, Field(ge=-1, le=1)] | None = None
     """Similarity of all tokens in groups without any advantage; null: as computed."""
+    loss: str = "grpo"
+    """The policy loss: grpo, equation 3; or module:function."""
     logprobs: Literal["conditional", "guided", "guided_detached"] = "conditional"
     """Distribution that is scored: conditional, at temperature 1; or guided, the one that images
     are drawn from, with or without a gradient through its unconditional pass."""
@@ -159,6 +168,20 @@ class AlgorithmConfig(Settings):
             if isinstance(data.get(section), dict):
                 merged[section] = preset.get(section, {}) | data[section]
         return merged
+
+    @field_validator("credit", "loss")
+    @classmethod
+    def _is_known(cls, name: str, info: ValidationInfo) -> str:
+        """Finds the function, so that a wrong name shows before anything is loaded."""
+        family = str(info.field_name)
+        if name not in BUILT_IN[family]:
+            try:
+                found = resolve(family, name)
+            except RecipeError as error:
+                raise complaint("", str(error)) from error
+            if not callable(found) or isinstance(found, type):
+                raise complaint("", f"'{name}' is no function; name one")
+        return name
 
     @property
     def reweights_advantages(self) -> bool:

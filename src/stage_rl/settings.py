@@ -150,6 +150,12 @@ BUILT_IN = {
         "mask2former": "stage_rl.rewards.mask2former:Mask2FormerConfig",
         "grounding_dino": "stage_rl.rewards.grounding_dino:GroundingDinoDetectorConfig",
     },
+    # Functions, not settings classes.
+    "credit": {
+        "stage": "stage_rl.training.credit:stage",
+        "uniform": "stage_rl.training.credit:uniform",
+    },
+    "loss": {"grpo": "stage_rl.training.loss:grpo"},
 }
 
 
@@ -158,28 +164,33 @@ SHIPPED_MODELS = {"shapes": "shapes/checkpoint"}
 
 
 def resolve(family: str, name: str) -> Any:
-    """The class behind a name of a family (policy, prompts, reward, detector)."""
+    """The class behind a name of a family (policy, prompts, reward, detector), or the function
+    (credit, loss).
+    """
     target = BUILT_IN[family].get(name, name)
+    what = "function" if family in ("credit", "loss") else "Class"
     module_name, _, class_name = target.partition(":")
     if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", target):
         near = difflib.get_close_matches(name, BUILT_IN[family], n=1)
         known = ", ".join(BUILT_IN[family])
-        hint = f"did you mean '{near[0]}'?" if near else f"write one of: {known}, or module:Class"
+        hint = f"did you mean '{near[0]}'?" if near else f"write one of: {known}, or module:{what}"
         raise RecipeError(f"unknown {family} kind '{name}'; {hint}")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise RecipeError(
-            f"cannot import '{module_name}' ({error}); write an importable module:Class"
+            f"cannot import '{module_name}' ({error}); write an importable module:{what}"
         ) from error
     # The module may be anyone's, and so may what it raises.
     except Exception as error:
-        what = " ".join(str(error).split())
+        text = " ".join(str(error).split())
         raise RecipeError(
-            f"cannot import '{module_name}' ({type(error).__name__}: {what}); put the module right"
+            f"cannot import '{module_name}' ({type(error).__name__}: {text}); put the module right"
         ) from error
     if not hasattr(module, class_name):
-        raise RecipeError(f"'{module_name}' has no '{class_name}'; write the name of a class in it")
+        raise RecipeError(
+            f"'{module_name}' has no '{class_name}'; write the name of a {what.lower()} in it"
+        )
     return getattr(module, class_name)
 
 

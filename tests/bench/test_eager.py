@@ -14,7 +14,14 @@ from stage_rl.rewards.judge import RewardFunctions
 from stage_rl.rollout.engine import Engine
 from stage_rl.rollout.sample import rollout as sample_rollout
 from stage_rl.rollout.sampling import Sampling
-from stage_rl.training.update import Precision, Update, learn, measure_all, micro_batches
+from stage_rl.training.update import (
+    Precision,
+    Update,
+    learn,
+    measure_all,
+    measure_to_learn,
+    micro_batches,
+)
 from stage_rl.types import Prompt, Rewards, Rollout
 
 PROMPTS = [
@@ -76,16 +83,17 @@ def trainer_loss_and_gradient(recipe, policy, reference, rollout):
     """What the trainer makes of a rollout, with its own attention and right-padded prompts."""
     batches = list(micro_batches(rollout, None, torch.device("cpu")))
     optimizer = Recorder(trained(policy), lr=1e-3)
+    update = Update(recipe.algorithm, Precision(), 1, 1e-3, None)
     learned = learn(
         policy,
         optimizer,
         batches,
-        verdict=lambda: Rewards(REWARDS_PG, torch.ones(3, dtype=torch.bool), {}, ()),
+        first=measure_to_learn(policy, batches[0], update),
+        rewards=Rewards(REWARDS_PG, torch.ones(3, dtype=torch.bool), {}, ()),
         reference=measure_all(reference, batches, Precision()),
-        update=Update(recipe.algorithm, Precision(), 1, 1e-3, None),
+        update=update,
     )
-    assert learned is not None
-    return learned.losses.total, optimizer.gradient
+    return learned.losses["loss/total"], optimizer.gradient
 
 
 def test_loss_and_gradient_are_the_trainers(eager, tiny_janus):

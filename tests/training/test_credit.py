@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from stage_rl.algorithm import equal_reward_groups, group_advantages
 from stage_rl.recipe import AlgorithmConfig
-from stage_rl.training.update import credit
+from stage_rl.training.credit import TokenInputs, stage, token_credit, with_entropy_bonus
 
 # A group of two with rewards 1 and 0 and two tokens: equal codes, then opposite ones.
 CODES = torch.tensor([[[[1.0, 0.0], [1.0, 0.0]], [[1.0, 0.0], [-1.0, 0.0]]]])
@@ -12,15 +13,33 @@ CODES = torch.tensor([[[[1.0, 0.0], [1.0, 0.0]], [[1.0, 0.0], [-1.0, 0.0]]]])
 ADVANTAGE = 0.5 / 0.5**0.5
 
 
-def credits(rewards=((1.0, 0.0),), *, kept=(1.0,), entropies=((2.0, 2.0),), **settings):
-    return credit(
-        torch.tensor(rewards),
+def inputs(rewards, kept, entropies, settings):
+    summed_PG, grid = torch.tensor(rewards), (1, 2)
+    entropy_PGT = torch.tensor(entropies)[:, :, None].expand(-1, -1, 2)
+    ref_entropy_PGT = torch.full_like(entropy_PGT, 2.0)
+    rewards_PG = with_entropy_bonus(summed_PG, entropy_PGT, ref_entropy_PGT, settings.entropy)
+    zeros_PGT = torch.zeros(1, 2, 2)
+    return TokenInputs(
+        advantages_PG=group_advantages(rewards_PG, settings.advantage_eps),
+        rewards_PG=rewards_PG,
+        scores={},
         valid_P=torch.tensor(kept),
-        entropy_PG=torch.tensor(entropies),
-        ref_entropy_PG=torch.tensor([[2.0, 2.0]]),
+        equal_P=equal_reward_groups(summed_PG),
         codes_PGTC=CODES,
-        settings=AlgorithmConfig.model_validate({"advantage_eps": 1e-12, **settings}),
+        grid=grid,
+        vocab=64,
+        logprobs_PGT=zeros_PGT,
+        ref_logprobs_PGT=zeros_PGT,
+        entropy_PGT=entropy_PGT,
+        ref_entropy_PGT=ref_entropy_PGT,
     )
+
+
+def credits(
+    rewards=((1.0, 0.0),), *, kept=(1.0,), entropies=((2.0, 2.0),), function=stage, **settings
+):
+    algorithm = AlgorithmConfig.model_validate({"advantage_eps": 1e-12, **settings})
+    return token_credit(function, inputs(rewards, kept, entropies, algorithm), algorithm)
 
 
 NO_ENTROPY = {"entropy": {"mode": "none"}}
@@ -28,9 +47,9 @@ NO_ENTROPY = {"entropy": {"mode": "none"}}
 
 def test_similar_tokens_get_no_advantage_and_full_kl_weight():
     result = credits(**NO_ENTROPY)
-    assert result.similarity_PGT[0].tolist() == [[1, -1], [1, -1]]
+    assert result.metrics["similarity/mean"][0].tolist() == [[1, -1], [1, -1]]
     # mask (1 - sim) / 2 = (0, 1), mean 1/2: the advantages are multiplied by (0, 2)
-    assert result.mask_PGT[0].tolist() == [[0, 1], [0, 1]]
+    assert result.metrics["mask/mean"][0].tolist() == [[0, 1], [0, 1]]
     expected = [[0, 2 * ADVANTAGE], [0, -2 * ADVANTAGE]]
     assert torch.allclose(result.advantages_PGT[0], torch.tensor(expected), atol=1e-5)
     # 0.5 + 0.5 x clip(sim + 1, 0, 1)
@@ -39,7 +58,7 @@ def test_similar_tokens_get_no_advantage_and_full_kl_weight():
 
 def test_the_paper_preset_leaves_the_mask_as_it_is():
     result = credits(preset="paper", **NO_ENTROPY)
-    assert result.mask_PGT[0].tolist() == [[0, 1], [0, 1]]
+    assert result.metrics["mask/mean"][0].tolist() == [[0, 1], [0, 1]]
     expected = [[0, ADVANTAGE], [0, -ADVANTAGE]]
     assert torch.allclose(result.advantages_PGT[0], torch.tensor(expected), atol=1e-5)
 
@@ -50,7 +69,7 @@ def test_the_paper_preset_leaves_the_mask_as_it_is():
 )
 def test_each_half_of_the_reweighting_can_be_left_out(reweight, masked, weighted):
     result = credits(reweight=reweight, **NO_ENTROPY)
-    assert (result.mask_PGT != 1).any() == masked
+    assert (result.metrics["mask/mean"] != 1).any() == masked
     assert (result.kl_weight_PGT != 1).any() == weighted
 
 
@@ -61,15 +80,15 @@ def test_in_a_group_of_equal_rewards_the_entropy_reward_decides():
 
 
 def test_the_entropy_bonus_goes_to_the_best_of_the_group():
-    result = credits(entropies=((3.0, 3.0),))
+    settings = AlgorithmConfig()
+    record = inputs(((1.0, 0.0),), (1.0,), ((3.0, 3.0),), settings)
     # 1 / (1 + 1) x 0.4 on the sample with reward 1 alone
-    assert result.rewards_PG.tolist() == [pytest.approx([1.2, 0.0])]
+    assert record.rewards_PG.tolist() == [pytest.approx([1.2, 0.0])]
 
 
 def test_a_group_with_equal_rewards_learns_from_entropy_alone_by_default():
     entropies = ((2.0, 5.0),)
     result = credits(rewards=((1.0, 1.0),), entropies=entropies)
-    assert result.equal_P.tolist() == [True]
     assert (result.advantages_PGT != 0).any()
     dropped = credits(rewards=((1.0, 1.0),), entropies=entropies, equal_reward_groups="drop_policy")
     assert (dropped.advantages_PGT == 0).all()
@@ -81,8 +100,8 @@ def test_a_group_with_equal_rewards_learns_from_entropy_alone_by_default():
 
 def test_the_released_code_calls_undecided_groups_wholly_similar():
     result = credits(rewards=((1.0, 1.0),), preset="release", entropy={"mode": "none"})
-    assert (result.similarity_PGT == 1).all()
-    assert (result.mask_PGT == 0).all()
+    assert (result.metrics["similarity/mean"] == 1).all()
+    assert (result.metrics["mask/mean"] == 0).all()
     assert (result.kl_weight_PGT == 1).all()
 
 

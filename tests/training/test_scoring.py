@@ -136,7 +136,7 @@ def test_drift_is_that_of_the_scored_distribution(tiny_janus):
         naive_logits(policy, batch, precision).log_softmax(-1) for policy in (tiny_janus, reference)
     ]
     expected = (logprobs[0].exp() * (logprobs[0] - logprobs[1])).sum(-1).mean()
-    assert drift.kl == pytest.approx(expected.item(), rel=1e-4)
+    assert drift["probe/kl"] == pytest.approx(expected.item(), rel=1e-4)
 
 
 @torch.no_grad()

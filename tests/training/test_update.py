@@ -7,8 +7,15 @@ import torch
 
 from stage_rl.errors import DivergedError
 from stage_rl.recipe import AlgorithmConfig
-from stage_rl.training import update
-from stage_rl.training.update import Precision, Update, learn, measure, measure_all, micro_batches
+from stage_rl.training.update import (
+    Precision,
+    Update,
+    learn,
+    measure,
+    measure_all,
+    measure_to_learn,
+    micro_batches,
+)
 from stage_rl.types import Prompt, Rewards, Rollout
 
 TEXTS = ("a red circle", "the photo of two blue square and three green star", "a star")
@@ -28,7 +35,7 @@ def a_rollout(seed=0):
     return Rollout(prompts, SIZE, tokens, images)
 
 
-def a_judgement(kept=(True, True, True)):
+def some_rewards(kept=(True, True, True)):
     rewards = torch.tensor([[1.0, 0.0, 0.5], [0.0, 0.0, 1.0], [0.3, 0.3, 0.3]])
     return Rewards(rewards, torch.tensor(kept), {}, ("",) * rewards.numel())
 
@@ -41,9 +48,12 @@ class Recorder(torch.optim.SGD):
         return super().step(closure)
 
 
-def learned_or_nothing(
-    policy, *, groups=None, rollout=None, judged=None, lr=1e-3, num_updates=1, **settings
-):
+def update_of(*, num_updates=1, lr=1e-3, precision=None, **settings):
+    algorithm = AlgorithmConfig.model_validate(settings)
+    return Update(algorithm, precision or Precision(), num_updates, lr, None)
+
+
+def learned(policy, *, groups=None, rollout=None, rewards=None, lr=1e-3, num_updates=1, **settings):
     rollout = rollout or a_rollout()
     reference = policy.reference()
     with torch.no_grad():
@@ -53,30 +63,17 @@ def learned_or_nothing(
     optimizer = Recorder(parameters, lr=lr)
     precision = Precision(logprob_rows=50)
     batches = list(micro_batches(rollout, groups, torch.device("cpu")))
+    update = update_of(num_updates=num_updates, lr=lr, precision=precision, **settings)
     result = learn(
         policy,
         optimizer,
         batches,
-        verdict=lambda: judged or a_judgement(),
+        first=measure_to_learn(policy, batches[0], update),
+        rewards=rewards or some_rewards(),
         reference=measure_all(reference, batches, precision),
-        update=Update(
-            settings=AlgorithmConfig.model_validate(settings),
-            precision=precision,
-            num_updates=num_updates,
-            rate=lr,
-            max_grad_norm=None,
-        ),
+        update=update,
     )
-    if not hasattr(optimizer, "gradients"):
-        return result, None
     return result, torch.cat([g.flatten() for g in optimizer.gradients])
-
-
-def learned(policy, **settings):
-    result, gradient = learned_or_nothing(policy, **settings)
-    assert result is not None
-    assert gradient is not None
-    return result, gradient
 
 
 @pytest.mark.parametrize("mode", ["reward", "loss"])
@@ -87,43 +84,18 @@ def test_gradients_do_not_depend_on_the_number_of_micro_batches(policy, groups, 
     parts, gradient = learned(other, groups=groups, entropy={"mode": mode})
     assert (gradient - expected).norm() <= 1e-6 * expected.norm()
     assert expected.norm() > 1e-3
-    assert parts.losses.total.item() == pytest.approx(whole.losses.total.item(), abs=1e-7)
-
-
-def test_the_verdict_is_asked_for_once_and_after_the_first_forward_pass(policy, monkeypatch):
-    order = []
-
-    def measured(*args, **options):
-        order.append("forward")
-        return measure(*args, **options)
-
-    def verdict():
-        order.append("verdict")
-        return a_judgement()
-
-    batches = list(micro_batches(a_rollout(), 1, torch.device("cpu")))
-    settings = Update(AlgorithmConfig(), Precision(), 2, 1e-3, None)
-    reference = measure_all(policy.reference(), batches, Precision())
-    monkeypatch.setattr(update, "measure", measured)
-    optimizer = torch.optim.SGD([p for p in policy.module.parameters() if p.requires_grad])
-    learn(policy, optimizer, batches, verdict=verdict, reference=reference, update=settings)
-    assert order == ["forward", "verdict", *["forward"] * 5]  # 3 micro-batches, 2 updates
-
-
-def test_nothing_is_learned_where_no_group_was_judged(policy):
-    result, gradient = learned_or_nothing(policy, judged=a_judgement((False, False, False)))
-    assert result is None
-    assert gradient is None
+    total = whole.losses["loss/total"].item()
+    assert parts.losses["loss/total"].item() == pytest.approx(total, abs=1e-7)
 
 
 def test_a_group_that_left_the_step_changes_nothing_for_the_others(policy):
     other = copy.deepcopy(policy)
     full = a_rollout()
     first_two = Rollout(full.prompts[:2], SIZE, full.tokens_NT[: 2 * SIZE], full.images_NHWC)
-    judged = a_judgement()
-    two = Rewards(judged.rewards_PG[:2], judged.valid_P[:2], {}, ())
-    _, expected = learned(policy, rollout=first_two, judged=two)
-    _, gradient = learned(other, judged=a_judgement((True, True, False)), groups=1)
+    rewards = some_rewards()
+    two = Rewards(rewards.rewards_PG[:2], rewards.valid_P[:2], {}, ())
+    _, expected = learned(policy, rollout=first_two, rewards=two)
+    _, gradient = learned(other, rewards=some_rewards((True, True, False)), groups=1)
     assert (gradient - expected).norm() <= 1e-6 * expected.norm()
 
 
@@ -154,7 +126,7 @@ def test_clipped_and_unclipped_ratio_agree_for_one_update(policy):
 
 def test_a_second_update_meets_the_clip(policy):
     result, _ = learned(policy, num_updates=2, lr=0.5, clip=0.01)
-    assert result.losses.clip_fraction > 0
+    assert result.losses["clip/fraction"] > 0
 
 
 def test_entropy_as_a_loss_moves_the_entropy_towards_the_reference(policy):
@@ -168,16 +140,18 @@ def test_entropy_as_a_loss_moves_the_entropy_towards_the_reference(policy):
 
     settings = {"beta": 0.0, "entropy": {"mode": "loss", "penalty_scale": 1.0}}
     equal = Rewards(torch.zeros(3, SIZE), torch.ones(3, dtype=torch.bool), {}, ())
-    _, _ = learned(policy, judged=equal, lr=0.0, **settings)  # moves the policy away by 1 %
+    _, _ = learned(policy, rewards=equal, lr=0.0, **settings)  # moves the policy away by 1 %
     optimizer = torch.optim.SGD([p for p in policy.module.parameters() if p.requires_grad])
     before = gap()
+    update = update_of(**settings)
     learn(
         policy,
         optimizer,
         [batch],
-        verdict=lambda: equal,
+        first=measure_to_learn(policy, batch, update),
+        rewards=equal,
         reference=measure_all(reference, [batch], Precision()),
-        update=Update(AlgorithmConfig.model_validate(settings), Precision(), 1, 1e-3, 1.0),
+        update=update,
     )
     assert 0 < gap() < before
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from stage_rl.bench.base import BenchResult, at_least
 from stage_rl.config import load_recipe
 from stage_rl.training.trainer import Trainer, build_trainer
-from stage_rl.training.update import measure_all
+from stage_rl.training.update import learn, measure_all, measure_to_learn
 
 BAR = "a cosine above 0 by two standard errors"
 MAX_COORDINATES = 4_000_000
@@ -53,14 +53,24 @@ def run(*, recipe: str = "shapes_geneval", steps: int = 16, overrides: str = "")
 def step_gradient(trainer: Trainer, step: int) -> Tensor:
     """The gradient of one step, D, with the policy left as it is."""
     rollout = trainer.sample(trainer.engine, trainer.prompts_of(step), step=step)
-    judged = trainer.rewards.submit(rollout).result()
+    rewards = trainer.rewards.score(rollout)
     batches = trainer.batches(rollout)
     reference = measure_all(trainer.reference, batches, trainer.precision)
     taken: list[Tensor] = []
     hook = trainer.optimizer.register_step_pre_hook(
         lambda optimizer, *_: taken.append(_flat_gradient(optimizer))
     )
-    trainer.learn(batches, lambda: judged, reference, rate=0.0)
+    update = trainer.update(rate=0.0)
+    first = measure_to_learn(trainer.policy, batches[0], update)
+    learn(
+        trainer.policy,
+        trainer.optimizer,
+        batches,
+        first=first,
+        rewards=rewards,
+        reference=reference,
+        update=update,
+    )
     hook.remove()
     return taken[0]
 

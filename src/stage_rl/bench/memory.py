@@ -17,7 +17,7 @@ from stage_rl.recipe import Recipe
 from stage_rl.training.loop import train_step
 from stage_rl.training.memory import Plan, predict
 from stage_rl.training.trainer import Trainer, build_trainer
-from stage_rl.training.update import measure_all
+from stage_rl.training.update import learn, measure_all, measure_to_learn
 
 BAR = "every phase within 15 %"
 FARTHEST = 0.15
@@ -100,14 +100,26 @@ def _on_cpu(trainer: Trainer, before: int) -> dict[str, float]:
     trainer.engine.reload()
     prompts = trainer.prompts_of(1)
     phase("sample", lambda: kept.append(trainer.sample(trainer.engine, prompts, step=1)))
-    judged = trainer.rewards.submit(kept[0]).result()
+    rewards = trainer.rewards.score(kept[0])
     batches = trainer.batches(kept[0])
     references = []
     phase(
         "reference",
         lambda: references.extend(measure_all(trainer.reference, batches, trainer.precision)),
     )
-    phase("learn", lambda: trainer.learn(batches, lambda: judged, references, rate=1e-6))
+    update = trainer.update(rate=1e-6)
+    phase(
+        "learn",
+        lambda: learn(
+            trainer.policy,
+            trainer.optimizer,
+            batches,
+            first=measure_to_learn(trainer.policy, batches[0], update),
+            rewards=rewards,
+            reference=references,
+            update=update,
+        ),
+    )
     return seen
 
 

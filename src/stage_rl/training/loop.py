@@ -1,15 +1,16 @@
 """The training loop: sample, judge, measure, credit, learn. Start reading here.
 
-Deliberate differences from the released code of the paper are listed in docs/decisions.md; the
-objective itself is in `stage_rl.algorithm`, equation by equation.
+The objective is in `stage_rl.algorithm`, equation by equation; what one update does is in
+`stage_rl.training.update`. Deliberate differences from the released code of the paper are listed in
+docs/decisions.md.
 """
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 
 from stage_rl.console import live_view, stop_signals
@@ -20,27 +21,26 @@ from stage_rl.recipe import Recipe
 from stage_rl.rewards.judge import check_fields
 from stage_rl.training.checkpoint import latest_checkpoint
 from stage_rl.training.metrics import (
+    DecoderSize,
     RolloutStats,
+    Step,
     Timer,
     learning_metrics,
+    log_samples,
     over_ranks,
     overall_rates,
+    rates,
     reward_metrics,
     trained_mismatch,
+    untrained_mismatch,
 )
 from stage_rl.training.monitor import Watch, measure_drift
 from stage_rl.training.optim import learning_rate
 from stage_rl.training.resample import resample
 from stage_rl.training.run import RunFolder, check_run, open_run
-from stage_rl.training.trainer import (
-    Step,
-    Trainer,
-    build_trainer,
-    check_ranks,
-    log_samples,
-)
-from stage_rl.training.update import measure_all
-from stage_rl.types import Prompt, Rewards
+from stage_rl.training.trainer import Trainer, build_trainer, check_ranks
+from stage_rl.training.update import learn, measure_all, measure_to_learn
+from stage_rl.types import Prompt
 
 
 def train(recipe: Recipe) -> Path:
@@ -59,11 +59,16 @@ def train_on(recipe: Recipe, ranks: World) -> Path:
     check_prompts(recipe, prompts)
     check_ranks(recipe, ranks, num_prompts=len(prompts))
     folder = ranks.broadcast_object(lambda: check_run(recipe))
-    done = ranks.broadcast_object(lambda: finished_steps(folder))
+    done = ranks.broadcast_object(lambda: _finished_steps(folder))
     if done >= recipe.steps:
         # Nothing is written: the run may have more steps than this recipe asks for.
+        schedule = recipe.optimizer.schedule
+        course = f" (in a longer run the {schedule} schedule lowers the rate later)"
         with live_view(first=done, last=done, rank=ranks.rank) as view:
-            view.say(_finished(recipe, folder, done))
+            view.say(
+                f"{folder.path}: finished after {done} steps; raise steps to go on"
+                f"{'' if schedule == 'constant' else course}"
+            )
         return folder.path
     # What can be wrong with a recipe shows here, before the run folder says what is trained in it.
     trainer = build_trainer(recipe, prompts, ranks)
@@ -85,11 +90,11 @@ def train_steps(trainer: Trainer, run: RunFolder, signals: Sequence[int]) -> Non
         if ranks.first:
             run.forget_after(first)
         for step in range(first, recipe.steps):
-            taken = train_step(trainer, step)
-            watch.look(trainer, taken, view.say)
+            result = train_step(trainer, step)
+            watch.look(trainer, result, view.say)
             if ranks.first:
-                view.show(step + 1, record(trainer, run, taken))
-            watch.check(taken, view.say)
+                view.show(step + 1, record(trainer, run, result))
+            watch.check(result, view.say)
             every, done = recipe.run.save_every, step + 1
             stopped = ranks.any_of(signals[0] if signals else None)
             due = done == recipe.steps or (every and done % every == 0)
@@ -101,6 +106,101 @@ def train_steps(trainer: Trainer, run: RunFolder, signals: Sequence[int]) -> Non
                     "again to go on",
                     signal_number=stopped,
                 )
+
+
+def train_step(trainer: Trainer, step: int) -> Step:
+    """One pass of the loop."""
+    recipe, ranks, timer = trainer.recipe, trainer.ranks, Timer()
+    policy, precision, numbers = trainer.policy, trainer.precision, {}
+
+    # Sample: G images of every prompt, from copies of the weights as they are now.
+    trainer.engine.reload()
+    rollout = trainer.sample(trainer.engine, trainer.prompts_of(step), step=step)
+    stats = RolloutStats.of(trainer.engine.passes)
+    timer.record("sample_s")
+
+    # Judge: on a thread of their own, so that the rewards hide behind the passes that measure. Only
+    # where groups of equal rewards are drawn again they come first.
+    pending = trainer.rewards.submit(rollout)
+    if recipe.rollout.resample_equal_groups:
+        rollout, rewards, numbers = resample(trainer, rollout, pending.result(), step=step)
+        pending = Future()
+        pending.set_result(rewards)
+        timer.record("resample_s")
+
+    # Measure: log-probability and entropy of each token under the reference, then the policy.
+    batches = trainer.batches(rollout)
+    reference = measure_all(trainer.reference, batches, precision)
+    timer.record("reference_s")
+    numbers |= untrained_mismatch(
+        policy,
+        batches[0],
+        precision,
+        sampling=trainer.sampling,
+        num_images=recipe.probe.mismatch_images,
+    )
+    timer.record("mismatch_s")
+    update = trainer.update(learning_rate(step, recipe.steps, recipe.optimizer))
+    first = measure_to_learn(policy, batches[0], update)
+    timer.record("learn_s")
+    rewards = ranks.join(pending.result())
+    timer.record("judge_wait_s")
+
+    # Credit the tokens and learn, micro-batch by micro-batch, from that same pass of the policy.
+    learned = None
+    if rewards.valid_P.any():
+        learned = learn(
+            policy,
+            trainer.optimizer,
+            batches,
+            first=first,
+            rewards=rewards,
+            reference=reference,
+            update=update,
+        )
+        learned = replace(learned, losses=ranks.join(learned.losses))
+    timer.record("learn_s")
+
+    if learned:
+        numbers |= learning_metrics(learned, reference)
+        numbers |= trained_mismatch(learned.measured, rollout, recipe.algorithm)
+        numbers |= rates(
+            DecoderSize.of(trainer.engine.decoder),
+            stats,
+            timer.timings,
+            num_images=len(rollout.tokens_NT),
+            scoring=precision.scoring,
+            num_updates=update.num_updates,
+        )
+    if _is_due(recipe.probe.every, step, recipe.steps):
+        numbers |= measure_drift(policy, trainer.reference, trainer.probe, precision)
+        timer.record("probe_s")
+    refresh_every = recipe.algorithm.reference_refresh_every
+    if refresh_every and (step + 1) % refresh_every == 0:
+        trainer.refresh_reference()
+
+    numbers = over_ranks(ranks.gather(numbers))
+    numbers |= reward_metrics(rewards) | {"optimizer/lr": update.rate}
+    result = Step(step, rollout, rewards, reference, learned, numbers, timer)
+    logged = _is_due(recipe.run.log_images_every, step, recipe.steps)
+    return result.joined(ranks) if logged else result
+
+
+def record(trainer: Trainer, run: RunFolder, result: Step) -> dict[str, float]:
+    """Writes a step into the run folder, the samples where they are due; returns its numbers."""
+    recipe = trainer.recipe
+    if result.learned and _is_due(recipe.run.log_images_every, result.number, recipe.steps):
+        log_samples(run, result, num_groups=recipe.run.log_groups)
+        result.timer.record("log_s")
+    numbers = result.numbers | result.timer.times()
+    numbers |= overall_rates(result.rewards.rewards_PG.numel(), result.rollout, numbers)
+    run.log_metrics(result.number, numbers)
+    return numbers
+
+
+def _is_due(every: int, step: int, num_steps: int) -> bool:
+    """Whether something happens at a step: every so many steps and at the last one; 0: never."""
+    return bool(every) and (step % every == 0 or step == num_steps - 1)
 
 
 def check_prompts(recipe: Recipe, prompts: Sequence[Prompt]) -> None:
@@ -115,80 +215,7 @@ def check_prompts(recipe: Recipe, prompts: Sequence[Prompt]) -> None:
             )
 
 
-def finished_steps(run: RunFolder) -> int:
+def _finished_steps(run: RunFolder) -> int:
     """The steps of a run's newest good checkpoint; 0 where it has none."""
     saved = latest_checkpoint(run.checkpoints)
     return saved.state.step if saved else 0
-
-
-def _finished(recipe: Recipe, run: RunFolder, done: int) -> str:
-    schedule = recipe.optimizer.schedule
-    course = f" (in a longer run the {schedule} schedule lowers the rate later)"
-    return (
-        f"{run.path}: finished after {done} steps; raise steps to go on"
-        f"{'' if schedule == 'constant' else course}"
-    )
-
-
-def train_step(trainer: Trainer, step: int) -> Step:
-    """One pass of the loop."""
-    recipe, timer = trainer.recipe, Timer()
-    # Sample: G images of every prompt, from copies of the weights as they are now.
-    trainer.engine.reload()
-    rollout = trainer.sample(trainer.engine, trainer.prompts_of(step), step=step)
-    timer.record("sample_s")
-    drawn = RolloutStats.of(trainer.engine.passes)
-
-    # Judge, while reference and policy measure; where the recipe asks so, draw equal rewards again
-    # first.
-    verdict, numbers = trainer.rewards.submit(rollout), {}
-    if recipe.rollout.resample_equal_groups:
-        rollout, verdict, numbers = resample(trainer, rollout, verdict, step=step)
-        timer.record("resample_s")
-    batches = trainer.batches(rollout)
-    reference = measure_all(trainer.reference, batches, trainer.precision)
-    timer.record("reference_s")
-    numbers |= trainer.untrained_mismatch(batches[0])
-    timer.record("mismatch_s")
-
-    # Measure the policy, wait for the verdict, credit each token, learn: one pass of the policy
-    # where there is one update.
-    rate = learning_rate(step, recipe.steps, recipe.optimizer)
-    judged = functools.cache(functools.partial(awaited, trainer, verdict, timer))
-    learned = trainer.learn(batches, judged, reference, rate=rate)
-    timer.record("learn_s")
-    if learned:
-        numbers |= learning_metrics(learned, reference)
-        numbers |= trained_mismatch(learned.measured, rollout, recipe.algorithm)
-        numbers |= trainer.rates(drawn, timer.timings)
-
-    # Watch the drift from the reference on its own samples.
-    if trainer.is_probed(step):
-        drift = measure_drift(trainer.policy, trainer.reference, trainer.probe(), trainer.precision)
-        numbers |= {"probe/kl": drift.kl, "probe/entropy_drift": drift.entropy}
-        timer.record("probe_s")
-    trainer.refresh_reference_after(step)
-
-    numbers = over_ranks(trainer.ranks.gather(numbers))
-    numbers |= reward_metrics(judged()) | {"optimizer/lr": rate}
-    taken = Step(step, rollout, judged(), reference, learned, numbers, timer)
-    return taken.joined(trainer.ranks) if trainer.is_logged(step) else taken
-
-
-def awaited(trainer: Trainer, verdict: Future[Rewards], timer: Timer) -> Rewards:
-    """The verdict on the images of all ranks, which is asked for while the step learns."""
-    timer.record("learn_s")
-    judged = trainer.ranks.join(verdict.result())
-    timer.record("judge_wait_s")
-    return judged
-
-
-def record(trainer: Trainer, run: RunFolder, taken: Step) -> dict[str, float]:
-    """Writes a step into the run folder, the samples where they are due; returns its numbers."""
-    if taken.learned and trainer.is_logged(taken.number):
-        log_samples(run, taken, num_groups=trainer.recipe.run.log_groups)
-        taken.timer.record("log_s")
-    numbers = taken.numbers | taken.timer.times()
-    numbers |= overall_rates(taken.rewards.rewards_PG.numel(), taken.rollout, numbers)
-    run.log_metrics(taken.number, numbers)
-    return numbers

@@ -17,30 +17,84 @@ import torch
 from torch import Tensor
 
 from stage_rl.algorithm import equal_reward_groups, importance_ratio
+from stage_rl.distributed import World
+from stage_rl.pictures import image_grid
 from stage_rl.policies.base import Policy
 from stage_rl.policies.logprobs import CONDITIONAL, Scoring
 from stage_rl.recipe import AlgorithmConfig
 from stage_rl.rollout.decoder import Decoder
 from stage_rl.rollout.engine import PassStats
 from stage_rl.rollout.sampling import Sampling
-from stage_rl.training.update import Credit, MicroBatch, Precision, UpdateStats, measure
+from stage_rl.training.run import RunFolder
+from stage_rl.training.update import MicroBatch, Precision, UpdateStats, measure
 from stage_rl.types import Measured, Rewards, Rollout
 
 
-def reward_metrics(judged: Rewards) -> dict[str, float]:
+@dataclass(frozen=True)
+class Step:
+    """What one pass of the loop leaves; rewards and numbers are those of all ranks."""
+
+    number: int
+    """Counted from 0."""
+    rollout: Rollout
+    rewards: Rewards
+    reference: Sequence[Measured]
+    """By micro-batch."""
+    learned: UpdateStats | None
+    """None where a reward failed on every group."""
+    numbers: dict[str, float]
+    """The step's metrics, without its times."""
+    timer: Timer
+
+    @property
+    def grad_norm(self) -> float | None:
+        """Before clipping; None for a step that had nothing to learn from."""
+        return self.learned.grad_norm if self.learned else None
+
+    def joined(self, ranks: World) -> Step:
+        """The same with the samples of all ranks, whose parts are in the order of the groups."""
+        learned = ranks.join(self.learned)
+        if learned and self.learned:
+            learned = replace(learned, losses=self.learned.losses)  # those of all ranks already
+        return replace(
+            self,
+            rollout=ranks.join(self.rollout),
+            reference=ranks.join(self.reference),
+            learned=learned,
+        )
+
+
+def reward_metrics(rewards: Rewards) -> dict[str, float]:
     """What the rewards said; a column that applies to no image is left out."""
-    numbers = {"reward/failed_groups": float((~judged.valid_P).sum())}
-    if judged.valid_P.any():
-        rewards_PG = judged.rewards_PG[judged.valid_P]
+    numbers = {"reward/failed_groups": float((~rewards.valid_P).sum())}
+    if rewards.valid_P.any():
+        rewards_PG = rewards.rewards_PG[rewards.valid_P]
         numbers |= {
             "reward/mean": rewards_PG.mean().item(),
             "reward/std": rewards_PG.std(1).mean().item(),
             "reward/equal_groups": equal_reward_groups(rewards_PG).float().mean().item(),
         }
-    for name, column_PG in judged.columns.items():
+    for name, column_PG in rewards.columns.items():
         if column_PG.isfinite().any():
             numbers[f"reward/{name}"] = column_PG.nanmean().item()
     return numbers
+
+
+def learning_metrics(learned: UpdateStats, reference: Sequence[Measured]) -> dict[str, float]:
+    """What the update saw and did."""
+    entropy = learned.measured.entropy_NT.mean().item()
+    ref_entropy = torch.cat([measured.entropy_NT for measured in reference]).mean().item()
+    credits = {"kl/weight": torch.cat([credit.kl_weight_PGT for credit in learned.credits])}
+    for name in learned.credits[0].metrics:
+        credits[name] = torch.cat([credit.metrics[name] for credit in learned.credits])
+    return {
+        **{name: values.float().mean().item() for name, values in credits.items()},
+        **{name: value.item() for name, value in learned.losses.items()},
+        "entropy/policy": entropy,
+        "entropy/reference": ref_entropy,
+        "entropy/gap": entropy - ref_entropy,
+        "grad/norm": learned.grad_norm,
+    }
 
 
 def over_ranks(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -59,64 +113,48 @@ def over_ranks(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     }
 
 
-def learning_metrics(learned: UpdateStats, reference: Sequence[Measured]) -> dict[str, float]:
-    """What the update saw and did."""
-    ref_entropy = torch.cat([measured.entropy_NT for measured in reference]).mean().item()
-    entropy = learned.measured.entropy_NT.mean().item()
-    losses = learned.losses
-    return {
-        "entropy/policy": entropy,
-        "entropy/reference": ref_entropy,
-        "entropy/gap": entropy - ref_entropy,
-        "kl/mean": losses.mean_kl.item(),
-        "kl/weight": _mean(learned.credits, "kl_weight_PGT"),
-        "similarity/mean": _mean(learned.credits, "similarity_PGT"),
-        "mask/mean": _mean(learned.credits, "mask_PGT"),
-        "loss/total": losses.total.item(),
-        "loss/policy": losses.policy.item(),
-        "loss/kl": losses.kl.item(),
-        "loss/entropy": losses.entropy.item(),
-        "clip/fraction": losses.clip_fraction.item(),
-        "grad/norm": learned.grad_norm,
-    }
+def log_samples(run: RunFolder, step: Step, *, num_groups: int) -> None:
+    """Writes a grid with rewards and reasons, and the arrays of its groups."""
+    rollout, size = step.rollout, step.rollout.group_size
+    shown, reasons = rollout.prompts[:num_groups], step.rewards.reasons
+    rewards = step.rewards.rewards_PG.flatten().tolist()[: len(shown) * size]
+    picture = image_grid(
+        rollout.images_NHWC[: len(rewards)],
+        captions=[f"{reward:.2f}  {reasons[i]}" for i, reward in enumerate(rewards)],
+        columns=size,
+        titles=[prompt.text for prompt in shown],
+    )
+    records = [
+        {"prompt": shown[i // size].text, "reward": reward, "reason": reasons[i]}
+        for i, reward in enumerate(rewards)
+    ]
+    run.log_images(step.number, picture, records)
+    run.log_arrays(step.number, report_arrays(step, num_groups=num_groups))
 
 
-def report_arrays(
-    rollout: Rollout,
-    judged: Rewards,
-    learned: UpdateStats,
-    reference: Sequence[Measured],
-    *,
-    num_groups: int,
-) -> dict[str, np.ndarray]:
+def report_arrays(step: Step, *, num_groups: int) -> dict[str, np.ndarray]:
     """The first groups' arrays that a report draws over the images: PG, PGT and the prompts."""
-    size = rollout.group_size
+    rollout, learned = step.rollout, step.learned
+    assert learned is not None, "a step that learned nothing has no arrays"
 
     def by_group(values_NT: Tensor) -> Tensor:
-        return values_NT.view(-1, size, values_NT.shape[-1])
+        return values_NT.view(-1, rollout.group_size, values_NT.shape[-1])
 
     tensors = {
         "tokens": by_group(rollout.tokens_NT),
-        "rewards": judged.rewards_PG,
+        "rewards": step.rewards.rewards_PG,
         "entropy": by_group(learned.measured.entropy_NT),
-        "reference_entropy": by_group(torch.cat([m.entropy_NT for m in reference])),
+        "reference_entropy": by_group(torch.cat([m.entropy_NT for m in step.reference])),
+        "kl_weight": torch.cat([credit.kl_weight_PGT for credit in learned.credits]),
+        "advantages": torch.cat([credit.advantages_PGT for credit in learned.credits]),
     }
-    for name in ("similarity_PGT", "mask_PGT", "kl_weight_PGT", "advantages_PGT"):
-        stacked = torch.cat([getattr(part, name) for part in learned.credits])
-        tensors[name.removesuffix("_PGT")] = stacked
+    for name, values in learned.credits[0].metrics.items():
+        if values.ndim == 3:
+            parts = [credit.metrics[name] for credit in learned.credits]
+            tensors[name.removesuffix("/mean")] = torch.cat(parts)
     arrays = {name: tensor[:num_groups].cpu().numpy() for name, tensor in tensors.items()}
     arrays["prompts"] = np.array([prompt.text for prompt in rollout.prompts[:num_groups]])
     return arrays
-
-
-def _mean(credits: Sequence[Credit], name: str) -> float:
-    values = torch.cat([getattr(part, name) for part in credits])
-    mean = values.mean().item()
-    assert math.isfinite(mean), name
-    return mean
-
-
-# Where the time and the memory of a step go.
 
 
 class Timer:
@@ -154,17 +192,14 @@ class Timer:
 
 def process_peak_bytes() -> int:
     """The most memory that the process held at one time."""
-    # Linux counts in KiB, macOS in bytes.
-    unit = 1 if sys.platform == "darwin" else 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB, macOS in bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-# What a step reads and computes by formula, and from its times the rates it reached.
-#
-# The formulas count what no implementation can leave out: the weights once per decoded token, the
-# live part of the cache, two operations per parameter and slot, and the products of attention.
-# What
-# is computed twice, to save memory say, does not count, nor does what is not trained count less.
+# Throughput. What a step reads and computes follows from formulas, which count what no
+# implementation can leave out: the weights once per decoded token, the live part of the cache, two
+# operations per parameter and slot, and the products of attention. What is computed twice, to save
+# memory say, does not count, nor does what is not trained count less.
 #
 # T image tokens, P slots of a prompt, S = P + T.
 
@@ -189,6 +224,7 @@ class DecoderSize:
         """The size of the sampler's copies."""
         cache, heads = decoder.cache_shape, decoder.heads
         linear = ("wqkv", "wo", "w_gate_up", "w_down")
+        slot_size = cache.num_layers * cache.num_heads * cache.head_dim
         return cls(
             num_layers=cache.num_layers,
             query_width=heads.num_heads * heads.head_dim,
@@ -197,11 +233,7 @@ class DecoderSize:
             ),
             head_parameters=sum(weight.numel() for weight, _ in decoder.head_layers),
             weight_bytes=decoder.step_bytes,
-            slot_bytes=2
-            * cache.num_layers
-            * cache.num_heads
-            * cache.head_dim
-            * cache.dtype.itemsize,
+            slot_bytes=2 * slot_size * cache.dtype.itemsize,
         )
 
 
@@ -220,33 +252,14 @@ class RolloutStats:
     @classmethod
     def of(cls, passes: Sequence[PassStats]) -> RolloutStats:
         """All passes of a rollout; their groups are equal, so each prompt has as many rows."""
-        rows = [drawn.num_rows for drawn in passes]
-        slots = [drawn.num_rows * drawn.lengths_B.float().mean().item() for drawn in passes]
+        rows = [one.num_rows for one in passes]
+        slots = [one.num_rows * one.lengths_B.float().mean().item() for one in passes]
         return cls(sum(rows), passes[0].num_tokens, sum(slots) / sum(rows), len(passes))
-
-
-def rollout_bytes(size: DecoderSize, drawn: RolloutStats) -> float:
-    """Bytes that the decode steps read: in each pass T times the weights, and by each row its live
-    slots, T P + T (T + 1) / 2 of them.
-    """
-    tokens = drawn.num_tokens
-    live_slots = tokens * drawn.prompt_slots + tokens * (tokens + 1) / 2
-    weights = drawn.num_passes * tokens * size.weight_bytes
-    return weights + drawn.num_rows * size.slot_bytes * live_slots
-
-
-def row_flops(size: DecoderSize, drawn: RolloutStats) -> float:
-    """Operations of a forward pass of one row: 2 x (trunk x S + image head x T) and in attention
-    4 x layers x width x S (S + 1) / 2, what lies behind a slot left out.
-    """
-    slots = drawn.prompt_slots + drawn.num_tokens
-    products = 2 * (size.trunk_parameters * slots + size.head_parameters * drawn.num_tokens)
-    return products + 2 * size.num_layers * size.query_width * slots * (slots + 1)
 
 
 def rates(
     size: DecoderSize,
-    drawn: RolloutStats,
+    stats: RolloutStats,
     times: Mapping[str, float],
     *,
     num_images: int,
@@ -257,11 +270,11 @@ def rates(
 
     A backward pass counts as two forward passes.
     """
-    row = row_flops(size, drawn)
+    row = row_flops(size, stats)
     forward = num_images * row * (2 if scoring.has_two_passes else 1)
     backward = 2 * num_images * row * (2 if scoring.has_two_gradients else 1)
     flops = {
-        "sample": drawn.num_rows * row,
+        "sample": stats.num_rows * row,
         "reference": forward,
         "learn": num_updates * (forward + backward),
     }
@@ -269,9 +282,27 @@ def rates(
         f"throughput/{phase}_tflop_per_s": count / times[f"time/{phase}_s"] / 1e12
         for phase, count in flops.items()
     }
-    read = rollout_bytes(size, drawn)
-    numbers["throughput/sample_gb_per_s"] = read / times["time/sample_s"] / 1e9
-    return numbers
+    read = rollout_bytes(size, stats)
+    return numbers | {"throughput/sample_gb_per_s": read / times["time/sample_s"] / 1e9}
+
+
+def rollout_bytes(size: DecoderSize, stats: RolloutStats) -> float:
+    """Bytes that the decode steps read: in each pass T times the weights, and by each row its live
+    slots, T P + T (T + 1) / 2 of them.
+    """
+    tokens = stats.num_tokens
+    live_slots = tokens * stats.prompt_slots + tokens * (tokens + 1) / 2
+    weights = stats.num_passes * tokens * size.weight_bytes
+    return weights + stats.num_rows * size.slot_bytes * live_slots
+
+
+def row_flops(size: DecoderSize, stats: RolloutStats) -> float:
+    """Operations of a forward pass of one row: 2 x (trunk x S + image head x T) and in attention
+    4 x layers x width x S (S + 1) / 2, what lies behind a slot left out.
+    """
+    slots = stats.prompt_slots + stats.num_tokens
+    products = 2 * (size.trunk_parameters * slots + size.head_parameters * stats.num_tokens)
+    return products + 2 * size.num_layers * size.query_width * slots * (slots + 1)
 
 
 def overall_rates(
@@ -286,29 +317,9 @@ def overall_rates(
     }
 
 
-# How far the sampler's log-probabilities are from the trainer's.
-#
-# The sampler computes with its own copies and kernels, so the policy that drew the images is not
-# to
-# the last bit the one that trains. Both are compared under one kind of distribution at a time,
-# the
-# conditional or the guided.
-#
-# Shape suffixes: P prompts, G group, N = P x G completions, T image tokens.
-
-
-def mismatch_metrics(logprobs_NT: Tensor, sampler_NT: Tensor, kind: str) -> dict[str, float]:
-    """Mean and largest |difference| of log-probabilities (nats), and the mean importance weight,
-    the trainer's over the sampler's probability of a token. `kind` is as `algorithm.logprobs` is.
-    """
-    name = "logprobs" if kind == "conditional" else "guided_logprobs"
-    logprobs_NT, sampler_NT = logprobs_NT.cpu(), sampler_NT.cpu()
-    gap_NT = (logprobs_NT - sampler_NT).abs()
-    return {
-        f"mismatch/{name}_mean": gap_NT.mean().item(),
-        f"mismatch/{name}_max": gap_NT.max().item(),
-        f"mismatch/{name}_weight": importance_ratio(logprobs_NT, sampler_NT).mean().item(),
-    }
+# Mismatch. The sampler computes with its own copies and kernels, so the policy that drew the images
+# is not to the last bit the one that trains. Both are compared under one kind of distribution at a
+# time, the conditional or the guided.
 
 
 def trained_mismatch(
@@ -341,21 +352,29 @@ def untrained_mismatch(
     """The mismatch of the first `num_images` of a batch, at most a group, under the distribution
     that is not trained. Nothing where it is the trained one, or was truncated by top-k or top-p.
     """
-    other = _other_scoring(precision.scoring, sampling)
-    few = batch.first_images(num_images)
-    if other is None or few is None:
+    one = (sampling.guidance_scale, sampling.temperature) == (1, 1)
+    if one or sampling.top_k or sampling.top_p < 1 or not num_images:
         return {}
-    sampler_NT = few.sampler_logprobs_of(other.logprobs)
+    trained = precision.scoring.logprobs
+    other = sampling.scoring("guided_detached") if trained == "conditional" else CONDITIONAL
+    sampler_NT = batch.sampler_logprobs_of(other.logprobs)
     if sampler_NT is None:
         return {}
+    size = min(num_images, batch.group_size)
+    few = MicroBatch(slice(0, 1), batch.prompts[:1], size, batch.tokens_NT[:size])
     measured = measure(policy, few, replace(precision, scoring=other))
-    return mismatch_metrics(measured.logprobs_NT, sampler_NT, other.logprobs)
+    return mismatch_metrics(measured.logprobs_NT, sampler_NT[:size], other.logprobs)
 
 
-def _other_scoring(scoring: Scoring, sampling: Sampling) -> Scoring | None:
-    truncated = sampling.top_k or sampling.top_p < 1
-    if truncated or (sampling.guidance_scale, sampling.temperature) == (1, 1):
-        return None
-    if scoring.logprobs != "conditional":
-        return CONDITIONAL
-    return sampling.scoring("guided_detached")
+def mismatch_metrics(logprobs_NT: Tensor, sampler_NT: Tensor, kind: str) -> dict[str, float]:
+    """Mean and largest |difference| of log-probabilities (nats), and the mean importance weight,
+    the trainer's over the sampler's probability of a token. `kind` is as `algorithm.logprobs` is.
+    """
+    name = "logprobs" if kind == "conditional" else "guided_logprobs"
+    logprobs_NT, sampler_NT = logprobs_NT.cpu(), sampler_NT.cpu()
+    gap_NT = (logprobs_NT - sampler_NT).abs()
+    return {
+        f"mismatch/{name}_mean": gap_NT.mean().item(),
+        f"mismatch/{name}_max": gap_NT.max().item(),
+        f"mismatch/{name}_weight": importance_ratio(logprobs_NT, sampler_NT).mean().item(),
+    }

@@ -1,4 +1,9 @@
-"""What watches over a run from step to step: signs of death, tripwires, held-out validation."""
+"""What watches over a run from step to step: held-out validation, tripwires, signs of being dead,
+drift from the reference.
+
+Shape suffixes: P prompts, G group, T image tokens, R rows of a chunk, W width of a row,
+V codebook size.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +21,19 @@ from stage_rl.policies.base import Policy
 from stage_rl.recipe import EvaluationConfig, LivenessConfig, Recipe, TripwiresConfig
 from stage_rl.rollout.engine import Engine
 from stage_rl.training.checkpoint import Progress
-from stage_rl.training.trainer import Step, Trainer
+from stage_rl.training.metrics import Step
+from stage_rl.training.trainer import Trainer
 from stage_rl.training.update import MicroBatch, Precision
 from stage_rl.types import Rewards
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best held-out validation of a run so far."""
+
+    step: int
+    """Steps done when it was scored: the number of its checkpoint."""
+    score: float
 
 
 class Watch:
@@ -26,43 +41,45 @@ class Watch:
 
     def __init__(self, recipe: Recipe, saved: Progress | None):
         counters = saved.signs if saved else {}
-        self._evaluation = recipe.evaluation
-        self._last = recipe.steps
+        self._evaluation, self._last = recipe.evaluation, recipe.steps
         self._liveness = Liveness(recipe.liveness, counters)
         self._tripwires = Tripwires(recipe.tripwires, counters)
         self.best: Best | None = None
         if saved and saved.best_step is not None and saved.best_score is not None:
             self.best = Best(saved.best_step, saved.best_score)
 
-    def look(self, trainer: Trainer, taken: Step, say: Callable[[str], None]) -> None:
+    def look(self, trainer: Trainer, result: Step, say: Callable[[str], None]) -> None:
         """Adds what it sees to a step's numbers: validation where it is due, tripwires passed."""
-        self._validate(trainer, taken, say)
-        taken.numbers.update(self._tripwires.count(taken.numbers, self.best))
+        settings, done = self._evaluation, result.number + 1
+        if settings and settings.every and (done % settings.every == 0 or done == self._last):
+            self._validate(trainer, settings, result, say)
+        result.numbers.update(self._tripwires.count(result.numbers, self.best))
 
-    def _validate(self, trainer: Trainer, taken: Step, say: Callable[[str], None]) -> None:
-        settings, done = self._evaluation, taken.number + 1
-        if settings is None or not settings.every:
-            return
-        if done % settings.every and done != self._last:
-            return
+    def _validate(
+        self,
+        trainer: Trainer,
+        settings: EvaluationConfig,
+        result: Step,
+        say: Callable[[str], None],
+    ) -> None:
         trainer.engine.reload()
-        numbers = score_validation(
-            trainer.engine, settings, guidance_scale=trainer.sampling.guidance_scale
-        )
-        # Every rank draws the same images; the first one's score decides, on all.
+        guidance_scale = trainer.sampling.guidance_scale
+        numbers = validation_scores(trainer.engine, settings, guidance_scale=guidance_scale)
+        # Every rank draws the images; the first one's score decides, on all.
         numbers = trainer.ranks.gather(numbers)[0]
-        taken.numbers.update(numbers)
-        taken.timer.record("validation_s")
-        score = numbers["validation/score"]
-        self.best = best_of(self.best, Best(done, score))
+        result.numbers.update(numbers)
+        result.timer.record("validation_s")
+        done, score = result.number + 1, numbers["validation/score"]
+        if self.best is None or score > self.best.score:
+            self.best = Best(done, score)
         place = "this one" if self.best.step == done else f"step {self.best.step}"
         say(f"held-out validation after step {done}: {score:.3f}, best so far: {place}")
 
-    def check(self, taken: Step, say: Callable[[str], None]) -> None:
+    def check(self, result: Step, say: Callable[[str], None]) -> None:
         """Raises DivergedError where the run is dead or a tripwire stops it, after the step is in
         the metrics; else says which wire tripped.
         """
-        self._liveness.check(taken.rewards, taken.grad_norm)
+        self._liveness.check(result.rewards, result.grad_norm)
         for line in self._tripwires.check():
             say(line)
 
@@ -81,12 +98,33 @@ class Watch:
         )
 
 
-# Says when a run goes astray, and stops it where the recipe asks so.
+def validation_scores(
+    engine: Engine, settings: EvaluationConfig, *, guidance_scale: float
+) -> dict[str, float]:
+    """The benchmark in small with the weights of the engine's last reload: every measure's overall
+    mean as validation/NAME.
+
+    validation/score is the measure that decides, the first one the benchmark prints by task.
+    `guidance_scale` is that of the rollout, for an evaluation that names none.
+    """
+    own = settings.guidance_scale
+    setup = Setup(
+        settings.benchmark,
+        settings.validation_images_per_task,
+        guidance_scale if own is None else own,
+        settings.validation_seed,
+        engine.dtype,
+    )
+    results = BENCHMARKS[settings.benchmark].run(
+        engine.policy, setup, name="validation", engine=engine
+    )
+    numbers = {f"validation/{name}": results.summary(name).overall.mean for name in results.scores}
+    return numbers | {"validation/score": numbers[f"validation/{results.by_task[0]}"]}
 
 
 PREFIX = "tripwires."
 
-WORDS = {
+MESSAGES = {
     "entropy_gap": "the entropy is {value:.3g} nats from the reference's",
     "kl": "the KL from the reference is {value:.3g} nats a token",
     "grad_norm": "the gradient norm is {value:.3g}",
@@ -107,19 +145,23 @@ class Tripwires:
     def count(self, numbers: Mapping[str, float], best: Best | None) -> dict[str, float]:
         """Takes the metrics of a step into account; those of the wires that it is beyond.
 
-        Validation counts the steps that it is scored at, and its first fall trips at once.
+        A number that the step lacks leaves its count as it is. The first fall of the validation
+        trips at once.
         """
-        self._tripped = []
-        beyond = {}
-        for name, value in _watched(numbers, best).items():
+        watched = {"kl": numbers.get("kl/mean"), "grad_norm": numbers.get("grad/norm")}
+        if "entropy/gap" in numbers:
+            watched["entropy_gap"] = abs(numbers["entropy/gap"])
+        if best and "validation/score" in numbers:
+            watched["validation_drop"] = best.score - numbers["validation/score"]
+        self._tripped, beyond = [], {}
+        for name, value in watched.items():
             threshold = getattr(self._settings, name)
-            if threshold is None:
+            if threshold is None or value is None:
                 continue
-            wire = PREFIX + name
-            count = self.counters.get(wire, 0) + 1 if value > threshold else 0
-            self.counters[wire] = count
+            count = self.counters.get(PREFIX + name, 0) + 1 if value > threshold else 0
+            self.counters[PREFIX + name] = count
             if count == (1 if name == "validation_drop" else self._settings.steps):
-                self._tripped.append(self._says(name, value, threshold, best))
+                self._tripped.append(self._message(name, value, threshold, best))
             if count:
                 beyond[f"tripwires/{name}"] = float(count)
         return beyond
@@ -132,57 +174,73 @@ class Tripwires:
             raise DivergedError("; ".join(self._tripped))
         return self._tripped
 
-    def _says(self, name: str, value: float, threshold: float, best: Best | None) -> str:
+    def _message(self, name: str, value: float, threshold: float, best: Best | None) -> str:
         held = "" if name == "validation_drop" else f" for {self._settings.steps} steps in a row"
         kept = f" (the best checkpoint is that of step {best.step})" if best else ""
         return (
-            f"tripwire {name}: {WORDS[name].format(value=value)}, above {threshold:g}{held}{kept}; "
-            f"lower optimizer.lr, raise algorithm.beta, or raise {PREFIX}{name}"
+            f"tripwire {name}: {MESSAGES[name].format(value=value)}, above {threshold:g}"
+            f"{held}{kept}; lower optimizer.lr, raise algorithm.beta, or raise {PREFIX}{name}"
         )
 
 
-def _watched(numbers: Mapping[str, float], best: Best | None) -> dict[str, float]:
-    """The numbers by wire; one that the step does not have is left out, and its count stays."""
-    watched = {
-        "entropy_gap": abs(numbers["entropy/gap"]) if "entropy/gap" in numbers else None,
-        "kl": numbers.get("kl/mean"),
-        "grad_norm": numbers.get("grad/norm"),
-        "validation_drop": best.score - numbers["validation/score"]
-        if best and "validation/score" in numbers
-        else None,
-    }
-    return {name: value for name, value in watched.items() if value is not None}
+class Liveness:
+    """Stops a run that looks healthy but no longer learns: counts the signs of it, step by step."""
+
+    def __init__(self, settings: LivenessConfig, counters: Mapping[str, int] | None = None) -> None:
+        self._settings = settings
+        self.counters: dict[str, int] = dict(counters or {})
+
+    def check(self, rewards: Rewards, grad_norm: float | None) -> None:
+        """Takes a step into account; raises DivergedError when a sign has held for too long.
+
+        `grad_norm` is None for a step that had nothing to learn from.
+        """
+        rewards_PG = rewards.rewards_PG[rewards.valid_P]
+        equal = len(rewards_PG) > 0 and bool(equal_reward_groups(rewards_PG).all())
+        signs = {
+            "failed_reward_steps": (
+                not rewards.valid_P.all(),
+                f"a reward failed on some group (at last: {_failure(rewards)})",
+            ),
+            # One number for all images is the narrower sign: it is named first.
+            "constant_reward_steps": (
+                equal and bool(rewards_PG.max() == rewards_PG.min()),
+                "every image had the same reward",
+            ),
+            "equal_reward_steps": (equal, "all rewards of every group were equal"),
+            "zero_gradient_steps": (grad_norm == 0, "the gradient was exactly 0"),
+        }
+        for name, (seen, message) in signs.items():
+            limit = getattr(self._settings, name)
+            self.counters[name] = self.counters.get(name, 0) + 1 if seen else 0
+            if limit and self.counters[name] >= limit:
+                raise DivergedError(
+                    f"for {limit} steps in a row {message}; mend the cause, or raise "
+                    f"liveness.{name}"
+                )
 
 
-# Drift from the reference on a fixed set of its own samples.
-#
-# The entropy of a step's own samples moves with its prompts; on a fixed set it moves with the
-# policy
-# alone. The divergence is exact: the sum over the whole codebook at every token.
-#
-# Shape suffixes: N completions, T image tokens, R rows of a chunk, W width of a row, V codebook
-# size.
-
-
-@dataclass(frozen=True)
-class Drift:
-    """Means over all tokens of the probe set, nats."""
-
-    kl: float
-    """KL(policy || reference)."""
-    entropy: float
-    """Entropy of the policy minus that of the reference."""
+def _failure(rewards: Rewards) -> str:
+    """The reason of a group that left the step; empty where none did."""
+    lost = (~rewards.valid_P).nonzero().flatten().tolist()
+    return rewards.reasons[lost[0] * rewards.rewards_PG.shape[1]] if lost else ""
 
 
 @torch.no_grad()
 def measure_drift(
     policy: Policy, reference: Policy, batch: MicroBatch, precision: Precision
-) -> Drift:
-    """How far the policy has moved, on samples of the reference, under the scored distribution."""
+) -> dict[str, float]:
+    """How far the policy has moved, on samples of the reference, under the scored distribution:
+    probe/kl, KL(policy || reference), and probe/entropy_drift, in nats, means over all tokens.
 
-    def head(model: Policy, rows_RW: Tensor) -> Tensor:
+    A step's own samples move with its prompts; these stay. The divergence is exact: the sum over
+    the codebook at every token.
+    """
+
+    def logits(model: Policy, rows_RW: Tensor) -> Tensor:
         return precision.scoring.logits(model.head, rows_RW).float()
 
+    kl, entropy = [], []
     with policy.gathered(), reference.gathered():
         states = [
             model.states(
@@ -194,91 +252,11 @@ def measure_drift(
             ).flatten(0, 1)
             for model in (policy, reference)
         ]
-        kl, entropy = [], []
         for rows in zip(*(s.split(precision.logprob_rows) for s in states), strict=True):
-            logits_RV, ref_logits_RV = head(policy, rows[0]), head(reference, rows[1])
+            logits_RV, ref_logits_RV = logits(policy, rows[0]), logits(reference, rows[1])
             kl.append(exact_kl(logits_RV, ref_logits_RV))
             entropy.append(token_entropy(logits_RV) - token_entropy(ref_logits_RV))
-    return Drift(torch.cat(kl).mean().item(), torch.cat(entropy).mean().item())
-
-
-# Held-out validation: a benchmark in small, scored while a run trains, to keep its best policy.
-
-
-@dataclass(frozen=True)
-class Best:
-    """The best validation of a run so far."""
-
-    step: int
-    """Steps done when it was scored: the number of its checkpoint."""
-    score: float
-
-
-def score_validation(
-    engine: Engine, settings: EvaluationConfig, *, guidance_scale: float
-) -> dict[str, float]:
-    """Scores the weights of the engine's last reload: every measure's overall mean.
-
-    validation/score is the measure that decides, the first one the benchmark prints by task.
-    `guidance_scale` is that of the rollout, for an evaluation that names none.
-    """
-    own = settings.guidance_scale
-    setup = Setup(
-        settings.benchmark,
-        settings.validation_images_per_task,
-        guidance_scale if own is None else own,
-        settings.validation_seed,
-        engine.dtype,
-    )
-    benchmark = BENCHMARKS[settings.benchmark]
-    results = benchmark.run(engine.policy, setup, name="validation", engine=engine)
-    numbers = {f"validation/{name}": results.summary(name).overall.mean for name in results.scores}
-    return numbers | {"validation/score": numbers[f"validation/{results.by_task[0]}"]}
-
-
-def best_of(best: Best | None, new: Best) -> Best:
-    """The better one of the best so far and a new validation; of equals, the earlier."""
-    return new if best is None or new.score > best.score else best
-
-
-class Liveness:
-    """Stops a run that looks healthy but no longer learns: counts the signs of it, step by step."""
-
-    def __init__(self, settings: LivenessConfig, counters: Mapping[str, int] | None = None) -> None:
-        self._settings = settings
-        self.counters: dict[str, int] = dict(counters or {})
-
-    def check(self, judged: Rewards, grad_norm: float | None) -> None:
-        """Takes a step into account; raises DivergedError when a sign has held for too long.
-
-        `grad_norm` is None for a step that had nothing to learn from.
-        """
-        rewards_PG = judged.rewards_PG[judged.valid_P]
-        equal = len(rewards_PG) > 0 and bool(equal_reward_groups(rewards_PG).all())
-        signs = {
-            "failed_reward_steps": (
-                not judged.valid_P.all(),
-                f"a reward failed on some group (at last: {_failure(judged)})",
-            ),
-            # One number for all images is the narrower sign: it is named first.
-            "constant_reward_steps": (
-                equal and bool(rewards_PG.max() == rewards_PG.min()),
-                "every image had the same reward",
-            ),
-            "equal_reward_steps": (equal, "all rewards of every group were equal"),
-            "zero_gradient_steps": (grad_norm == 0, "the gradient was exactly 0"),
-        }
-        for name, (seen, words) in signs.items():
-            limit = getattr(self._settings, name)
-            self.counters[name] = self.counters.get(name, 0) + 1 if seen else 0
-            if limit and self.counters[name] >= limit:
-                raise DivergedError(
-                    f"for {limit} steps in a row {words}; mend the cause, or raise liveness.{name}"
-                )
-
-
-def _failure(judged: Rewards) -> str:
-    """The reason of a group that left the step; empty where none did."""
-    group_size = len(judged.reasons) // len(judged.valid_P)
-    lost = (~judged.valid_P).nonzero().flatten().tolist()
-    return judged.reasons[lost[0] * group_size] if lost else ""
+    return {
+        "probe/kl": torch.cat(kl).mean().item(),
+        "probe/entropy_drift": torch.cat(entropy).mean().item(),
+    }

@@ -26,22 +26,18 @@ def build_optimizer(
         "weight_decay": settings.weight_decay,
     }
     if settings.kind == "adamw_8bit":
-        return _adamw_8bit()(parameters, **options)
+        try:
+            from torchao.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise RecipeError(
+                "optimizer.kind: adamw_8bit needs torchao, which is not installed; pip install "
+                "'stage-rl[8bit]', or write adamw"
+            ) from error
+        return AdamW8bit(parameters, **options)
     # On a GPU the fused form takes no memory of its own; torch's default there, for each operation
     # over all parameters at once, holds a copy of them.
     fused = all(parameter.is_cuda for parameter in parameters)
     return torch.optim.AdamW(parameters, fused=fused or None, **options)
-
-
-def _adamw_8bit() -> type[torch.optim.Optimizer]:
-    try:
-        from torchao.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise RecipeError(
-            "optimizer.kind: adamw_8bit needs torchao, which is not installed; pip install "
-            "'stage-rl[8bit]', or write adamw"
-        ) from error
-    return AdamW8bit
 
 
 def learning_rate(

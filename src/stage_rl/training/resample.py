@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -34,13 +33,11 @@ class Resampled(NamedTuple):
     rollout: Rollout
     rewards: Rewards
     numbers: dict[str, float]
-    """Metrics of what was drawn and what the first draws said."""
+    """Metrics of what was drawn and what the rewards said of the first draws."""
 
 
-def resample(
-    trainer: Trainer, rollout: Rollout, verdict: Future[Rewards], *, step: int
-) -> tuple[Rollout, Future[Rewards], dict[str, float]]:
-    """The rollout that a step learns from, its verdict (already there), metrics of the draws."""
+def resample(trainer: Trainer, rollout: Rollout, rewards: Rewards, *, step: int) -> Resampled:
+    """`resample_groups` of this rank's part of a step; all ranks call it."""
 
     def draw(prompts: Sequence[Prompt], key: int) -> Rollout:
         trainer.ranks.any_of(len(prompts))
@@ -48,7 +45,7 @@ def resample(
 
     resampled = resample_groups(
         rollout,
-        verdict.result(),
+        rewards,
         step=step,
         cap=trainer.recipe.rollout.resample_equal_groups,
         draw=draw,
@@ -57,14 +54,12 @@ def resample(
     # A draw gathers shards of all ranks: those that need no more draw along with the others.
     while trainer.ranks.any_of(None):
         trainer.sample(trainer.engine, rollout.prompts[:1], step=step, group_size=1)
-    judged: Future[Rewards] = Future()
-    judged.set_result(resampled.rewards)
-    return resampled.rollout, judged, resampled.numbers
+    return resampled
 
 
 def resample_groups(
     rollout: Rollout,
-    judged: Rewards,
+    rewards: Rewards,
     *,
     step: int,
     cap: int,
@@ -76,83 +71,72 @@ def resample_groups(
     A group is replaced by its first draw whose rewards differ. Where none does, and where a reward
     fails on a new draw, the first draw stays. Groups that left the step are not drawn again.
     """
-    first, num_drawn = judged, 0
+    first, num_drawn = rewards, 0
     for attempt in range(1, cap + 1):
-        places = _equal_places(judged)
+        equal_P = equal_reward_groups(rewards.rewards_PG) & rewards.valid_P
+        places = equal_P.nonzero().flatten().tolist()
         if not places:
             break
         num_drawn += len(places)
         prompts = tuple(rollout.prompts[place] for place in places)
         again = draw(prompts, step + attempt * ATTEMPT_STRIDE)
-        verdict = score(again)
-        differs_P = verdict.valid_P & ~equal_reward_groups(verdict.rewards_PG)
-        taken = [(place, new) for new, place in enumerate(places) if differs_P[new]]
-        rollout = _with_groups(rollout, again, taken)
-        judged = _with_verdicts(judged, verdict, taken, rollout.group_size)
+        scored = score(again)
+        differs_P = scored.valid_P & ~equal_reward_groups(scored.rewards_PG)
+        moves = [(place, new) for new, place in enumerate(places) if differs_P[new]]
+        rollout = _with_groups(rollout, again, moves)
+        rewards = _with_rewards(rewards, scored, moves)
     numbers = {"resample/groups": float(num_drawn)}
     if first.valid_P.any():
         rewards_PG = first.rewards_PG[first.valid_P]
+        equal_P = equal_reward_groups(rewards_PG)
         numbers["resample/first_reward"] = rewards_PG.mean().item()
-        numbers["resample/first_equal_groups"] = (
-            equal_reward_groups(rewards_PG).float().mean().item()
-        )
-    return Resampled(rollout, judged, numbers)
+        numbers["resample/first_equal_groups"] = equal_P.float().mean().item()
+    return Resampled(rollout, rewards, numbers)
 
 
-def _equal_places(judged: Rewards) -> list[int]:
-    equal_P = equal_reward_groups(judged.rewards_PG) & judged.valid_P
-    return equal_P.nonzero().flatten().tolist()
+Moves = Sequence[tuple[int, int]]
+"""(place, new): group `new` of the later draw takes the place of group `place`."""
 
 
-def _with_groups(rollout: Rollout, again: Rollout, taken: Sequence[tuple[int, int]]) -> Rollout:
-    """The rollout with group `new` of another in each `place`."""
-    size = rollout.group_size
-
-    def mixed(values: Tensor | None, others: Tensor | None) -> Tensor | None:
-        if values is None or others is None:
-            return values
-        values = values.clone()
-        for place, new in taken:
-            values[place * size : (place + 1) * size] = others[new * size : (new + 1) * size]
-        return values
-
-    tokens_NT, images_NHWC = (
-        mixed(getattr(rollout, name), getattr(again, name)) for name in ("tokens_NT", "images_NHWC")
-    )
-    assert tokens_NT is not None
-    assert images_NHWC is not None
+def _with_groups(rollout: Rollout, again: Rollout, moves: Moves) -> Rollout:
+    names = ("tokens_NT", "images_NHWC", "logprobs_NT", "guided_logprobs_NT", "entropy_NT")
+    pairs = {name: (getattr(rollout, name), getattr(again, name)) for name in names}
     return replace(
         rollout,
-        tokens_NT=tokens_NT,
-        images_NHWC=images_NHWC,
-        logprobs_NT=mixed(rollout.logprobs_NT, again.logprobs_NT),
-        guided_logprobs_NT=mixed(rollout.guided_logprobs_NT, again.guided_logprobs_NT),
-        entropy_NT=mixed(rollout.entropy_NT, again.entropy_NT),
+        **{
+            name: _moved(values, others, moves, rows=rollout.group_size)
+            for name, (values, others) in pairs.items()
+            if values is not None and others is not None
+        },
     )
 
 
-def _with_verdicts(
-    judged: Rewards, verdict: Rewards, taken: Sequence[tuple[int, int]], size: int
-) -> Rewards:
-    rewards_PG, reasons = judged.rewards_PG.clone(), list(judged.reasons)
-    for place, new in taken:
-        rewards_PG[place] = verdict.rewards_PG[new]
-        reasons[place * size : (place + 1) * size] = verdict.reasons[new * size : (new + 1) * size]
-    columns = _columns(judged.columns, verdict.columns, taken, rewards_PG)
-    return Rewards(rewards_PG, judged.valid_P, columns, tuple(reasons))
+def _with_rewards(rewards: Rewards, again: Rewards, moves: Moves) -> Rewards:
+    size = rewards.rewards_PG.shape[1]
+    reasons = list(rewards.reasons)
+    for place, new in moves:
+        reasons[place * size : (place + 1) * size] = again.reasons[new * size : (new + 1) * size]
+    return replace(
+        rewards,
+        rewards_PG=_moved(rewards.rewards_PG, again.rewards_PG, moves),
+        columns=_moved_columns(rewards, again, moves),
+        reasons=tuple(reasons),
+    )
 
 
-def _columns(
-    columns: Mapping[str, Tensor],
-    others: Mapping[str, Tensor],
-    taken: Sequence[tuple[int, int]],
-    like_PG: Tensor,
-) -> dict[str, Tensor]:
-    """Both judgements' columns; a part of a score may be in one of them alone, then NaN."""
-    nothing_PG = torch.full_like(like_PG, math.nan)
-    mixed = {}
-    for name in dict.fromkeys([*columns, *others]):
-        mixed[name] = columns.get(name, nothing_PG).clone()
-        for place, new in taken:
-            mixed[name][place] = others[name][new] if name in others else math.nan
-    return mixed
+def _moved_columns(rewards: Rewards, again: Rewards, moves: Moves) -> Mapping[str, Tensor]:
+    """The columns of both; a part of a score may be in one of them alone, then NaN."""
+    nothing_PG = torch.full_like(rewards.rewards_PG, math.nan)
+    none_PG = torch.full_like(again.rewards_PG, math.nan)
+    return {
+        name: _moved(rewards.columns.get(name, nothing_PG), again.columns.get(name, none_PG), moves)
+        for name in dict.fromkeys([*rewards.columns, *again.columns])
+    }
+
+
+def _moved(values: Tensor, others: Tensor, moves: Moves, *, rows: int = 1) -> Tensor:
+    """The values with `rows` rows for each group that moves."""
+    values = values.clone()
+    for place, new in moves:
+        values[place * rows : (place + 1) * rows] = others[new * rows : (new + 1) * rows]
+    return values

@@ -1,17 +1,17 @@
-"""Measure and learn: from a judged rollout to one or more updates of the policy.
+"""Measure, credit, learn: from a rollout and its rewards to one or more updates of the policy.
 
-Everything runs micro-batch by micro-batch, each of whole groups. A group's advantages need its own
-samples only, so with one update per rollout the forward pass that measures also learns.
+Everything runs micro-batch by micro-batch, each of whole groups. A group's credit needs its own
+samples only, so the forward pass that measures the policy is the one that the first update learns
+from.
 
-Shape suffixes: P prompts, G group, N = P x G completions, T image tokens, W width of a head's row.
+Shape suffixes: P prompts, G group, N = P x G completions, T image tokens.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from stage_rl.errors import DivergedError
 from stage_rl.policies.base import Policy
 from stage_rl.policies.logprobs import CONDITIONAL, Scoring
 from stage_rl.recipe import AlgorithmConfig
+from stage_rl.settings import resolve
+from stage_rl.training.credit import TokenCredit, TokenInputs, token_credit, with_entropy_bonus
+from stage_rl.training.loss import LossInputs, policy_loss
 from stage_rl.training.optim import apply_gradient
 from stage_rl.types import Measured, Prompt, Rewards, Rollout
 
@@ -51,30 +54,71 @@ class Update:
     max_grad_norm: float | None
 
 
-class Losses(NamedTuple):
-    """The loss of an update and its parts, scalars; total = policy + kl + entropy."""
-
-    total: Tensor
-    policy: Tensor
-    kl: Tensor
-    entropy: Tensor
-    """The penalty of equations 13 and 14; 0 where the recipe has none."""
-    clip_fraction: Tensor
-    mean_kl: Tensor
-    """k3 estimate per token, without beta and weight."""
-
-
 @dataclass(frozen=True)
 class UpdateStats:
-    """What a step did, for metrics and logs; without gradient."""
+    """What the updates of a step did, without gradient."""
 
     measured: Measured
     """Under the policy before the first update."""
-    credits: tuple[Credit, ...]
+    credits: tuple[TokenCredit, ...]
     """Of each micro-batch."""
-    losses: Losses
-    """Of the last update, over all micro-batches."""
+    losses: Mapping[str, Tensor]
+    """Of the last update, scalars by metric name, over all micro-batches."""
     grad_norm: float
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Some whole groups of a rollout."""
+
+    groups: slice
+    """Their places among the groups of the step, which may be spread over ranks."""
+    prompts: tuple[Prompt, ...]
+    group_size: int
+    tokens_NT: Tensor
+    sampler_logprobs_NT: Tensor | None = None
+    """Conditional log-probabilities by the sampler; None for a rollout without them."""
+    sampler_guided_logprobs_NT: Tensor | None = None
+    """Those of the distribution that was sampled from."""
+
+    def sampler_logprobs_of(self, logprobs: str) -> Tensor | None:
+        """The sampler's under the distribution that `algorithm.logprobs` names."""
+        conditional = logprobs == "conditional"
+        return self.sampler_logprobs_NT if conditional else self.sampler_guided_logprobs_NT
+
+    def by_group(self, values_NT: Tensor) -> Tensor:
+        """NT -> PGT."""
+        return values_NT.view(len(self.prompts), self.group_size, -1)
+
+
+def micro_batches(
+    rollout: Rollout,
+    groups_per_microbatch: int | None,
+    device: torch.device,
+    *,
+    first_group: int = 0,
+) -> Iterator[MicroBatch]:
+    """A rollout in pieces of at most `groups_per_microbatch` groups (None: one piece).
+
+    `first_group` is the place of the rollout's first group in the step.
+    """
+    num_groups, size = len(rollout.prompts), rollout.group_size
+    stride = groups_per_microbatch or num_groups
+    for first in range(0, num_groups, stride):
+        last = min(num_groups, first + stride)
+        rows = slice(first * size, last * size)
+        logprobs, guided = (
+            None if values is None else values[rows].to(device)
+            for values in (rollout.logprobs_NT, rollout.guided_logprobs_NT)
+        )
+        yield MicroBatch(
+            slice(first_group + first, first_group + last),
+            rollout.prompts[first:last],
+            size,
+            rollout.tokens_NT[rows].to(device),
+            logprobs,
+            guided,
+        )
 
 
 def measure(
@@ -97,12 +141,23 @@ def measure(
     return Measured(logprobs_NT, entropy_NT)
 
 
+def _as_bf16(values: Tensor) -> Tensor:
+    """Rounded to what bf16 holds; the gradient passes."""
+    return values + (values.detach().bfloat16().to(values.dtype) - values.detach())
+
+
+@torch.no_grad()
 def measure_all(
     policy: Policy, batches: Sequence[MicroBatch], precision: Precision
 ) -> list[Measured]:
     """`measure` without gradient, for the reference."""
-    with torch.no_grad():
-        return [measure(policy, batch, precision) for batch in batches]
+    return [measure(policy, batch, precision) for batch in batches]
+
+
+def measure_to_learn(policy: Policy, batch: MicroBatch, update: Update) -> Measured:
+    """`measure` with the gradients that the update needs."""
+    penalized = update.settings.entropy.mode == "loss"
+    return measure(policy, batch, update.precision, entropy_grad=penalized)
 
 
 def learn(
@@ -110,342 +165,171 @@ def learn(
     optimizer: torch.optim.Optimizer,
     batches: Sequence[MicroBatch],
     *,
-    verdict: Callable[[], Rewards],
+    first: Measured,
+    rewards: Rewards,
     reference: Sequence[Measured],
     update: Update,
-) -> UpdateStats | None:
-    """One or more updates on a rollout; None where no group was judged. The old policy is the one
-    of the first pass.
+) -> UpdateStats:
+    """One or more updates on a rollout. The old policy is the one before the first of them.
 
-    `verdict` is asked for after the forward pass of the first micro-batch, behind which a reward
-    may hide. A loss or gradient that is not finite is a DivergedError.
+    `first` is `measure_to_learn` of the first micro-batch: the caller asks for it, because the
+    rewards may be waited for behind it. At least one group is valid. A loss or gradient that is not
+    finite is a DivergedError.
     """
-    first = _FirstPass([], [], [_measure_to_learn(policy, batches[0], update)])
-    judged = verdict()
-    if not judged.valid_P.any():
-        return None
-
-    def one_update() -> tuple[Losses, Tensor]:
-        losses = _backward(
-            policy, batches, judged=judged, reference=reference, update=update, first=first
-        )
-        return losses, apply_gradient(
-            optimizer, rate=update.rate, max_grad_norm=update.max_grad_norm
-        )
-
+    num_valid = int(rewards.valid_P.sum())
+    passes = chain([first], (measure_to_learn(policy, batch, update) for batch in batches[1:]))
+    old, credits, losses = [], [], []
     try:
-        losses, norm = one_update()
+        for batch, now, ref in zip(batches, passes, reference, strict=True):
+            old.append(Measured(now.logprobs_NT.detach(), now.entropy_NT.detach()))
+            credits.append(credit_tokens(policy, batch, old[-1], ref, rewards, update))
+            loss = batch_losses(batch, now, old[-1], ref, credits[-1], update.settings)
+            losses.append(_backward(loss, batch, num_valid))
+        norm = apply_gradient(optimizer, rate=update.rate, max_grad_norm=update.max_grad_norm)
     except DivergedError as error:
         raise DivergedError(f"{error}; the parameters were left as they were") from error
+
     for _ in range(update.num_updates - 1):
-        losses, norm = one_update()
+        losses = []
+        for batch, *known in zip(batches, old, reference, credits, strict=True):
+            now = measure_to_learn(policy, batch, update)
+            loss = batch_losses(batch, now, *known, update.settings)
+            losses.append(_backward(loss, batch, num_valid))
+        norm = apply_gradient(optimizer, rate=update.rate, max_grad_norm=update.max_grad_norm)
+
     return UpdateStats(
-        measured=first.measured(),
-        credits=tuple(first.credits),
-        losses=losses,
+        measured=Measured(
+            torch.cat([measured.logprobs_NT for measured in old]),
+            torch.cat([measured.entropy_NT for measured in old]),
+        ),
+        credits=tuple(credits),
+        losses={name: torch.stack([part[name] for part in losses]).sum() for name in losses[0]},
         grad_norm=norm.item(),
     )
 
 
-class _FirstPass(NamedTuple):
-    """What the first pass leaves for all, by micro-batch."""
-
-    old: list[Measured]
-    credits: list[Credit]
-    begun: list[Measured]
-    """Of the first micro-batch, with gradient, until it is learned from."""
-
-    def measured(self) -> Measured:
-        """All micro-batches in one."""
-        logprobs = [measured.logprobs_NT for measured in self.old]
-        return Measured(torch.cat(logprobs), torch.cat([part.entropy_NT for part in self.old]))
-
-
-def _measure_to_learn(policy: Policy, batch: MicroBatch, update: Update) -> Measured:
-    penalized = update.settings.entropy.mode == "loss"
-    return measure(policy, batch, update.precision, entropy_grad=penalized)
-
-
-def _backward(
-    policy: Policy,
-    batches: Sequence[MicroBatch],
-    *,
-    judged: Rewards,
-    reference: Sequence[Measured],
-    update: Update,
-    first: _FirstPass,
-) -> Losses:
-    """The losses and their gradient, summed over the micro-batches; fills `first` once."""
-    num_kept, settings = int(judged.valid_P.sum()), update.settings
-    parts: list[Losses] = []
-    for index, (batch, ref) in enumerate(zip(batches, reference, strict=True)):
-        now = first.begun.pop() if first.begun else _measure_to_learn(policy, batch, update)
-        if len(first.old) == index:
-            first.old.append(Measured(now.logprobs_NT.detach(), now.entropy_NT.detach()))
-            first.credits.append(_credit(policy, batch, first.old[index], ref, judged, settings))
-        losses = _losses(batch, now, first.old[index], ref, first.credits[index], settings)
-        _check_finite(losses, batch)
-        # A group that left the step counts in the batch's mean, as 0, but not in num_kept.
-        share = len(batch.prompts) / num_kept
-        (losses.total * share).backward()
-        parts.append(Losses(*(value.detach() * share for value in losses)))
-    return Losses(*(torch.stack(values).sum() for values in zip(*parts, strict=True)))
-
-
-def _credit(
+@torch.no_grad()
+def credit_tokens(
     policy: Policy,
     batch: MicroBatch,
     old: Measured,
     ref: Measured,
-    judged: Rewards,
-    settings: AlgorithmConfig,
-) -> Credit:
+    rewards: Rewards,
+    update: Update,
+) -> TokenCredit:
+    """From rewards to what each token of a micro-batch is credited with: advantages (equations 2,
+    11 and 12), the recipe's token credit, importance weights.
+    """
+    settings, by_group = update.settings, batch.by_group
     device = old.logprobs_NT.device
+    function = resolve("credit", settings.credit)
+    summed_PG = rewards.rewards_PG[batch.groups].to(device)
+    entropy_PGT, ref_entropy_PGT = by_group(old.entropy_NT), by_group(ref.entropy_NT)
+    rewards_PG = with_entropy_bonus(summed_PG, entropy_PGT, ref_entropy_PGT, settings.entropy)
     with policy.gathered():
         codes_NTC = policy.codes(batch.tokens_NT)
-    credits = credit(
-        judged.rewards_PG[batch.groups].to(device),
-        valid_P=judged.valid_P[batch.groups].to(device),
-        entropy_PG=algorithm.completion_entropy(batch.by_group(old.entropy_NT)),
-        ref_entropy_PG=algorithm.completion_entropy(batch.by_group(ref.entropy_NT)),
+    inputs = TokenInputs(
+        advantages_PG=algorithm.group_advantages(
+            rewards_PG, settings.advantage_eps, settings.advantage_std_floor
+        ),
+        rewards_PG=rewards_PG,
+        scores={name: c_PG[batch.groups].to(device) for name, c_PG in rewards.columns.items()},
+        valid_P=rewards.valid_P[batch.groups].to(device, rewards_PG.dtype),
+        equal_P=algorithm.equal_reward_groups(summed_PG),
         codes_PGTC=codes_NTC.view(len(batch.prompts), batch.group_size, *codes_NTC.shape[1:]),
-        settings=settings,
+        grid=policy.layout.grid,
+        vocab=policy.codebook_size,
+        logprobs_PGT=by_group(old.logprobs_NT),
+        ref_logprobs_PGT=by_group(ref.logprobs_NT),
+        entropy_PGT=entropy_PGT,
+        ref_entropy_PGT=ref_entropy_PGT,
+        **_needed_logprobs(policy, batch, old, getattr(function, "needs", ()), update.precision),
     )
+    credit = token_credit(function, inputs, settings)
     if settings.importance_sampling == "none":
-        return credits
+        return credit
     sampler_NT = batch.sampler_logprobs_of(settings.logprobs)
     assert sampler_NT is not None, "the rollout holds no log-probabilities of the sampler"
-    return importance_weighted(
-        credits,
-        batch.by_group(old.logprobs_NT),
-        batch.by_group(sampler_NT),
-        cap=settings.importance_cap,
+    # The policy term is linear in the advantage and a weight is above 0, so that term is weighted.
+    weight_PGT = algorithm.truncated_importance(
+        inputs.logprobs_PGT, by_group(sampler_NT), settings.importance_cap
     )
+    return replace(credit, advantages_PGT=credit.advantages_PGT * weight_PGT)
 
 
-def _losses(
+def _needed_logprobs(
+    policy: Policy, batch: MicroBatch, old: Measured, needs: Sequence[str], precision: Precision
+) -> dict[str, Tensor]:
+    """What a credit function asks for beyond the record, PGT by the field of TokenInputs."""
+    # Guided logits of scale 0 are the unconditional ones.
+    scorings = {"conditional": CONDITIONAL, "unconditional": Scoring("guided_detached", 0.0)}
+    found = {}
+    for name in needs:
+        measured = old
+        if scorings[name] != precision.scoring:
+            measured = measure(policy, batch, replace(precision, scoring=scorings[name]))
+        field = f"{name.removesuffix('itional')}_logprobs_PGT"
+        found[field] = batch.by_group(measured.logprobs_NT)
+    return found
+
+
+def batch_losses(
     batch: MicroBatch,
     now: Measured,
     old: Measured,
     ref: Measured,
-    weights: Credit,
+    credit: TokenCredit,
     settings: AlgorithmConfig,
-) -> Losses:
-    logprobs_PGT = batch.by_group(now.logprobs_NT)
-    # With clip an infinity, equation 3 is the released code's exp(logp - logp.detach()) x A.
-    clip = settings.clip if settings.ratio == "clipped" else math.inf
-    kl_PGT = algorithm.token_kl(logprobs_PGT, batch.by_group(ref.logprobs_NT))
-    grpo = algorithm.grpo_loss(
-        algorithm.importance_ratio(logprobs_PGT, batch.by_group(old.logprobs_NT)),
-        weights.advantages_PGT,
-        kl_PGT,
-        clip=clip,
-        clip_high=settings.clip_high if settings.ratio == "clipped" else None,
-        beta=settings.beta * weights.kl_weight_PGT,
+) -> dict[str, Tensor]:
+    """The losses of a micro-batch by metric name, means over its tokens; loss/total has the
+    gradient. loss/entropy is the penalty of equations 13 and 14, 0 where the recipe has none.
+    """
+    logprobs_PGT, ref_logprobs_PGT = (
+        batch.by_group(now.logprobs_NT),
+        batch.by_group(ref.logprobs_NT),
     )
+    sampler_NT = batch.sampler_logprobs_of(settings.logprobs)
+    inputs = LossInputs(
+        logprobs_PGT,
+        old_logprobs_PGT=batch.by_group(old.logprobs_NT),
+        ref_logprobs_PGT=ref_logprobs_PGT,
+        sampler_logprobs_PGT=None if sampler_NT is None else batch.by_group(sampler_NT),
+        advantages_PGT=credit.advantages_PGT,
+        beta_PGT=settings.beta * credit.kl_weight_PGT,
+        valid_P=credit.valid_P,
+    )
+    loss = policy_loss(resolve("loss", settings.loss), inputs, settings)
     penalty = logprobs_PGT.new_zeros(())
     if settings.entropy.mode == "loss":
-        valid_P1 = weights.valid_P[:, None]
         entropy_PG, ref_entropy_PG = (
-            algorithm.completion_entropy(batch.by_group(measured.entropy_NT)) * valid_P1
-            for measured in (now, ref)
+            algorithm.completion_entropy(batch.by_group(m.entropy_NT)) * credit.valid_P[:, None]
+            for m in (now, ref)
         )
         penalty = algorithm.entropy_penalty(
             entropy_PG, ref_entropy_PG, settings.entropy.penalty_scale
         )
-    return Losses(
-        total=grpo.total + penalty,
-        policy=grpo.policy,
-        kl=grpo.kl,
-        entropy=penalty,
-        clip_fraction=grpo.clip_fraction,
-        mean_kl=(kl_PGT * weights.valid_P[:, None, None]).mean(),
-    )
+    kl_PGT = algorithm.token_kl(logprobs_PGT.detach(), ref_logprobs_PGT)
+    return {
+        **loss.metrics,
+        "kl/mean": (kl_PGT * credit.valid_P[:, None, None]).mean(),
+        "loss/total": loss.total + penalty,
+        "loss/policy": loss.policy,
+        "loss/kl": loss.kl,
+        "loss/entropy": penalty,
+    }
 
 
-def _check_finite(losses: Losses, batch: MicroBatch) -> None:
-    for name in ("policy", "kl", "entropy"):
-        value = getattr(losses, name)
+def _backward(losses: Mapping[str, Tensor], batch: MicroBatch, num_valid: int) -> dict[str, Tensor]:
+    """Adds a micro-batch's gradient to that of the step; its share of the step's losses."""
+    for name in ("policy", "kl", "entropy", "total"):
+        value = losses[f"loss/{name}"]
         if not value.isfinite():
             texts = ", ".join(f"'{prompt.text}'" for prompt in batch.prompts[:2])
             raise DivergedError(
                 f"the {name} loss is {value.item()} (prompts {texts}); lower optimizer.lr, or "
                 "raise algorithm.beta"
             )
-
-
-def _as_bf16(values: Tensor) -> Tensor:
-    """Rounded to what bf16 holds; the gradient passes."""
-    return values + (values.detach().bfloat16().to(values.dtype) - values.detach())
-
-
-# A rollout in pieces of whole groups.
-#
-# Shape suffixes: P prompts, G group, N = P x G completions, T image tokens.
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Some whole groups of a rollout."""
-
-    groups: slice
-    """Their places among the groups of the step, which may be spread over ranks."""
-    prompts: tuple[Prompt, ...]
-    group_size: int
-    tokens_NT: Tensor
-    sampler_logprobs_NT: Tensor | None = None
-    """Conditional log-probabilities by the sampler; None for a rollout without them."""
-    sampler_guided_logprobs_NT: Tensor | None = None
-    """Those of the distribution that was sampled from."""
-
-    def sampler_logprobs_of(self, logprobs: str) -> Tensor | None:
-        """The sampler's under the distribution that `algorithm.logprobs` names."""
-        conditional = logprobs == "conditional"
-        return self.sampler_logprobs_NT if conditional else self.sampler_guided_logprobs_NT
-
-    def first_images(self, number: int) -> MicroBatch | None:
-        """The first images of the first group, at most all of it; None for no image."""
-        size = min(number, self.group_size)
-        if size == 0:
-            return None
-        tokens, logprobs, guided = (
-            None if values is None else values[:size]
-            for values in (
-                self.tokens_NT,
-                self.sampler_logprobs_NT,
-                self.sampler_guided_logprobs_NT,
-            )
-        )
-        assert tokens is not None
-        return MicroBatch(slice(0, 1), self.prompts[:1], size, tokens, logprobs, guided)
-
-    def by_group(self, values_NT: Tensor) -> Tensor:
-        """NT -> PGT."""
-        return values_NT.view(len(self.prompts), self.group_size, -1)
-
-
-def micro_batches(
-    rollout: Rollout,
-    groups_per_microbatch: int | None,
-    device: torch.device,
-    *,
-    first_group: int = 0,
-) -> Iterator[MicroBatch]:
-    """A rollout in pieces of at most `groups_per_microbatch` groups (None: one piece).
-
-    `first_group` is the place of the rollout's first group in the step.
-    """
-    num_groups, size = len(rollout.prompts), rollout.group_size
-    for first in range(0, num_groups, groups_per_microbatch or num_groups):
-        last = min(num_groups, first + (groups_per_microbatch or num_groups))
-        tokens, logprobs, guided = (
-            None if values is None else values[first * size : last * size].to(device)
-            for values in (rollout.tokens_NT, rollout.logprobs_NT, rollout.guided_logprobs_NT)
-        )
-        assert tokens is not None
-        yield MicroBatch(
-            slice(first_group + first, first_group + last),
-            rollout.prompts[first:last],
-            size,
-            tokens,
-            logprobs,
-            guided,
-        )
-
-
-# From rewards and entropies to what each token is credited with: equations 2, 5 to 8, 11, 12.
-#
-# Shape suffixes: P prompts, G group, T image tokens, C codebook channels.
-
-
-@dataclass(frozen=True)
-class Credit:
-    """The weights of the loss for some groups; constants, without gradient."""
-
-    rewards_PG: Tensor
-    """With the entropy bonus."""
-    equal_P: Tensor
-    """Groups whose rewards were all equal before the bonus."""
-    valid_P: Tensor
-    """0 for groups that left the step, else 1."""
-    similarity_PGT: Tensor
-    mask_PGT: Tensor
-    """Equation 7; the advantages also carry its normalization, and importance weights if any."""
-    advantages_PGT: Tensor
-    kl_weight_PGT: Tensor
-    """Factor of beta."""
-
-
-def credit(
-    rewards_PG: Tensor,
-    *,
-    valid_P: Tensor,
-    entropy_PG: Tensor,
-    ref_entropy_PG: Tensor,
-    codes_PGTC: Tensor,
-    settings: AlgorithmConfig,
-) -> Credit:
-    """Credits the tokens of whole groups; a group's credit needs nothing of the others."""
-    equal_P = algorithm.equal_reward_groups(rewards_PG)
-    factors = algorithm.equal_group_factors(equal_P, settings.equal_reward_groups)
-    valid_P = valid_P.to(rewards_PG.dtype)
-    rewards_PG = _with_bonus(rewards_PG, entropy_PG, ref_entropy_PG, settings)
-    advantages_PG = algorithm.group_advantages(
-        rewards_PG, settings.advantage_eps, settings.advantage_std_floor
-    )
-    sim_PGT = _similarity(codes_PGTC, advantages_PG, rewards_PG, settings)
-    mask_PGT = factor_PGT = sim_PGT.new_ones(sim_PGT.shape)
-    if settings.reweights_advantages:
-        mask_PGT = factor_PGT = algorithm.advantage_mask(sim_PGT)
-        if settings.mask_normalization == "group_mean":
-            factor_PGT = algorithm.normalize_mask(mask_PGT)
-    weight_PGT = sim_PGT.new_ones(sim_PGT.shape)
-    if settings.weights_kl:
-        kl = settings.kl
-        weight_PGT = algorithm.kl_weight(sim_PGT, kl.a, kl.b, weight_clip=kl.weight_clip)
-    return Credit(
-        rewards_PG=rewards_PG,
-        equal_P=equal_P,
-        valid_P=valid_P,
-        similarity_PGT=sim_PGT,
-        mask_PGT=mask_PGT,
-        advantages_PGT=algorithm.reweight_advantages(
-            advantages_PG * (factors.policy_P * valid_P)[:, None], factor_PGT
-        ),
-        kl_weight_PGT=weight_PGT * (factors.kl_P * valid_P)[:, None, None],
-    )
-
-
-def importance_weighted(
-    credits: Credit, logprobs_PGT: Tensor, sampler_logprobs_PGT: Tensor, *, cap: float
-) -> Credit:
-    """Credits whose advantages are weighted by how much likelier the trainer holds each token.
-
-    The policy term is linear in the advantage and the weight is above 0, so that term is weighted.
-    """
-    weight_PGT = algorithm.truncated_importance(logprobs_PGT, sampler_logprobs_PGT, cap)
-    return replace(credits, advantages_PGT=credits.advantages_PGT * weight_PGT)
-
-
-def _similarity(
-    codes_PGTC: Tensor, advantages_PG: Tensor, rewards_PG: Tensor, settings: AlgorithmConfig
-) -> Tensor:
-    sim_PGT = algorithm.opposing_similarity(
-        codes_PGTC, advantages_PG, self_similarity=settings.self_similarity
-    )
-    if settings.equal_group_similarity is None:
-        return sim_PGT
-    undecided_P = algorithm.equal_reward_groups(rewards_PG)
-    return algorithm.equal_group_similarity(sim_PGT, undecided_P, settings.equal_group_similarity)
-
-
-def _with_bonus(
-    rewards_PG: Tensor, entropy_PG: Tensor, ref_entropy_PG: Tensor, settings: AlgorithmConfig
-) -> Tensor:
-    entropy = settings.entropy
-    if entropy.mode != "reward":
-        return rewards_PG
-    bonus_PG = algorithm.entropy_bonus(entropy_PG, ref_entropy_PG)
-    return algorithm.add_entropy_bonus(
-        rewards_PG, bonus_PG, entropy.scale, scope=entropy.scope, centred=entropy.centred
-    )
+    # A group that left the step counts in the batch's mean, as 0, but not in num_valid.
+    share = len(batch.prompts) / num_valid
+    (losses["loss/total"] * share).backward()
+    return {name: value.detach() * share for name, value in losses.items()}

@@ -1,0 +1,189 @@
+"""Token credit: what each token's advantage and its KL are weighted by.
+
+`algorithm.credit` names a function of this form, a built-in one or `module:function`:
+
+    def mine(inputs: TokenInputs, settings: AlgorithmConfig) -> TokenWeights: ...
+
+It is called with some whole groups at a time and without gradient, and must not depend on which
+groups these are: then micro-batches and processes change no number.
+
+Shape suffixes: P prompts, G group, T image tokens, C codebook channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from stage_rl import algorithm
+from stage_rl.errors import RecipeError
+from stage_rl.recipe import AlgorithmConfig, EntropyConfig
+
+
+@dataclass(frozen=True)
+class TokenInputs:
+    """What is known of some groups when their tokens are credited; constants."""
+
+    advantages_PG: Tensor
+    """Equation 2, of `rewards_PG`."""
+    rewards_PG: Tensor
+    """Summed rewards, with the entropy bonus."""
+    scores: Mapping[str, Tensor]
+    """The rewards one by one, unweighted, PG; NaN where one does not apply."""
+    valid_P: Tensor
+    """0 for groups that left the step, else 1; their weights do not matter."""
+    equal_P: Tensor
+    """Groups whose rewards were all equal before the bonus."""
+    codes_PGTC: Tensor
+    """Codebook vectors of the tokens."""
+    grid: tuple[int, int]
+    """Rows and columns that the tokens lie on, row by row."""
+    vocab: int
+    """Size of the codebook: an entropy is at most ln vocab."""
+    logprobs_PGT: Tensor
+    """Of the policy that drew the tokens, under the scored distribution."""
+    ref_logprobs_PGT: Tensor
+    entropy_PGT: Tensor
+    ref_entropy_PGT: Tensor
+    token_mask_PGT: Tensor | None = None
+    """True for the tokens that count; None: all do."""
+    cond_logprobs_PGT: Tensor | None = None
+    """Of the policy given the prompt, at temperature 1; for functions that need `conditional`."""
+    uncond_logprobs_PGT: Tensor | None = None
+    """Of the policy without the prompt; for functions that need `unconditional`."""
+
+
+@dataclass(frozen=True)
+class TokenWeights:
+    """What a credit function answers; a token's advantage is policy x advantage + bonus."""
+
+    policy_PGT: Tensor
+    kl_PGT: Tensor
+    """Factor of beta."""
+    bonus_PGT: Tensor | None = None
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    """By the name they are logged under, each with one row per group (P, PG or PGT): their mean is
+    logged. Those of shape PGT are kept in samples/STEP.npz, a final /mean dropped."""
+
+
+CreditFunction = Callable[[TokenInputs, AlgorithmConfig], TokenWeights]
+F = TypeVar("F", bound=Callable[..., TokenWeights])
+
+NEEDS = ("conditional", "unconditional")
+"""What a function may ask for beyond the record: the log-probabilities of that name, each of which
+costs forward passes of the policy, unless it is what the recipe scores anyway."""
+
+
+def needs(*names: str) -> Callable[[F], F]:
+    """Marks a credit function as needing some of `NEEDS`; no other function pays for them."""
+    unknown = [name for name in names if name not in NEEDS]
+    if unknown:
+        raise ValueError(f"needs: '{unknown[0]}' is none of {', '.join(NEEDS)}")
+
+    def mark(function: F) -> F:
+        function.needs = frozenset(names)
+        return function
+
+    return mark
+
+
+def stage(inputs: TokenInputs, settings: AlgorithmConfig) -> TokenWeights:
+    """STAGE (arXiv 2509.25027), equations 5 to 8 and section 3.2: a token that looks the same in
+    better and worse images gets less of the advantage and more of the KL.
+    """
+    sim_PGT = algorithm.opposing_similarity(
+        inputs.codes_PGTC, inputs.advantages_PG, self_similarity=settings.self_similarity
+    )
+    if settings.equal_group_similarity is not None:
+        undecided_P = algorithm.equal_reward_groups(inputs.rewards_PG)
+        sim_PGT = algorithm.equal_group_similarity(
+            sim_PGT, undecided_P, settings.equal_group_similarity
+        )
+    mask_PGT = policy_PGT = kl_PGT = torch.ones_like(sim_PGT)
+    if settings.reweights_advantages:
+        mask_PGT = policy_PGT = algorithm.advantage_mask(sim_PGT)
+        if settings.mask_normalization == "group_mean":
+            policy_PGT = algorithm.normalize_mask(mask_PGT)
+    if settings.weights_kl:
+        kl = settings.kl
+        kl_PGT = algorithm.kl_weight(sim_PGT, kl.a, kl.b, weight_clip=kl.weight_clip)
+    metrics = {"similarity/mean": sim_PGT, "mask/mean": mask_PGT}
+    return TokenWeights(policy_PGT, kl_PGT, metrics=metrics)
+
+
+def uniform(inputs: TokenInputs, settings: AlgorithmConfig) -> TokenWeights:
+    """Plain GRPO: every token has the advantage of its image and the same KL."""
+    ones_PGT = torch.ones_like(inputs.logprobs_PGT)
+    return TokenWeights(ones_PGT, ones_PGT)
+
+
+@dataclass(frozen=True)
+class TokenCredit:
+    """What the loss of some groups is made with; constants."""
+
+    advantages_PGT: Tensor
+    kl_weight_PGT: Tensor
+    """Factor of beta."""
+    valid_P: Tensor
+    """0 for groups that left the step, else 1."""
+    metrics: Mapping[str, Tensor]
+
+
+def with_entropy_bonus(
+    rewards_PG: Tensor, entropy_PGT: Tensor, ref_entropy_PGT: Tensor, settings: EntropyConfig
+) -> Tensor:
+    """Equations 10 to 12 where the recipe has them: the rewards that advantages are made of."""
+    if settings.mode != "reward":
+        return rewards_PG
+    bonus_PG = algorithm.entropy_bonus(
+        algorithm.completion_entropy(entropy_PGT), algorithm.completion_entropy(ref_entropy_PGT)
+    )
+    return algorithm.add_entropy_bonus(
+        rewards_PG, bonus_PG, settings.scale, scope=settings.scope, centred=settings.centred
+    )
+
+
+def token_credit(
+    function: CreditFunction, inputs: TokenInputs, settings: AlgorithmConfig
+) -> TokenCredit:
+    """A function's weights on the advantages, without the groups that the recipe leaves out.
+
+    Weights of another shape, or that are not finite, are a RecipeError.
+    """
+    weights = function(inputs, settings)
+    _check(weights, inputs, settings.credit)
+    factors = algorithm.equal_group_factors(inputs.equal_P, settings.equal_reward_groups)
+    policy_P, kl_P = factors.policy_P * inputs.valid_P, factors.kl_P * inputs.valid_P
+    advantages_PGT = algorithm.reweight_advantages(
+        inputs.advantages_PG * policy_P[:, None], weights.policy_PGT
+    )
+    if weights.bonus_PGT is not None:
+        advantages_PGT = advantages_PGT + weights.bonus_PGT * policy_P[:, None, None]
+    return TokenCredit(
+        advantages_PGT, weights.kl_PGT * kl_P[:, None, None], inputs.valid_P, weights.metrics
+    )
+
+
+def _check(weights: TokenWeights, inputs: TokenInputs, name: str) -> None:
+    if not isinstance(weights, TokenWeights):
+        raise RecipeError(
+            f"algorithm.credit: {name} returned {type(weights).__name__}; return TokenWeights"
+        )
+    shape = inputs.logprobs_PGT.shape
+    for part in ("policy_PGT", "kl_PGT", "bonus_PGT"):
+        value = getattr(weights, part)
+        if value is not None and (value.shape != shape or not value.isfinite().all()):
+            raise RecipeError(
+                f"algorithm.credit: {name} returned {part} of shape {tuple(value.shape)}; return "
+                f"finite numbers of shape {tuple(shape)}, one per token"
+            )
+    for metric, value in weights.metrics.items():
+        if value.shape[:1] != shape[:1]:
+            raise RecipeError(
+                f"algorithm.credit: {name} returned the metric {metric} of shape "
+                f"{tuple(value.shape)}; return one row for each of the {shape[0]} groups"
+            )
