@@ -1,4 +1,4 @@
-"""The live view of a run: a progress bar on a terminal, plain lines elsewhere."""
+"""What a long run says while it lasts, on a terminal or elsewhere, and how a signal stops it."""
 
 from __future__ import annotations
 
@@ -78,15 +78,12 @@ def live_view(*, first: int, last: int, rank: int = 0) -> Iterator[LiveView]:
         logger.removeHandler(handler)
 
 
-# How far a long run is, on stderr: a bar on a terminal, else a line now and then.
-
-
 SECONDS_BETWEEN_LINES = 20.0
 
 
 @contextmanager
 def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A function to call with how many more are done."""
+    """A function to call with how many more are done; what it shows goes to stderr."""
     if not sys.stderr.isatty():
         yield _lines(label, total)
         return
@@ -112,9 +109,6 @@ def _lines(label: str, total: int) -> Callable[[int], None]:
         shown = now
 
     return advance
-
-
-# Ctrl-C and SIGTERM end a run after its step, not in the middle of it.
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -157,8 +157,11 @@ def _column(parts: Sequence[Mapping[str, Tensor]], name: str) -> list[Tensor]:
 
 
 def launched() -> World:
-    """The ranks as they were started."""
-    return World(*launch())
+    """The place of this process, by torchrun's environment variables; one process without them."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return SINGLE
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return World(rank, size, int(os.environ.get("LOCAL_RANK", rank)))
 
 
 @contextmanager
@@ -249,23 +252,3 @@ def _lost(error: Exception) -> str:
         f"another process of the run was killed or fell silent ({text}); run the same command "
         "again: it goes on from the last checkpoint"
     )
-
-
-# How this process was started: alone, or as one of several by torchrun. Free of torch.
-
-
-class Launch(NamedTuple):
-    """The place of this process among those that were started together."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    """Place among the processes of this machine, and number of its GPU."""
-
-
-def launch() -> Launch:
-    """What torchrun's environment variables say; one process without them."""
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        return Launch()
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    return Launch(rank, size, int(os.environ.get("LOCAL_RANK", rank)))

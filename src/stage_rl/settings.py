@@ -111,9 +111,6 @@ class Component(Settings):
         return picked.model_validate(fields)
 
 
-# Components by short built-in name or by `module:Class`.
-
-
 BUILT_IN = {
     "policy": {"janus": "stage_rl.policies.janus:JanusConfig"},
     "prompts": {

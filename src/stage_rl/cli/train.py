@@ -31,10 +31,10 @@ def train(
     """Train a recipe; the same command again goes on where the run stopped."""
     find_recipe(recipe)  # a wrong name is answered without loading torch
     from stage_rl import config
-    from stage_rl.distributed import launch
+    from stage_rl.distributed import launched
 
     settings = config.load_recipe(recipe, overrides or ())
-    started = launch()
+    started = launched()
     if dry_run:
         if started.rank == 0:
             typer.echo(f"# Run folder: {config.run_folder(settings)}")

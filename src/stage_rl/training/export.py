@@ -100,7 +100,7 @@ def _write(policy: Policy, folder: Path, *, base: str, layout: Layout, adapter: 
             policy.save(folder)
 
 
-# The model card of a run: base, method, data, rewards, figures, recipe; from its folder alone.
+# The model card of a run, from its folder alone.
 
 
 TITLE = "STAGE: Stable and Generalizable GRPO for Autoregressive Image Generation"

@@ -1,7 +1,4 @@
-"""The run folder: recipe, environment, metrics, images with reasons, arrays for a report.
-
-Shape suffixes: G group, N completions, T image tokens, H x W pixels, C colour channels.
-"""
+"""The run folder: recipe, environment, metrics, images with reasons, arrays for a report."""
 
 from __future__ import annotations
 
@@ -140,24 +137,16 @@ def check_run(recipe: Recipe) -> RunFolder:
 
 def environment(num_ranks: int) -> dict[str, Any]:
     """What a run was made with, as its first process sees it."""
-
+    installed = {found.name for found in metadata.distributions()}
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "command": " ".join(sys.argv),
-        "packages": {name: metadata.version(name) for name in PACKAGES if _installed(name)},
+        "packages": {name: metadata.version(name) for name in PACKAGES if name in installed},
         "processes": num_ranks,
         "threads": torch.get_num_threads(),
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
-
-
-def _installed(name: str) -> bool:
-    try:
-        metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def _step_of(line: str) -> int:
