@@ -8,6 +8,7 @@ from tiny_models import noise
 from stage_rl.rewards.base import Detection, RewardConfig
 from stage_rl.rewards.compbench import (
     AttributesConfig,
+    PlaneConfig,
     attribute_score,
     depth_score,
     distinct_boxes,
@@ -20,6 +21,7 @@ from stage_rl.types import Prompt
 CPU = torch.device("cpu")
 LEFT = {"obj1": "dog", "obj2": "cat", "locality": "on the left of"}
 SIZE = (479, 479)
+RULES = PlaneConfig(threshold=0.5, confidences=True)
 
 
 def dog_and_cat(dog, cat, scores=(0.9, 0.8)):
@@ -27,8 +29,8 @@ def dog_and_cat(dog, cat, scores=(0.9, 0.8)):
 
 
 def plane(found, info=LEFT, *, trusted=False, size=SIZE, threshold=0.5, compat="fixed"):
-    rules = {"threshold": threshold, "trusted": trusted, "compat": compat}
-    return plane_score(found, info, size=size, **rules).value
+    rules = PlaneConfig(threshold=threshold, confidences=not trusted, compat=compat)
+    return plane_score(found, info, rules, size=size).value
 
 
 def test_a_relation_in_the_plane_has_the_published_score():
@@ -79,7 +81,7 @@ def test_depth_counts_order_and_overlap():
     def score(a, b, **changes):
         found = dog_and_cat(a, b, scores=(1.0, 1.0))
         said = {**info, **changes}
-        return depth_score(found, said, depth_HW=near_left, threshold=0.5, trusted=False).value
+        return depth_score(found, said, RULES, depth_HW=near_left).value
 
     one, far = (100, 100, 300, 300), (310, 310, 390, 390)
     # Shifted by 20: 180^2 / (2 x 200^2 - 180^2) = 0.68, above a half.
@@ -90,9 +92,7 @@ def test_depth_counts_order_and_overlap():
     assert score((120, 120, 320, 320), one) == 0.5
     assert score((120, 120, 320, 320), one, locality="hidden by") == pytest.approx(1.0)
     alone = [Detection("dog", 0.8, one)]
-    assert depth_score(
-        alone, info, depth_HW=near_left, threshold=0.5, trusted=False
-    ).value == pytest.approx(0.2)
+    assert depth_score(alone, info, RULES, depth_HW=near_left).value == pytest.approx(0.2)
 
 
 def test_depth_as_released_is_read_with_axes_exchanged():
@@ -102,13 +102,13 @@ def test_depth_as_released_is_read_with_axes_exchanged():
     # Shifted down by 20: 180 / 220, above a half. Shifted by 100 of 300: just a half, 200 / 400.
     shifted = dog_and_cat((100, 100, 300, 300), (100, 120, 300, 320), scores=(1.0, 1.0))
     half = dog_and_cat((0, 0, 300, 100), (100, 0, 400, 100), scores=(1.0, 1.0))
-    rules = {"threshold": 0.5, "trusted": False}
-    assert depth_score(shifted, info, depth_HW=near_top, **rules).value == 1
-    assert depth_score(shifted, info, depth_HW=near_top, **rules, compat="release").value == 0.5
+    released = RULES.model_copy(update={"compat": "release"})
+    assert depth_score(shifted, info, RULES, depth_HW=near_top).value == 1
+    assert depth_score(shifted, info, released, depth_HW=near_top).value == 0.5
     # Nearer to the left, which the released form finds at the top.
-    assert depth_score(half, info, depth_HW=near_top.T, **rules).value == 1
-    assert depth_score(half, info, depth_HW=near_top, **rules, compat="release").value == 0.5
-    assert depth_score(half, info, depth_HW=near_top, **rules).value == 0.5
+    assert depth_score(half, info, RULES, depth_HW=near_top.T).value == 1
+    assert depth_score(half, info, released, depth_HW=near_top).value == 0.5
+    assert depth_score(half, info, RULES, depth_HW=near_top).value == 0.5
 
 
 def test_numbers_count_half_for_presence_and_half_for_the_exact_count():

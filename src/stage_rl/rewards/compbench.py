@@ -51,7 +51,7 @@ SHORT_SIDE = 479
 NEAR_SIZE = (512, 512)
 """The image size at which `position_score` calls 150 pixels near, as the evaluator does."""
 
-LEAST = 0.5
+MIN_SCORE = 0.5
 """A score in the plane below this is 0."""
 
 SAME_BOX = 0.9
@@ -197,14 +197,7 @@ class PlaneConfig(ArrangementConfig):
         """The reward with its detector on a device."""
 
         def rule(found: list[Detection], metadata: Mapping[str, Any], *, size: Size) -> Score:
-            return plane_score(
-                found,
-                metadata["spatial_info"],
-                size=size,
-                threshold=self.threshold,
-                trusted=not self.confidences,
-                compat=self.compat,
-            )
+            return plane_score(found, metadata["spatial_info"], self, size=size)
 
         return SceneReward(self.detector.build(device), rule)
 
@@ -257,14 +250,7 @@ class DepthReward:
         """One score per image."""
         detections = self.detector(images_NHWC, prompts)
         return [
-            depth_score(
-                found,
-                prompt.metadata["spatial_info"],
-                depth_HW=depth_HW,
-                threshold=self.rules.threshold,
-                trusted=not self.rules.confidences,
-                compat=self.rules.compat,
-            )
+            depth_score(found, prompt.metadata["spatial_info"], self.rules, depth_HW=depth_HW)
             for found, prompt, depth_HW in zip(
                 detections, prompts, self.depth(images_NHWC), strict=True
             )
@@ -272,60 +258,50 @@ class DepthReward:
 
 
 def plane_score(
-    detections: Sequence[Detection],
-    info: Mapping[str, str],
-    *,
-    size: Size,
-    threshold: float,
-    trusted: bool,
-    compat: Compat = "fixed",
+    detections: Sequence[Detection], info: Mapping[str, str], rules: PlaneConfig, *, size: Size
 ) -> Score:
     """A quarter of each object's confidence and half for their relation; below 0.5 it is 0.
 
-    `trusted` lets what is above the threshold count in full, as for a detector whose confidences
-    are not those that the rule was made for; then 0.5, which no relation adds to, is 0 as well.
-    Released: "on top of" is a relation that never holds.
+    Without `confidences`, what is above the threshold counts in full, as for a detector whose
+    confidences are not those that the rule was made for; then 0.5, which no relation adds to, is 0
+    as well. Released: "on top of" is a relation that never holds.
     """
-    found = _best(detections, info, threshold)
-    shares = {name: 1.0 if trusted else one.score for name, one in found.items()}
-    if len(found) < 2:
-        return _cut(_placed(info, shares, 0.0), trusted=trusted)
-    scale = SHORT_SIDE / min(size)
-    first, second = (_scaled(found[info[key]].box, scale) for key in ("obj1", "obj2"))
-    position = position_score(info["locality"], first, second, size=NEAR_SIZE)
-    if compat == "release" and info["locality"] not in RELEASED_SIDES:
-        position = 0.0
-    return _cut(_placed(info, shares, position), trusted=trusted)
+    found = _best(detections, info, rules.threshold)
+    position = 0.0
+    if len(found) == 2 and (rules.compat == "fixed" or info["locality"] in RELEASED_SIDES):
+        scale = SHORT_SIDE / min(size)
+        first, second = (_scaled(found[info[key]].box, scale) for key in ("obj1", "obj2"))
+        position = position_score(info["locality"], first, second, size=NEAR_SIZE)
+    score = _placed(info, found, position, rules)
+    assert score.value is not None
+    is_low = score.value < MIN_SCORE if rules.confidences else score.value <= MIN_SCORE
+    return Score(0.0, score.why) if is_low else score
 
 
 def depth_score(
     detections: Sequence[Detection],
     info: Mapping[str, str],
+    rules: PlaneConfig,
     *,
     depth_HW: NDArray[np.float32],
-    threshold: float,
-    trusted: bool,
-    compat: Compat = "fixed",
 ) -> Score:
     """The same in depth, with larger values nearer: right order and overlap count, without a cut.
 
     An overlap of half or more counts in full, a smaller one in proportion, none at all as 0.
     Released: depth is looked up with both axes exchanged, and an overlap of just half is 0.
     """
-    found = _best(detections, info, threshold)
-    shares = {name: 1.0 if trusted else one.score for name, one in found.items()}
-    if len(found) < 2:
-        return _placed(info, shares, 0.0)
-    first, second = (found[info[key]].box for key in ("obj1", "obj2"))
-    looked_up = depth_HW.T if compat == "release" else depth_HW
-    nearness = [_mean_depth(box, looked_up) for box in (first, second)]
-    in_order = nearness[0] > nearness[1]
-    if info["locality"] in BEHIND:
-        in_order = nearness[0] < nearness[1]
-    overlap = iou(first, second)
-    overlap = 0.0 if compat == "release" and overlap == 0.5 else overlap
-    position = min(overlap / 0.5, 1.0) if in_order else 0.0
-    return _placed(info, shares, position)
+    found = _best(detections, info, rules.threshold)
+    position = 0.0
+    if len(found) == 2:
+        first, second = (found[info[key]].box for key in ("obj1", "obj2"))
+        looked_up = depth_HW.T if rules.compat == "release" else depth_HW
+        nearness = [_mean_depth(box, looked_up) for box in (first, second)]
+        if info["locality"] in BEHIND:
+            nearness.reverse()
+        overlap = iou(first, second)
+        overlap = 0.0 if rules.compat == "release" and overlap == 0.5 else overlap
+        position = min(overlap / 0.5, 1.0) if nearness[0] > nearness[1] else 0.0
+    return _placed(info, found, position, rules)
 
 
 def numeracy_score(
@@ -374,18 +350,14 @@ def _best(
     return best
 
 
-def _placed(info: Mapping[str, str], shares: Mapping[str, float], position: float) -> Score:
-    value = 0.25 * sum(shares.values()) + position / 2
-    missing = [info[key] for key in ("obj1", "obj2") if info[key] not in shares]
+def _placed(
+    info: Mapping[str, str], found: Mapping[str, Detection], position: float, rules: PlaneConfig
+) -> Score:
+    shares = (one.score if rules.confidences else 1.0 for one in found.values())
+    value = 0.25 * sum(shares) + position / 2
+    missing = [info[key] for key in ("obj1", "obj2") if info[key] not in found]
     relation = f"{info['obj1']} {info['locality']} {info['obj2']}: {position:.2f}"
-    why = f"no {', no '.join(missing)}" if missing else relation
-    return Score(value, why)
-
-
-def _cut(score: Score, *, trusted: bool) -> Score:
-    assert score.value is not None
-    least = score.value <= LEAST if trusted else score.value < LEAST
-    return Score(0.0, score.why) if least else score
+    return Score(value, f"no {', no '.join(missing)}" if missing else relation)
 
 
 def _scaled(box: Box, scale: float) -> Box:
