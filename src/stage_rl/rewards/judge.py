@@ -65,27 +65,27 @@ class RewardFunctions:
     def score(self, rollout: Rollout) -> Rewards:
         """All scores. A reward that fails twice on a group takes that group out of the step."""
         size = rollout.group_size
-        shape = (len(rollout.prompts), size)
-        total, kept = torch.zeros(shape), torch.ones(shape[0], dtype=torch.bool)
+        total_PG = torch.zeros(len(rollout.prompts), size)
+        valid_P = torch.ones(len(rollout.prompts), dtype=torch.bool)
         columns: dict[str, Tensor] = {}
         terms: dict[str, Tensor] = {}
-        reasons = [""] * rollout.tokens_NT.shape[0]
+        reasons: list[list[str]] = [[] for _ in rollout.tokens_NT]
         for item in self._rewards:
             groups = _score_groups(item, rollout)
-            kept &= torch.tensor([group is not None for group in groups])
-            for name, column in _columns(item.name, groups, size).items():
-                columns[name] = column
-            values = columns[item.name]
+            valid_P &= torch.tensor([group is not None for group in groups])
+            scores = [score for group in groups for score in (group or [None] * size)]
+            columns |= _columns(item.name, scores, size)
+            values_PG = columns[item.name]
             # A reward that skips one image of a group says nothing of the whole group.
-            applies = values.isfinite().all(1, keepdim=True)
-            terms[item.name] = torch.where(applies, item.weight * values, 0.0)
-            total += terms[item.name]
-            for place, score in enumerate(_flat(groups, size)):
-                reasons[place] += ("; " if reasons[place] else "") + _sentence(item.name, score)
-        total[~kept] = 0.0
+            applies_P1 = values_PG.isfinite().all(1, keepdim=True)
+            terms[item.name] = torch.where(applies_P1, item.weight * values_PG, 0.0)
+            total_PG += terms[item.name]
+            for said, score in zip(reasons, scores, strict=True):
+                said.append(_sentence(item.name, score))
+        total_PG[~valid_P] = 0.0
         if len(terms) > 1 and size > 1:
-            columns |= _shares(terms, kept)
-        return Rewards(total, kept, columns, tuple(reasons))
+            columns |= _shares(terms, valid_P)
+        return Rewards(total_PG, valid_P, columns, tuple("; ".join(said) for said in reasons))
 
 
 def _score_groups(item: WeightedReward, rollout: Rollout) -> list[list[Score] | None]:
@@ -114,10 +114,12 @@ def _attempt(
         log.warning("reward '%s' failed: %s: %s", item.name, type(error).__name__, error)
         return None
     check_scores(item.name, scores, len(prompts))
-    bad = next((s for s in scores if s.value is not None and not _fits(s.value, item)), None)
-    if bad is not None:
-        log.warning("reward '%s' gave %s (%s)", item.name, bad.value, bad.why)
-        return None
+    # The value and its term of the sum must be finite in fp32.
+    limit = FP32_MAX / max(1.0, abs(item.weight))
+    for score in scores:
+        if score.value is not None and not abs(score.value) <= limit:
+            log.warning("reward '%s' gave %s (%s)", item.name, score.value, score.why)
+            return None
     return scores
 
 
@@ -143,24 +145,11 @@ def check_scores(name: str, scores: Any, num_images: int) -> None:
                 )
 
 
-def _fits(value: float, item: WeightedReward) -> bool:
-    """Whether a value and its term of the sum are finite in fp32."""
-    return abs(value) <= FP32_MAX / max(1.0, abs(item.weight))
-
-
-def _flat(groups: list[list[Score] | None], size: int) -> list[Score | None]:
-    return [score for group in groups for score in (group or [None] * size)]
-
-
-def _columns(name: str, groups: list[list[Score] | None], size: int) -> dict[str, Tensor]:
+def _columns(name: str, scores: Sequence[Score | None], size: int) -> dict[str, Tensor]:
     """The value and the extras as PG tensors, NaN where there is none."""
-    scores = _flat(groups, size)
     values = {name: [math.nan if s is None or s.value is None else s.value for s in scores]}
-    extras = dict.fromkeys(key for s in scores if s is not None for key in s.extras)
-    for key in extras:
-        values[f"{name}_{key}"] = [
-            math.nan if s is None else s.extras.get(key, math.nan) for s in scores
-        ]
+    for key in dict.fromkeys(key for s in scores if s is not None for key in s.extras):
+        values[f"{name}_{key}"] = [s.extras.get(key, math.nan) if s else math.nan for s in scores]
     return {key: torch.tensor(column).view(-1, size) for key, column in values.items()}
 
 
@@ -173,9 +162,8 @@ def _shares(terms: dict[str, Tensor], valid_P: Tensor) -> dict[str, Tensor]:
     spread_RP1 = torch.stack([term_PG.std(1, keepdim=True) for term_PG in terms.values()])
     share_RP1 = spread_RP1 / spread_RP1.sum(0)  # 0 / 0 where nothing differs: NaN
     share_RP1[:, ~valid_P] = math.nan
-    size = next(iter(terms.values())).shape[1]
     return {
-        f"{name}_share": share_P1.expand(-1, size)
+        f"{name}_share": share_P1.expand_as(terms[name])
         for name, share_P1 in zip(terms, share_RP1, strict=True)
     }
 
