@@ -38,15 +38,16 @@ Every = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 
 
-def near_or_all(name: str, known: Iterable[str]) -> str:
-    """What to write instead of a wrong name: the near one, else the allowed ones."""
+def near_or_all(name: str, known: Iterable[str], *, other: str | None = None) -> str:
+    """What to write instead of a wrong name: the near one, else the allowed ones and `other`."""
     names = list(known)
     if not names:
         return "none is allowed here"
     near = difflib.get_close_matches(name, names, n=1) or [
         n for n in names if name and n.startswith(name)
     ]
-    return f"did you mean '{near[0]}'?" if near else f"write one of: {', '.join(names)}"
+    allowed = ", ".join(names if other is None else [*names, other])
+    return f"did you mean '{near[0]}'?" if near else f"write one of: {allowed}"
 
 
 def complaint(key: str, text: str) -> PydanticCustomError:
@@ -100,8 +101,8 @@ class Component(Settings):
         fields = dict(data)
         kind = fields.pop("kind", None)
         if not isinstance(kind, str):
-            names = ", ".join(BUILT_IN[cls.family])
-            raise complaint("kind", f"is required; write one of: {names}, or module:Class")
+            hint = near_or_all("", BUILT_IN[cls.family], other="or module:Class")
+            raise complaint("kind", f"is required; {hint}")
         try:
             picked = resolve(cls.family, kind)
         except RecipeError as error:
@@ -168,9 +169,7 @@ def resolve(family: str, name: str) -> Any:
     what = "function" if family in ("credit", "loss") else "Class"
     module_name, _, class_name = target.partition(":")
     if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", target):
-        near = difflib.get_close_matches(name, BUILT_IN[family], n=1)
-        known = ", ".join(BUILT_IN[family])
-        hint = f"did you mean '{near[0]}'?" if near else f"write one of: {known}, or module:{what}"
+        hint = near_or_all(name, BUILT_IN[family], other=f"or module:{what}")
         raise RecipeError(f"unknown {family} kind '{name}'; {hint}")
     try:
         module = importlib.import_module(module_name)
