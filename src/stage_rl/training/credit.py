@@ -85,7 +85,7 @@ def needs(*names: str) -> Callable[[F], F]:
         raise ValueError(f"needs: '{unknown[0]}' is none of {', '.join(NEEDS)}")
 
     def mark(function: F) -> F:
-        function.needs = frozenset(names)
+        function.needs = names  # pyright: ignore[reportFunctionMemberAccess]
         return function
 
     return mark

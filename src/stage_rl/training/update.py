@@ -191,9 +191,9 @@ def learn(
 
     for _ in range(update.num_updates - 1):
         losses = []
-        for batch, *known in zip(batches, old, reference, credits, strict=True):
+        for batch, before, ref, credit in zip(batches, old, reference, credits, strict=True):
             now = measure_to_learn(policy, batch, update)
-            loss = batch_losses(batch, now, *known, update.settings)
+            loss = batch_losses(batch, now, before, ref, credit, update.settings)
             losses.append(_backward(loss, batch, num_valid))
         norm = apply_gradient(optimizer, rate=update.rate, max_grad_norm=update.max_grad_norm)
 
