@@ -1,15 +1,17 @@
 """What every policy must keep; a new adapter's test calls `check` with a policy and two prompts.
 
-Shape suffixes: P prompts, N completions, T image tokens, L prompt slots, D model width.
+Shape suffixes: P prompts, N completions, T image tokens, U columns with control tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
 import torch
 from torch.testing import assert_close
 
+from stage_rl.errors import InputError
 from stage_rl.policies.base import Policy
 from stage_rl.rollout.engine import Engine, Generated
 from stage_rl.rollout.sampling import Sampling, image_uniforms
@@ -23,12 +25,17 @@ def check(policy: Policy, short: Prompt, long: Prompt) -> None:
     decode_agrees_with_teacher_forcing(policy, [short, long])
     a_batch_gives_what_each_prompt_gives_alone(policy, [short, long])
     the_unconditional_row_ignores_the_prompt(policy, short)
-    the_codebook_has_vectors_and_images(policy, short)
+    tokens_have_codes_and_images(policy, short)
     the_engine_gets_the_embeddings_of_all_tokens(policy)
 
 
+@torch.no_grad()
+def is_guided(policy: Policy) -> bool:
+    return policy.encode([Prompt("a")]).uncond is not None
+
+
 def draw(policy: Policy, prompts: Sequence[Prompt], *, temperature: float = 1.0) -> Generated:
-    """One image per prompt."""
+    """One image per prompt, with guidance where the family has it."""
     uniforms_NT = image_uniforms(
         seed=0,
         step=0,
@@ -36,7 +43,8 @@ def draw(policy: Policy, prompts: Sequence[Prompt], *, temperature: float = 1.0)
         group_size=1,
         num_tokens=policy.layout.num_tokens,
     )
-    sampling = Sampling(guidance_scale=GUIDANCE, temperature=temperature)
+    scale = GUIDANCE if is_guided(policy) else 1.0
+    sampling = Sampling(guidance_scale=scale, temperature=temperature)
     with torch.no_grad():
         prefix = policy.encode(prompts)
     return Engine(policy).generate(prefix, group_size=1, sampling=sampling, uniforms_NT=uniforms_NT)
@@ -44,14 +52,18 @@ def draw(policy: Policy, prompts: Sequence[Prompt], *, temperature: float = 1.0)
 
 @torch.no_grad()
 def teacher_forced_logits(policy: Policy, prompts: Sequence[Prompt], tokens_NT: torch.Tensor):
-    """Conditional and unconditional logits, NTV."""
+    """Conditional and unconditional logits, NTV; without guidance the former twice."""
     prefix = policy.encode(prompts)
-    rows = (prefix, prefix.unconditional())
-    return tuple(policy.head(policy.hidden(row, tokens_NT)) for row in rows)
+    rows = (prefix, prefix.uncond or prefix)
+    states = [policy.hidden(row, tokens_NT) for row in rows]
+    assert all(state.shape[:2] == tokens_NT.shape for state in states)
+    return tuple(policy.head(state) for state in states)
 
 
 def decode_agrees_with_teacher_forcing(policy: Policy, prompts: Sequence[Prompt]) -> None:
     drawn = draw(policy, prompts)
+    assert drawn.tokens_NT.shape == (len(prompts), policy.layout.num_tokens)
+    assert drawn.tokens_NT.max() < policy.codebook_size
     cond_NTV, uncond_NTV = teacher_forced_logits(policy, prompts, drawn.tokens_NT)
     logprobs_NTV = cond_NTV.log_softmax(-1)
     entropy_NT = -(logprobs_NTV.exp() * logprobs_NTV).sum(-1)
@@ -61,6 +73,10 @@ def decode_agrees_with_teacher_forcing(policy: Policy, prompts: Sequence[Prompt]
     assert_close(drawn.logprobs_NT, logprobs_NTV.gather(-1, index)[..., 0], **near)
     assert_close(drawn.guided_logprobs_NT, guided_NTV.gather(-1, index)[..., 0], **near)
     assert_close(drawn.entropy_NT, entropy_NT, **near)
+    with torch.no_grad():
+        scored = policy(prompts, drawn.tokens_NT)
+    for found, expected in zip(scored, (drawn.logprobs_NT, drawn.entropy_NT), strict=True):
+        assert_close(found, expected, **near)
 
 
 def a_batch_gives_what_each_prompt_gives_alone(policy: Policy, prompts: Sequence[Prompt]) -> None:
@@ -81,12 +97,16 @@ def the_unconditional_row_ignores_the_prompt(policy: Policy, prompt: Prompt) -> 
     with torch.no_grad():
         prefix = policy.encode([prompt, turned])
     assert prefix.lengths_P[0] == prefix.lengths_P[1]
-    assert prefix.uncond is not None
     assert not torch.equal(prefix.embeds_PLD[0], prefix.embeds_PLD[1])
-    assert torch.equal(prefix.uncond.embeds_PLD[0], prefix.uncond.embeds_PLD[1])
+    if not is_guided(policy):
+        with pytest.raises(InputError, match="no unconditional rows; write 1"):
+            prefix.unconditional()
+        return
+    uncond = prefix.unconditional()
+    assert torch.equal(uncond.embeds_PLD[0], uncond.embeds_PLD[1])
 
 
-def the_codebook_has_vectors_and_images(policy: Policy, prompt: Prompt) -> None:
+def tokens_have_codes_and_images(policy: Policy, prompt: Prompt) -> None:
     num_tokens = policy.layout.num_tokens
     tokens_NT = torch.arange(2 * num_tokens, device=policy.device) % policy.codebook_size
     tokens_NT = tokens_NT.view(2, num_tokens)
@@ -101,5 +121,6 @@ def the_codebook_has_vectors_and_images(policy: Policy, prompt: Prompt) -> None:
 
 @torch.no_grad()
 def the_engine_gets_the_embeddings_of_all_tokens(policy: Policy) -> None:
-    tokens_1V = torch.arange(policy.codebook_size, device=policy.device)[None]
-    assert_close(policy.decoder_weights().input_embeds, policy.embed(tokens_1V)[0])
+    embeds = policy.decoder_weights().input_embeds
+    assert len(embeds) >= policy.codebook_size
+    assert_close(embeds, policy.embed(torch.arange(len(embeds), device=policy.device)))

@@ -78,7 +78,21 @@ class TokenLayout:
     """Rotary coordinates of each column; None: 0, 1, 2, ... on one axis. Where they are not
     absolute the prompt's length is added, and prompt slot p has p on every axis."""
     absolute: bool = False
-    """Columns have `coords_UA` as written, prompt slots 0."""
+    """Columns have `coords_UA` as written, prompt slots 0; needs `coords_UA`."""
+
+    def token_columns(self) -> Tensor:
+        """The columns of the tokens, T."""
+        if self.fixed_U is None:
+            return torch.arange(self.num_tokens)
+        return (self.fixed_U < 0).nonzero()[:, 0]
+
+    def with_control(self, tokens_NT: Tensor) -> Tensor:
+        """The columns of images: their tokens, and control tokens between them, NU."""
+        if self.fixed_U is None:
+            return tokens_NT
+        columns_NU = self.fixed_U.to(tokens_NT.device).repeat(len(tokens_NT), 1)
+        columns_NU[:, self.token_columns()] = tokens_NT
+        return columns_NU
 
 
 @dataclass(frozen=True)
@@ -211,8 +225,8 @@ class Policy(nn.Module):
         """
 
     @abstractmethod
-    def embed(self, tokens_NT: Tensor) -> Tensor:
-        """Image tokens as decoder inputs, embeds_NTD."""
+    def embed(self, tokens_NU: Tensor) -> Tensor:
+        """Image and control tokens as decoder inputs, embeds_NUD."""
 
     @abstractmethod
     def hidden(self, prefix: Prefix, tokens_NT: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ from stage_rl.policies.loading import (
     select_trainable,
 )
 from stage_rl.policies.lora import LoraConfig, has_adapter, merged_state, merged_weight
-from stage_rl.policies.trunk import use_causal
+from stage_rl.policies.trunk import run_trunk, use_causal
 from stage_rl.settings import complaint
 from stage_rl.types import Prompt
 
@@ -132,26 +132,18 @@ class JanusPolicy(Policy):
         return self.module.prepare_embeddings_for_image_generation(tokens_NT)
 
     def hidden(self, prefix: Prefix, tokens_NT: Tensor) -> Tensor:
-        """Teacher-forced states that predict each image token, hidden_NTD, with gradient.
+        def rotary(states_NSD: Tensor, coords_1SA: Tensor) -> tuple[Tensor, Tensor]:
+            return self._trunk.rotary_emb(states_NSD, position_ids=coords_1SA[..., 0])
 
-        Row b holds its prompt at slots 0 to len - 1 and image token k at len + k; what stands
-        behind is never attended, because attention is causal. The last image token predicts none.
-        """
-        num_tokens = tokens_NT.shape[1]
-        inputs_NSD = torch.cat([prefix.embeds_PLD, self.embed(tokens_NT[:, :-1])], 1)
-        if torch.is_autocast_enabled(inputs_NSD.device.type):
-            inputs_NSD = inputs_NSD.float()  # layers in bf16 add to an fp32 residual stream too
-        length_N1 = prefix.lengths_P[:, None]
-        num_slots = prefix.embeds_PLD.shape[1]
-        slot_1S = torch.arange(inputs_NSD.shape[1], device=tokens_NT.device)[None]
-        image_NS = (slot_1S - length_N1 + num_slots).clamp(max=inputs_NSD.shape[1] - 1)
-        source_NS = torch.where(slot_1S < length_N1, slot_1S, image_NS)
         with self.adapter():
-            states_NSD = self._trunk(
-                inputs_embeds=_take_slots(inputs_NSD, source_NS), use_cache=False
-            ).last_hidden_state
-        step_1T = torch.arange(num_tokens, device=tokens_NT.device)[None]
-        return _take_slots(states_NSD, length_N1 - 1 + step_1T)
+            return run_trunk(
+                self.trunk_blocks,
+                self._trunk.norm,
+                rotary,
+                prefix=prefix,
+                columns_NUD=self.embed(tokens_NT[:, :-1]),
+                layout=self.layout,
+            )
 
     def head(self, hidden: Tensor) -> Tensor:
         head = self._model.generation_head
@@ -263,11 +255,6 @@ def _special_ids(
 
 def _first(*values: int | None) -> Any:
     return next((value for value in values if value is not None), None)
-
-
-def _take_slots(values_NSD: Tensor, slots_NT: Tensor) -> Tensor:
-    """values_NTD: of each row the slots asked for."""
-    return torch.take_along_dim(values_NSD, slots_NT[..., None], dim=1)
 
 
 # What a recipe may say of a policy; free of torch.

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from stage_rl.policies.trunk import onednn_matmul
+from stage_rl.policies.matmul import onednn_matmul
 
 Head = Callable[[Tensor], Tensor]
 """Rows of width W to logits over V, each row by itself."""

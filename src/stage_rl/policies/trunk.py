@@ -1,18 +1,17 @@
-"""The attention of the training module: transformers' SDPA, and our own for bf16 on a CPU.
+"""The decoder layers of the training module: packed rows, run layer by layer, causal attention.
 
 On a CPU, SDPA in bf16 is slower than in fp32, while matrix products in bf16 are faster where the
 processor has the arithmetic. Under bf16 autocast, short sequences therefore go through plain
 products, of which all but that of queries and keys are bf16; everything else is fp32.
 
-Shape suffixes: N rows, A heads, S slots, D head width.
+Shape suffixes: N rows, T image tokens, U columns of the image, S slots of prompt and image, A
+rotary axes (in the attention: heads), D model width (in the attention: head width).
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any
 
@@ -22,6 +21,58 @@ from torch.autograd.function import once_differentiable
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from stage_rl.policies.base import Prefix, TokenLayout
+from stage_rl.policies.matmul import onednn_matmul
+
+
+def run_trunk(
+    layers: Iterable[nn.Module],
+    norm: nn.Module,
+    rotary: Callable[[Tensor, Tensor], Any],
+    *,
+    prefix: Prefix,
+    columns_NUD: Tensor,
+    layout: TokenLayout,
+) -> Tensor:
+    """The states that predict each image token, states_NTD; `columns_NUD` are the inputs of all
+    columns but the last, which predicts none.
+
+    Row b holds its prompt at slots 0 to len - 1 and column u at len + u; what stands behind is
+    never attended, because attention is causal. `rotary` makes what the layers rotate by of their
+    inputs and coordinates, NSA or 1SA. The layers are called one by one: a model's own forward pass
+    would read coordinates that do not count up as several sequences in one row.
+    """
+    inputs_NSD = torch.cat([prefix.embeds_PLD, columns_NUD], 1)
+    if torch.is_autocast_enabled(inputs_NSD.device.type):
+        inputs_NSD = inputs_NSD.float()  # layers in bf16 add to an fp32 residual stream too
+    length_N1, num_slots = prefix.lengths_P[:, None], inputs_NSD.shape[1]
+    slot_1S = torch.arange(num_slots, device=inputs_NSD.device)[None]
+    image_NS = (slot_1S - length_N1 + prefix.embeds_PLD.shape[1]).clamp(max=num_slots - 1)
+    states_NSD = _take_slots(inputs_NSD, torch.where(slot_1S < length_N1, slot_1S, image_NS))
+    rotation = rotary(states_NSD, _coordinates(layout, length_N1, slot_1S))
+    for layer in layers:
+        states_NSD = layer(states_NSD, attention_mask=None, position_embeddings=rotation)
+    return _take_slots(norm(states_NSD), length_N1 - 1 + layout.token_columns().to(slot_1S.device))
+
+
+def _take_slots(values_NSD: Tensor, slots_NT: Tensor) -> Tensor:
+    """values_NTD: of each row the slots asked for."""
+    return torch.take_along_dim(values_NSD, slots_NT[..., None], dim=1)
+
+
+def _coordinates(layout: TokenLayout, length_N1: Tensor, slot_1S: Tensor) -> Tensor:
+    """Rotary coordinates of every slot, NSA, or 1SA where they are the same in all rows."""
+    if layout.coords_UA is None:
+        return slot_1S[..., None]
+    coords_UA = layout.coords_UA.to(slot_1S.device)
+    column_NS = slot_1S - length_N1
+    image_NSA = coords_UA[column_NS.clamp(0, len(coords_UA) - 1)]
+    if not layout.absolute:
+        image_NSA = image_NSA + length_N1[..., None]
+    prompt_1S = 0 * slot_1S if layout.absolute else slot_1S
+    return torch.where(column_NS[..., None] < 0, prompt_1S[..., None], image_NSA)
+
 
 CAUSAL = "stage_causal"
 """The name to give to `set_attn_implementation`."""
@@ -123,41 +174,3 @@ def use_causal(model: Any) -> None:
     ALL_ATTENTION_FUNCTIONS.register(CAUSAL, causal_attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(CAUSAL, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     model.set_attn_implementation(CAUSAL)
-
-
-# Products of fp32 matrices on a CPU by oneDNN, where it keeps their precision.
-
-
-ROUNDS_TO_BF16 = ("amx_bf16", "amx_fp16", "avx10_2")
-"""Capabilities with which oneDNN may take bf16 for fp32, once it is asked for at all."""
-
-
-@contextmanager
-def onednn_matmul(device: torch.device) -> Iterator[None]:
-    """Lets oneDNN multiply matrices inside the block, in fp32.
-
-    Torch asks oneDNN for fp32 products only where bf16 is allowed for them. A processor without
-    matrix units for bf16 computes them in fp32 all the same, on AMD's faster than MKL; on any other
-    processor or device the block changes nothing. The setting is the process's: products of
-    other threads meanwhile may differ in the last bit.
-    """
-    if device.type != "cpu" or not _in_fp32():
-        yield
-        return
-    # Its type is not declared.
-    onednn: Any = torch.backends.mkldnn
-    matmul = onednn.matmul
-    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
-
-
-@functools.cache
-def _in_fp32() -> bool:
-    """Whether the processor is known to compute fp32 products in fp32 even so."""
-    # Not every torch that the package allows has it.
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    known = torch.backends.mkldnn.is_available() and capabilities.get("architecture") == "x86_64"
-    return known and not any(capabilities.get(name) for name in ROUNDS_TO_BF16)

@@ -18,7 +18,7 @@ from torch.nn.functional import gelu, linear, scaled_dot_product_attention
 
 from stage_rl.distributed import full_tensor
 from stage_rl.policies.base import DecoderWeights, LayerWeights
-from stage_rl.policies.trunk import onednn_matmul
+from stage_rl.policies.matmul import onednn_matmul
 from stage_rl.rollout.attention import (
     Attend,
     Backend,

@@ -280,10 +280,9 @@ class Columns:
             fixed_U = torch.full((layout.num_tokens,), -1)
         if coords_UA is None:
             coords_UA = torch.arange(len(fixed_U))[:, None]
-        sampled_U = fixed_U < 0
-        assert sampled_U.sum() == layout.num_tokens, "a token is sampled T times"
-        assert sampled_U[-1], "and in the last column"
-        token_U = torch.where(sampled_U, sampled_U.cumsum(0) - 1, layout.num_tokens)
+        assert layout.token_columns()[-1] == len(fixed_U) - 1, "the last column is a token"
+        token_U = torch.full_like(fixed_U, layout.num_tokens)
+        token_U[layout.token_columns()] = torch.arange(layout.num_tokens)
         on_device = (values.to(device) for values in (fixed_U, token_U, coords_UA))
         return cls(*on_device, layout.absolute)
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from stage_rl.policies import trunk as products
-from stage_rl.policies.trunk import onednn_matmul
+from stage_rl.policies import matmul as products
+from stage_rl.policies.matmul import onednn_matmul
 
 CPU = torch.device("cpu")
 
