@@ -27,9 +27,6 @@ FLOORS = (
 """Files and folders of the package, bottom up."""
 
 KNOWN = {
-    ("evaluation.run", "shapes.suite"),
-    ("evaluation.run", "api"),
-    ("evaluation.smoke", "shapes.prompts"),
     ("rollout.attention", "rollout.kernels"),
 }
 """Imports that still point up or close a circle; none may be added."""

@@ -7,17 +7,19 @@ verb draws, it may be a `Policy` as well.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from stage_rl.config import load_recipe
-from stage_rl.distributed import pick_device
+from stage_rl.distributed import init_distributed, pick_device
 from stage_rl.errors import InputError
-from stage_rl.evaluation.run import evaluate
+from stage_rl.evaluation.results import Comparison, Results
+from stage_rl.evaluation.run import Request, run_suites
 from stage_rl.policies.base import Policy, PolicyConfig, base_digest
 from stage_rl.policies.janus import JanusConfig
 from stage_rl.rollout.engine import Engine
@@ -34,7 +36,7 @@ from stage_rl.training.checkpoint import (
 from stage_rl.training.loop import train
 from stage_rl.types import Prompt, Rollout
 
-__all__ = ["evaluate", "export", "load", "sample", "train"]
+__all__ = ["evaluate", "evaluate_against", "evaluate_all", "export", "load", "sample", "train"]
 
 Model = str | Path | Policy
 
@@ -88,6 +90,56 @@ def _numbered(prompts: str | Sequence[str | Prompt]) -> list[Prompt]:
         if not isinstance(prompt, str | Prompt):
             raise InputError(f"prompts: {prompt!r} is no text; write texts or Prompt objects")
     return [Prompt(p, index) if isinstance(p, str) else p for index, p in enumerate(listed)]
+
+
+def evaluate(
+    model: Model,
+    benchmark: str = "shapes-geneval",
+    request: Request | None = None,
+    *,
+    device: str | torch.device | None = None,
+) -> Results:
+    """Scores a model on a benchmark; image k of a prompt has the same stream for every model.
+
+    What is drawn and scored is kept in the folder of the request, and a later call takes it up.
+    Wrong input is an `InputError`.
+    """
+    return evaluate_all(model, [benchmark], request, device=device)[0]
+
+
+def evaluate_all(
+    model: Model | None,
+    benchmarks: Sequence[str],
+    request: Request | None = None,
+    *,
+    device: str | torch.device | None = None,
+) -> list[Results]:
+    """Scores a model, or with None the images of `request.images`, on benchmarks.
+
+    Under `torchrun` every process takes its share of the prompts, and all get all results.
+    """
+    request = request or Request()
+    name = str(request.images) if model is None else "policy"
+    if isinstance(model, str | Path):
+        name, device = str(model), pick_device(device)
+    with init_distributed(pick_device(device)) as world:
+        load_it = None if model is None else functools.partial(load, model, device)
+        return run_suites(load_it, benchmarks, request, model=name, world=world)
+
+
+def evaluate_against(
+    model: Model, base: Model, benchmarks: Sequence[str], request: Request | None = None
+) -> list[Comparison]:
+    """Scores a model and its base by `evaluate_all`, for paired differences.
+
+    A folder that is asked for holds both, under `model` and `base`.
+    """
+    request = request or Request()
+    before, after = (
+        evaluate_all(one, benchmarks, replace(request, out=request.out and request.out / part))
+        for one, part in ((base, "base"), (model, "model"))
+    )
+    return [Comparison(*pair) for pair in zip(before, after, strict=True)]
 
 
 def export(

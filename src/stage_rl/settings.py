@@ -154,6 +154,15 @@ BUILT_IN = {
         "uniform": "stage_rl.training.credit:uniform",
     },
     "loss": {"grpo": "stage_rl.training.loss:grpo"},
+    "benchmark": {
+        "geneval": "stage_rl.evaluation.suites:GENEVAL",
+        "t2i-compbench": "stage_rl.evaluation.suites:T2I_COMPBENCH",
+        "hps": "stage_rl.evaluation.suites:HPS",
+        "drawbench": "stage_rl.evaluation.suites:DRAWBENCH",
+        "ocr": "stage_rl.evaluation.suites:OCR",
+        "diversity": "stage_rl.evaluation.suites:DIVERSITY",
+        "shapes-geneval": "stage_rl.shapes.suite:SHAPES_GENEVAL",
+    },
 }
 
 

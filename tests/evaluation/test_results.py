@@ -1,14 +1,21 @@
+"""Estimates with their errors, results as text and JSON, two results side by side, diversity."""
+
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from stage_rl.evaluation.results import (
+    Comparison,
     ImageScore,
+    Results,
+    Setup,
     bootstrap_intervals,
-    clustered_mean,
-    paired_difference,
+    group_diversity,
+    object_cells,
     render_table,
     task_scores,
 )
@@ -22,22 +29,29 @@ def images(task, values_by_prompt):
     ]
 
 
-def test_the_standard_error_counts_prompts():
-    # Prompt means 1, 0, 1/2, 1/2: std sqrt(1/6), over sqrt(4) prompts.
-    estimate = clustered_mean([1, 1, 0, 0, 1, 0, 0, 1], [0, 0, 1, 1, 2, 2, 3, 3])
-    assert estimate.mean == 0.5
-    assert estimate.standard_error == pytest.approx(math.sqrt(1 / 6) / 2)
-    assert (estimate.num_images, estimate.num_prompts) == (8, 4)
+def estimate_of(values_by_prompt):
+    return task_scores(images("colors", values_by_prompt)).tasks["colors"]
 
 
-def test_prompts_may_have_different_numbers_of_images():
-    # Mean 3/4; sums of deviations: 3 * 1/4 and -3/4: sqrt(2 / 1 * (9/16 + 9/16)) / 4 = 1.5 / 4.
-    estimate = clustered_mean([1, 1, 1, 0], [0, 0, 0, 1])
-    assert estimate.standard_error == pytest.approx(0.375)
+@pytest.mark.parametrize(
+    ("values_by_prompt", "mean", "error"),
+    [
+        # Prompt means 1, 0, 1/2, 1/2: std sqrt(1/6), over sqrt(4) prompts.
+        ([[1, 1], [0, 0], [1, 0], [0, 1]], 0.5, math.sqrt(1 / 6) / 2),
+        # Sums of deviations from 3/4: 3 * 1/4 and -3/4: sqrt(2 / 1 * (9/16 + 9/16)) / 4 = 1.5 / 4.
+        ([[1, 1, 1], [0]], 0.75, 0.375),
+    ],
+)
+def test_the_standard_error_counts_prompts(values_by_prompt, mean, error):
+    estimate = estimate_of(values_by_prompt)
+    assert estimate.mean == mean
+    assert estimate.standard_error == pytest.approx(error)
+    assert estimate.num_images == sum(map(len, values_by_prompt))
+    assert estimate.num_prompts == len(values_by_prompt)
 
 
 def test_one_prompt_has_no_standard_error():
-    estimate = clustered_mean([1, 0], [5, 5])
+    estimate = estimate_of([[1, 0]])
     assert estimate.standard_error is None
     assert estimate.interval is None
 
@@ -48,9 +62,7 @@ def test_the_interval_covers_the_true_mean_as_often_as_it_says():
     hits = 0
     for _ in range(400):
         chance_P = rng.beta(2, 2, 60)
-        values = rng.random((60, 4)) < chance_P[:, None]
-        estimate = clustered_mean(values.ravel().astype(float), np.repeat(np.arange(60), 4))
-        low, high = estimate.interval
+        low, high = estimate_of((rng.random((60, 4)) < chance_P[:, None]).astype(float)).interval
         hits += low <= 0.5 <= high
     assert 0.917 <= hits / 400 <= 0.983
 
@@ -66,11 +78,6 @@ def test_overall_is_the_unweighted_mean_over_tasks():
     assert list(scores.tasks) == ["colors", "position"]
 
 
-def test_all_correct_in_one_of_six_tasks_is_a_sixth():
-    scores = [score for task in "abcdef" for score in images(task, [[float(task == "a")] * 4] * 3)]
-    assert task_scores(scores).overall.mean == pytest.approx(1 / 6)
-
-
 def test_overall_without_an_error_of_each_task_has_none():
     scores = task_scores([*images("colors", [[1, 1]]), *images("position", [[1], [0]])])
     assert scores.overall.standard_error is None
@@ -78,17 +85,6 @@ def test_overall_without_an_error_of_each_task_has_none():
 
 BASE = images("colors", [[0, 1], [0, 0], [1, 1], [0, 1]])
 BETTER = images("colors", [[1, 1], [0, 1], [1, 1], [0, 1]])
-
-
-def test_the_paired_difference_is_taken_image_by_image():
-    # Differences 1 0 | 0 1 | 0 0 | 0 0: prompt means 1/2, 1/2, 0, 0: std sqrt(1/12), over sqrt(4).
-    difference = task_scores(paired_difference(BETTER, BASE[::-1]))
-    estimate = difference.tasks["colors"]
-    assert estimate.mean == 0.25
-    assert estimate.standard_error == pytest.approx(math.sqrt(1 / 12) / 2)
-    # Student's t for 4 - 1 prompts: 3.1824 at 97.5 %.
-    half = 3.1824 * 0.144338
-    assert estimate.interval == pytest.approx((0.25 - half, 0.25 + half), abs=1e-4)
 
 
 def test_the_freedom_of_the_overall_mean_is_welchs():
@@ -103,11 +99,6 @@ def test_the_freedom_of_the_overall_mean_is_welchs():
     assert equal.overall.interval == (0.5, 0.5)
 
 
-def test_pairing_refuses_other_images():
-    with pytest.raises(AssertionError, match="not judged on the same images"):
-        paired_difference(BETTER, BASE[1:])
-
-
 def test_the_table_has_a_line_per_task_and_a_column_per_policy():
     text = render_table({"base": task_scores(BASE), "trained": task_scores(BETTER)})
     # base: prompt means 1/2, 0, 1, 1/2: std 0.408 / 2; trained: 1, 1/2, 1, 1/2: std 0.289 / 2.
@@ -116,15 +107,6 @@ def test_the_table_has_a_line_per_task_and_a_column_per_policy():
         "colors   0.500 +- 0.204  0.750 +- 0.144",
         "overall  0.500 +- 0.204  0.750 +- 0.144",
     ]
-
-
-def test_json_holds_every_figure():
-    saved = json.loads(json.dumps(task_scores(BASE).to_json()))
-    assert saved.keys() == {"colors", "overall"}
-    assert saved["colors"]["mean"] == 0.5
-    assert saved["colors"]["num_prompts"] == 4
-    low, high = saved["colors"]["interval"]
-    assert low < 0.5 < high
 
 
 def test_bootstrap_intervals_draw_prompts_with_all_their_images():
@@ -161,3 +143,99 @@ def test_a_table_shows_bootstrap_intervals_where_it_has_them():
         "colors   0.500 +- 0.204  [0.250, 0.750]",
         "overall  0.500 +- 0.204       not known",
     ]
+
+
+SETUP = Setup("shapes-geneval", "2 images per task", 3.0, 0, "mixed")
+
+
+def results(model, gold, diversity=(), setup=SETUP):
+    """Two prompts of two images each, by the gold judge; diversity by prompt."""
+    scores = {
+        "gold": tuple(ImageScore("colors", n // 2, n % 2, v) for n, v in enumerate(gold)),
+        "diversity": tuple(ImageScore("colors", p, 0, v) for p, v in diversity),
+    }
+    return Results(model, setup, {name: rows for name, rows in scores.items() if rows}, ("gold",))
+
+
+def test_a_table_has_every_measure():
+    lines = results("mine", (1, 1, 0, 1), [(0, 0.25), (1, 0.75)]).table().splitlines()
+    assert lines[0] == ("mine: shapes-geneval, 2 images per task, guidance 3, seed 0, mixed")
+    # Prompt means 1 and 0.5: mean 0.75, standard error 0.3536 / sqrt 2 = 0.25.
+    # The bootstrap draws both prompts twice, or each once: 0.5, 0.75 or 1.
+    assert lines[3].split() == ["colors", "0.750", "+-", "0.250", "[0.500,", "1.000]"]
+    assert lines[4].split() == ["overall", "0.750", "+-", "0.250", "[0.500,", "1.000]"]
+    assert lines[-1].split() == ["diversity", "0.500", "+-", "0.250"]
+
+
+def test_json_keeps_every_image():
+    figures = json.loads(json.dumps(results("mine", (1, 1, 0, 1)).to_json(), allow_nan=False))
+    overall = figures["summary"]["gold"]["overall"]
+    assert (overall["mean"], overall["num_prompts"]) == (0.75, 2)
+    # Student's t for 2 - 1 prompts: 12.706 at 97.5 %; the standard error is 0.25.
+    assert overall["interval"] == pytest.approx([0.75 - 12.706 / 4, 0.75 + 12.706 / 4], abs=1e-3)
+    assert figures["scores"]["gold"] == {"colors": [[0, 0, 1], [0, 1, 1], [1, 0, 0], [1, 1, 1]]}
+    assert (figures["model"], figures["seed"], figures["guidance_scale"]) == ("mine", 0, 3.0)
+
+
+def test_a_comparison_is_paired():
+    base, trained = results("old", (0, 1, 0, 0)), results("new", (1, 1, 0, 1))
+    change = Comparison(base, trained).difference("gold")
+    assert change is not None
+    # Differences by image 1, 0, 0, 1; by prompt 0.5 and 0.5: no error, though each has its own.
+    assert change.overall.mean == 0.5
+    assert change.overall.standard_error == pytest.approx(0)
+    rows = [line.split() for line in Comparison(base, trained).table().splitlines()]
+    assert ["colors", "0.250", "0.750", "+0.500", "[+0.500,", "+0.500]"] in rows
+
+
+def test_a_prompt_that_one_model_has_no_diversity_for_leaves_the_difference():
+    base = results("old", (0, 0, 0, 0), [(0, 0.5)])
+    trained = results("new", (1, 1, 1, 1), [(0, 0.75), (1, 0.1)])
+    change = Comparison(base, trained).difference("diversity")
+    assert change is not None
+    assert (change.overall.mean, change.overall.num_prompts) == (0.25, 1)
+    rows = [line.split() for line in Comparison(base, trained).table().splitlines()]
+    # One prompt has no standard error; the trained model's second prompt counts nowhere.
+    assert ["diversity", "0.500", "0.750", "+0.250", "not", "known"] in rows
+
+
+def test_a_measure_that_one_model_lacks_is_left_out():
+    comparison = Comparison(results("old", (0, 0, 0, 0)), results("new", (1, 1, 1, 1), [(0, 0.5)]))
+    assert "diversity" not in comparison.table()
+    assert set(comparison.to_json()["difference"]) == {"gold"}
+
+
+def test_results_of_different_streams_are_not_paired():
+    other = results("new", (1, 1, 1, 1), setup=replace(SETUP, seed=1))
+    with pytest.raises(AssertionError, match="cannot be paired"):
+        Comparison(results("old", (0, 0, 0, 0)), other)
+
+
+def test_a_cell_is_an_objects_where_most_of_it_is_foreground():
+    foreground_NHW = np.zeros((1, 4, 8), bool)
+    foreground_NHW[0, :, :2] = True  # 4 x 2 of 4 x 4 pixels: half is not most
+    foreground_NHW[0, :3, 4:7] = True  # 3 x 3 of 16
+    assert object_cells(foreground_NHW, (1, 2)).tolist() == [[False, True]]
+
+
+def test_diversity_is_one_minus_the_mean_cosine_over_pairs():
+    # Three images, two tokens. Token 0 shows codes e1, e1, e2: cosines 1, 0, 0, and is background
+    # in all. Token 1 shows e1, -e1, 2 e1: cosines -1, 1, -1; image 0 has an object there, so the
+    # pairs (0, 1) and (0, 2) are an object's and (1, 2) is background.
+    codes_GTC = torch.tensor([[[1.0, 0], [1, 0]], [[1, 0], [-1, 0]], [[0, 1], [2, 0]]])
+    object_GT = torch.tensor([[False, True], [False, False], [False, False]])
+    seen = group_diversity(codes_GTC, object_GT)
+    assert seen.objects == pytest.approx(1 - (-1 + 1) / 2)
+    assert seen.background == pytest.approx(1 - (1 + 0 + 0 - 1) / 4)
+
+
+def test_equal_images_have_no_diversity():
+    codes_GTC = torch.randn(1, 5, 3).expand(4, -1, -1)
+    seen = group_diversity(codes_GTC, torch.zeros(4, 5, dtype=torch.bool))
+    assert seen.background == pytest.approx(0, abs=1e-6)
+    assert seen.objects is None
+
+
+def test_a_single_image_has_none():
+    seen = group_diversity(torch.randn(1, 5, 3), torch.zeros(1, 5, dtype=torch.bool))
+    assert seen == (None, None)

@@ -12,7 +12,7 @@ from run_files import steps_of
 
 from stage_rl.algorithm import truncated_importance
 from stage_rl.errors import RecipeError
-from stage_rl.evaluation.results import ImageScore, Results
+from stage_rl.evaluation.results import ImageScore, Results, Setup
 from stage_rl.policies.logprobs import Scoring
 from stage_rl.recipe import AlgorithmConfig
 from stage_rl.rollout.engine import Engine, PassStats
@@ -298,15 +298,14 @@ def documented():
     return [re.sub(r"NAME|PHASE", "*", name) for name in names]
 
 
-class Constant:
-    def run(self, policy, setup, *, name, engine):
-        scores = {"gold": (ImageScore("task", 0, 0, 0.5),)}
-        return Results(name, setup, scores, ("gold",))
+def constant(_policy, benchmark, _request, **_options):
+    scores = {"gold": (ImageScore("task", 0, 0, 0.5),)}
+    return Results("policy", Setup(benchmark, "", None, None, None), scores, ("gold",))
 
 
 @pytest.fixture
 def full_run(recipe, monkeypatch):
-    monkeypatch.setitem(monitor.BENCHMARKS, "shapes-geneval", Constant())
+    monkeypatch.setattr(monitor, "run_suite", constant)
     return train(
         recipe(
             "steps=2",

@@ -6,7 +6,7 @@ from run_files import parameters_of, steps_of
 
 from stage_rl.api import load
 from stage_rl.errors import DivergedError, InputError, RecipeError
-from stage_rl.evaluation.results import ImageScore, Results
+from stage_rl.evaluation.results import ImageScore, Results, Setup
 from stage_rl.recipe import TripwiresConfig
 from stage_rl.training import monitor
 from stage_rl.training.checkpoint import checkpoints, step_of
@@ -20,22 +20,23 @@ class Scripted:
     """A benchmark that scores the policies it is shown in turn as it was told to."""
 
     def __init__(self, *golds):
-        self.golds, self.setups, self.weights = list(golds), [], []
+        self.golds, self.requests, self.weights = list(golds), [], []
 
-    def run(self, policy, setup, *, name, engine):
+    def __call__(self, policy, benchmark, request, *, engine, silent):
         assert engine.policy is policy
-        self.setups.append(setup)
+        self.requests.append(request)
         self.weights.append(engine.decoder.final_norm.clone())
         scores = {"gold": self.golds.pop(0), "detector": 0.25}
         rows = {m: (ImageScore("task", 0, 0, value),) for m, value in scores.items()}
-        return Results(name, setup, rows, ("gold", "detector"))
+        setup = Setup(benchmark, "", None, None, None)
+        return Results("policy", setup, rows, ("gold", "detector"))
 
 
 @pytest.fixture
 def scripted(monkeypatch):
     def script(*golds):
         benchmark = Scripted(*golds)
-        monkeypatch.setitem(monitor.BENCHMARKS, "shapes-geneval", benchmark)
+        monkeypatch.setattr(monitor, "run_suite", benchmark)
         return benchmark
 
     return script
@@ -61,8 +62,8 @@ def test_the_best_checkpoint_is_kept_beside_the_newest_and_is_a_model(recipe, sc
     assert torch.equal(best[NORM], parameters_of(run, 2)[NORM])
     # Validation saw the policy after the update, its own images and the rollout's guidance.
     assert torch.equal(benchmark.weights[1], parameters_of(run, 2)[NORM])
-    setup = benchmark.setups[0]
-    assert (setup.images_per_task, setup.seed, setup.guidance_scale) == (3, 1, 2.0)
+    request = benchmark.requests[0]
+    assert (request.images_per_task, request.seed, request.guidance_scale) == (3, 1, 2.0)
     said = capsys.readouterr().out
     assert "held-out validation after step 2: 0.600, best so far: this one" in said
     assert "held-out validation after step 4: 0.400, best so far: step 2" in said

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from stage_rl.cli.options import check_writable, finite, write_json
 from stage_rl.errors import InputError
-from stage_rl.settings import near_or_all
-
-if TYPE_CHECKING:
-    from stage_rl.evaluation.results import Comparison, Results
-    from stage_rl.evaluation.run import Request
-
-    Outcome = Results | Comparison
+from stage_rl.settings import BUILT_IN, near_or_all
 
 SHAPES = "shapes-geneval"
-PUBLISHED = ("geneval", "t2i-compbench", "hps", "drawbench", "ocr", "diversity")
+PUBLISHED = tuple(name for name in BUILT_IN["benchmark"] if name != SHAPES)
 NAMES = f"{', '.join(PUBLISHED)}, all, or {SHAPES}"
 
 
@@ -71,11 +64,14 @@ def evaluate(
         str | None, typer.Option(help="A base to compare with, on the same random streams.")
     ] = None,
     smoke: Annotated[
-        bool, typer.Option("--smoke", help="A few prompts and tiny random rewards: seconds.")
+        bool, typer.Option("--smoke", help="A few prompts and made-up scores: seconds.")
     ] = False,
 ) -> None:
     """Score a model, or images made elsewhere, on benchmarks."""
-    from stage_rl.evaluation.run import Request
+    # torch is loaded for a run alone, not for --help.
+    from stage_rl import api
+    from stage_rl.distributed import launched
+    from stage_rl.evaluation.run import Request, skipped
     from stage_rl.evaluation.suites import parse_overrides
 
     check_writable(json_file)
@@ -85,33 +81,34 @@ def evaluate(
     if smoke and images is None:
         model = model or "shapes"
     names = _names(benchmark or [SHAPES], model, images=images, against=against)
+    if smoke and "all" in names and images is None:
+        names = [SHAPES, *names]
+    by_task = {"--images-per-task": images_per_task} if SHAPES not in names else {}
+    by_prompt = {"--images-per-prompt": images_per_prompt} if names == [SHAPES] else {}
+    _refuse(by_task | by_prompt, ", ".join(names))
     request = Request(
         out=out,
         data=data,
         images=images,
         images_per_prompt=images_per_prompt,
+        images_per_task=images_per_task,
         guidance_scale=guidance_scale,
         seed=seed,
         dtype=dtype,
         smoke=smoke,
         scorers=parse_overrides(settings or ()),
     )
-    published = [name for name in names if name != SHAPES]
-    given = {
-        "settings": settings,
-        "--out": out,
-        "--images-per-prompt": images_per_prompt,
-    }
-    _refuse(given if not published else {}, SHAPES)
-    with_shapes = published != names or (smoke and "all" in names and images is None)
-    _refuse({"--images-per-task": images_per_task} if not with_shapes else {}, ", ".join(names))
-    outcomes: dict[str, Outcome] = {}
-    if with_shapes:
-        num_images = 2 if smoke else images_per_task or 400
-        outcomes[SHAPES] = _shapes(str(model), against, request, num_images)
-    if published:
-        outcomes |= _published(model, against, published, request)
-    figures = {name: outcome.to_json() for name, outcome in outcomes.items()}
+    if against is not None and model is not None:
+        outcomes = api.evaluate_against(model, against, names, request)
+    else:
+        outcomes = api.evaluate_all(model, names, request)
+    if not launched().first:
+        return
+    for outcome in outcomes:
+        typer.echo(f"{outcome.table()}\n")
+    for line in skipped(names, request):
+        typer.echo(line)
+    figures = {outcome.benchmark: outcome.to_json() for outcome in outcomes}
     write_json(json_file, figures if len(figures) > 1 else next(iter(figures.values())))
 
 
@@ -139,41 +136,3 @@ def _names(
             "--against: compares models on the same random streams; leave out --images"
         )
     return list(names)
-
-
-def _shapes(model: str, against: str | None, request: Request, images_per_task: int) -> Outcome:
-    from stage_rl.evaluation import run as runner
-
-    score = (
-        functools.partial(runner.evaluate, model)
-        if against is None
-        else functools.partial(runner.evaluate_against, model, against)
-    )
-    outcome = score(
-        SHAPES,
-        images_per_task=images_per_task,
-        guidance_scale=request.guidance_scale,
-        seed=request.seed,
-        dtype=request.dtype,
-    )
-    typer.echo(outcome.table())
-    return outcome
-
-
-def _published(
-    model: str | None, against: str | None, names: Sequence[str], request: Request
-) -> dict[str, Outcome]:
-    from stage_rl.distributed import launched
-    from stage_rl.evaluation import run as runner
-
-    outcomes: Sequence[Outcome]
-    if against is not None and model is not None:
-        outcomes = runner.compare_suites(model, against, names, request)
-    else:
-        outcomes = runner.evaluate_suites(model, names, request)
-    if launched().first:
-        for outcome in outcomes:
-            typer.echo(f"{outcome.table()}\n")
-        for line in runner.skipped(names, request):
-            typer.echo(line)
-    return {outcome.benchmark: outcome for outcome in outcomes}

@@ -70,10 +70,10 @@ def _say_leaks(settings: Recipe) -> None:
     """Says on stderr which prompts of the evaluation are training prompts too."""
     if settings.evaluation is None:
         return
-    from stage_rl.evaluation.run import evaluation_prompts
+    from stage_rl.evaluation.suites import find_suite
     from stage_rl.prompts.leakage import find_leaks, sentence
 
-    held_out = evaluation_prompts(settings.evaluation.benchmark)
+    held_out = find_suite(settings.evaluation.benchmark).prompt_set.prompts(None)
     found = sentence(find_leaks(settings.prompts.build(), held_out), len(held_out))
     if found:
         typer.echo(f"{settings.evaluation.benchmark}: {found}", err=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,6 +33,15 @@ class DrawnPrompt:
     """In its set."""
     prompt: Prompt
     files: tuple[Path, ...]
+    measures_file: Path | None = None
+    """The measures of all images together, which were taken when they were drawn."""
+
+    def read_measures(self) -> dict[str, float] | None:
+        """Those of as many images as there are files; None where they are not there."""
+        if self.measures_file is None or not self.measures_file.exists():
+            return None
+        kept = json.loads(self.measures_file.read_text(encoding="utf-8"))
+        return kept["measures"] if kept["num_images"] == len(self.files) else None
 
 
 @dataclass(frozen=True)
@@ -40,41 +49,44 @@ class ImageFolder:
     """A folder of images that are drawn here."""
 
     root: Path
-
-    def file(self, place: int, image: int) -> Path:
-        """Where an image of a prompt is."""
-        return self._folder(place) / "samples" / f"{image:04d}.png"
-
-    def missing(self, place: int, num_images: int) -> list[int]:
-        """Which of a prompt's images are not there yet."""
-        return [k for k in range(num_images) if not self.file(place, k).exists()]
+    with_measures: bool = False
+    """Every prompt has measures of its images together."""
 
     def drawn(self, place: int, prompt: Prompt, num_images: int) -> DrawnPrompt:
-        """A prompt with its images, all of which are there."""
-        return DrawnPrompt(place, prompt, tuple(self.file(place, k) for k in range(num_images)))
+        """A prompt with the files of its images, whether they are there or not."""
+        folder = self.root / f"{place:05d}"
+        files = tuple(folder / "samples" / f"{image:04d}.png" for image in range(num_images))
+        measures_file = folder / "measures.json" if self.with_measures else None
+        return DrawnPrompt(place, prompt, files, measures_file)
 
-    def begin(self, place: int, prompt: Prompt) -> None:
-        """Makes the prompt's folder; one that is there for another prompt is an `InputError`."""
-        file = self._folder(place) / "metadata.jsonl"
-        if file.exists():
-            text = json.loads(file.read_text(encoding="utf-8")).get("prompt")
+    def is_lacking(self, drawn: DrawnPrompt) -> bool:
+        """Whether some of a prompt is not there yet."""
+        if self.with_measures and drawn.read_measures() is None:
+            return True
+        return not all(file.exists() for file in drawn.files)
+
+    def write(
+        self, drawn: DrawnPrompt, images_GHWC: Tensor, measures: Mapping[str, float] | None
+    ) -> None:
+        """Writes what is not there yet; a folder of another prompt is an `InputError`."""
+        prompt, record = drawn.prompt, self.root / f"{drawn.place:05d}" / "metadata.jsonl"
+        if record.exists():
+            text = json.loads(record.read_text(encoding="utf-8")).get("prompt")
             if text != prompt.text:
                 raise InputError(
-                    f"{file}: holds the images of '{text}', not of '{prompt.text}'; name another "
+                    f"{record}: holds the images of '{text}', not of '{prompt.text}'; name another "
                     "--out"
                 )
-            return
-        record = {**prompt.metadata, "prompt": prompt.text}
-        (file.parent / "samples").mkdir(parents=True, exist_ok=True)
-        replace_text(file, json.dumps(record, ensure_ascii=False) + "\n")
-
-    def write(self, place: int, image: int, image_HWC: Tensor) -> None:
-        """Writes one image as PNG."""
-        picture = Image.fromarray(image_HWC.numpy())
-        replace_file(self.file(place, image), picture.save)
-
-    def _folder(self, place: int) -> Path:
-        return self.root / f"{place:05d}"
+        else:
+            (record.parent / "samples").mkdir(parents=True, exist_ok=True)
+            values = {**prompt.metadata, "prompt": prompt.text}
+            replace_text(record, json.dumps(values, ensure_ascii=False) + "\n")
+        for file, image_HWC in zip(drawn.files, images_GHWC, strict=True):
+            if not file.exists():
+                replace_file(file, Image.fromarray(image_HWC.numpy()).save)
+        if drawn.measures_file is not None:
+            kept = {"num_images": len(drawn.files), "measures": measures}
+            replace_text(drawn.measures_file, json.dumps(kept) + "\n")
 
 
 def read_images(files: Sequence[Path]) -> list[Tensor]:
@@ -97,13 +109,10 @@ def numbered(prompts: Sequence[Prompt], first: int) -> tuple[Prompt, ...]:
     return tuple(replace(prompt, index=first + place) for place, prompt in enumerate(prompts))
 
 
-# Images that were made elsewhere, matched with the prompts of a benchmark.
-#
-# Three layouts are known: the official GenEval folders NNNNN/metadata.jsonl with NNNNN/samples/*;
-# a
-# file images.jsonl with {"file": ..., "prompt": ...} per line; and T2I-CompBench's file names
-# PROMPT_NUMBER.png, beside each other or under samples/.
-
+# Images that were made elsewhere, matched with the prompts of a benchmark. Three layouts are known:
+# the official GenEval folders NNNNN/metadata.jsonl with NNNNN/samples/*; a file images.jsonl with
+# {"file": ..., "prompt": ...} per line; and T2I-CompBench's file names PROMPT_NUMBER.png, beside
+# each other or under samples/.
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -121,22 +130,17 @@ def find_images(folder: Path, prompts: Sequence[Prompt], benchmark: str) -> list
     """
     if not folder.is_dir():
         raise InputError(f"--images {folder}: no such folder; name one with images")
-    places: dict[str, int] = {}
-    for place, prompt in enumerate(prompts):
-        places.setdefault(plain_text(prompt.text), place)
+    texts = [plain_text(prompt.text) for prompt in prompts]
     files: dict[int, list[Path]] = {}
     for file, text, number in _listed(folder):
         plain = plain_text(text)
-        if number is not None and number < len(prompts):
-            own = plain_text(prompts[number].text) == plain
-            place = number if own else places.get(plain)
-        else:
-            place = places.get(plain)
-        if place is None:
+        if plain not in texts:
             raise InputError(
                 f"{file}: '{text[:60]}' is no prompt of {benchmark}; remove it, or name the "
                 "benchmark it was drawn for"
             )
+        own = number is not None and number < len(texts) and texts[number] == plain
+        place = number if own and number is not None else texts.index(plain)
         files.setdefault(place, []).append(file)
     return [DrawnPrompt(n, prompts[n], tuple(sorted(files[n]))) for n in sorted(files)]
 
@@ -144,28 +148,23 @@ def find_images(folder: Path, prompts: Sequence[Prompt], benchmark: str) -> list
 def _listed(folder: Path) -> Iterator[Found]:
     """The images of a folder; one that holds none in a known layout is an `InputError`."""
     if (folder / LIST).exists():
-        yield from _in_list(folder)
+        for where, record in read_records(folder / LIST):
+            file = folder / text_of(record, where, "file")
+            if not file.is_file():
+                name = record["file"]
+                raise InputError(
+                    f"{where}: file '{name}' is not there; write a path below {folder}"
+                )
+            yield file, text_of(record, where), None
         return
-    records = sorted(folder.glob("*/metadata.jsonl"))
-    if records:
-        for file in records:
-            yield from _in_record(file)
-        return
-    named = [*_by_name(folder), *_by_name(folder / "samples")]
-    if not named:
+    found = [one for file in sorted(folder.glob("*/metadata.jsonl")) for one in _in_record(file)]
+    found = found or [*_by_name(folder), *_by_name(folder / "samples")]
+    if not found:
         raise InputError(
             f"--images {folder}: holds no images in a known layout; write NNNNN/metadata.jsonl "
             f"with NNNNN/samples/0000.png, or {LIST}"
         )
-    yield from named
-
-
-def _in_list(folder: Path) -> Iterator[Found]:
-    for where, record in read_records(folder / LIST):
-        name = text_of(record, where, "file")
-        if not (folder / name).is_file():
-            raise InputError(f"{where}: file '{name}' is not there; write a path below {folder}")
-        yield folder / name, text_of(record, where), None
+    yield from found
 
 
 def _in_record(file: Path) -> Iterator[Found]:
@@ -179,10 +178,8 @@ def _in_record(file: Path) -> Iterator[Found]:
         yield picture, text_of(record, where), number
 
 
-def _by_name(folder: Path) -> list[Found]:
-    found: list[Found] = []
+def _by_name(folder: Path) -> Iterator[Found]:
     for picture in sorted(folder.glob("*")):
         name = re.fullmatch(r"(.+)_\d+", picture.stem)
         if picture.suffix.lower() in ENDINGS and name:
-            found.append((picture, name.group(1), None))
-    return found
+            yield picture, name.group(1), None

@@ -109,49 +109,39 @@ def departures(benchmark: str, conditions: Conditions) -> dict[str, str]:
         reasons.append(f"drawn with guidance {scale:g}, the paper's is {GUIDANCE_SCALE:g}")
     if conditions.left_out:
         reasons.append(f"left out: {', '.join(conditions.left_out)}")
-    if benchmark in ("hps", "drawbench"):
-        plain = [
-            name
-            for name, config in conditions.scorers.items()
-            if getattr(config, "jpeg_quality", JPEG_QUALITY) != JPEG_QUALITY
-        ]
-        if plain:
-            write = " ".join(f"{name}.jpeg_quality={JPEG_QUALITY}" for name in plain)
-            reasons.append(f"the paper scores JPEG files of quality {JPEG_QUALITY}; add {write}")
-    if reasons:
-        return {"": "; ".join(reasons)}
-    return found
-
-
-def comparable(benchmark: str, conditions: Conditions) -> dict[str, Figures]:
-    """The published figures of the rows with the same protocol, by measure."""
-    others = departures(benchmark, conditions)
-    if "" in others:
-        return {}
-    kept: dict[str, Figures] = {}
-    for measure, models in PUBLISHED.get(benchmark, {}).items():
-        rows = {
-            model: {row: value for row, value in figures.items() if row not in others}
-            for model, figures in models.items()
-        }
-        kept[measure] = {model: figures for model, figures in rows.items() if figures}
-    return {measure: models for measure, models in kept.items() if models}
+    other_quality = [
+        f"{name}.jpeg_quality={JPEG_QUALITY}"
+        for name, config in conditions.scorers.items()
+        if getattr(config, "jpeg_quality", JPEG_QUALITY) != JPEG_QUALITY
+    ]
+    if other_quality and benchmark in ("hps", "drawbench"):
+        reasons.append(
+            f"the paper scores JPEG files of quality {JPEG_QUALITY}; add {' '.join(other_quality)}"
+        )
+    return {"": "; ".join(reasons)} if reasons else found
 
 
 def statements(benchmark: str, conditions: Conditions, measures: Collection[str]) -> list[str]:
-    """What a table of some measures is followed by: published rows, and what cannot be compared."""
+    """What a table of some measures is followed by: published rows, and what cannot be compared.
+
+    Nothing for a benchmark that is not of the paper's kind.
+    """
+    if benchmark not in PUBLISHED.keys() | DEPARTURES.keys():
+        return []
+    others = departures(benchmark, conditions)
     lines = []
-    for measure, models in comparable(benchmark, conditions).items():
-        if measure not in measures:
+    for measure, models in PUBLISHED.get(benchmark, {}).items():
+        rows = {
+            model: [f"{row} {value:g}" for row, value in figures.items() if row not in others]
+            for model, figures in models.items()
+        }
+        comparable = {model: cells for model, cells in rows.items() if cells}
+        if measure not in measures or "" in others or not comparable:
             continue
         lines.append(f"published {measure} ({SOURCE}):")
-        for model, figures in models.items():
-            told = ", ".join(f"{row} {value:g}" for row, value in figures.items())
-            lines.append(f"  {model}: {told}")
-    by_reason: dict[str, list[str]] = {}
-    for row, reason in departures(benchmark, conditions).items():
-        by_reason.setdefault(reason, []).append(row)
-    for reason, rows in by_reason.items():
+        lines += [f"  {model}: {', '.join(cells)}" for model, cells in comparable.items()]
+    for reason in dict.fromkeys(others.values()):
+        rows = [row for row, why in others.items() if why == reason]
         which = "" if rows == [""] else f" ({', '.join(rows)})"
         lines.append(f"not comparable with published figures{which}: {reason}")
     return lines

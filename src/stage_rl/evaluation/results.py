@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -67,29 +68,14 @@ class TaskScores:
         return {name: {**asdict(row), "interval": row.interval} for name, row in rows.items()}
 
 
-def clustered_mean(values: Sequence[float], prompts: Sequence[int]) -> Estimate:
-    """The mean over images and its standard error clustered by prompt.
-
-    With m prompts, n images and d = value - mean: sqrt(m / (m - 1) sum_p (sum_{i in p} d_i)^2) / n,
-    which is std(prompt means) / sqrt(m) where every prompt has as many images.
-    """
-    value_N = np.asarray(values, float)
-    assert value_N.size
-    _, prompt_N = np.unique(np.asarray(prompts), return_inverse=True)
-    sum_P = np.bincount(prompt_N, value_N - value_N.mean())
-    m, n = len(sum_P), len(value_N)
-    error = math.sqrt(m / (m - 1) * float(np.sum(sum_P**2))) / n if m > 1 else None
-    return Estimate(float(value_N.mean()), error, n, m, m - 1)
-
-
 def task_scores(scores: Iterable[ImageScore], *, pooled: bool = False) -> TaskScores:
     """The scores of one policy by task, tasks in the order they come in.
 
     `pooled` makes the overall mean that of all images, not of the tasks.
     """
     kept = list(scores)
-    tasks = {task: _mean_of(rows) for task, rows in _by_task(kept).items()}
-    return TaskScores(tasks, _mean_of(kept) if pooled else _overall(list(tasks.values())))
+    tasks = {task: _clustered_mean(rows) for task, rows in _by_task(kept).items()}
+    return TaskScores(tasks, _clustered_mean(kept) if pooled else _overall(list(tasks.values())))
 
 
 def bootstrap_intervals(
@@ -133,8 +119,19 @@ def _by_task(scores: Iterable[ImageScore]) -> dict[str, list[ImageScore]]:
     return by_task
 
 
-def _mean_of(rows: Sequence[ImageScore]) -> Estimate:
-    return clustered_mean([one.value for one in rows], [one.prompt for one in rows])
+def _clustered_mean(scores: Sequence[ImageScore]) -> Estimate:
+    """The mean over images and its standard error clustered by prompt.
+
+    With m prompts, n images and d = value - mean: sqrt(m / (m - 1) sum_p (sum_{i in p} d_i)^2) / n,
+    which is std(prompt means) / sqrt(m) where every prompt has as many images.
+    """
+    value_N = np.asarray([one.value for one in scores], float)
+    assert value_N.size
+    _, prompt_N = np.unique([one.prompt for one in scores], return_inverse=True)
+    sum_P = np.bincount(prompt_N, value_N - value_N.mean())
+    m, n = len(sum_P), len(value_N)
+    error = math.sqrt(m / (m - 1) * float(np.sum(sum_P**2))) / n if m > 1 else None
+    return Estimate(float(value_N.mean()), error, n, m, m - 1)
 
 
 def _overall(rows: Sequence[Estimate]) -> Estimate:
@@ -154,20 +151,6 @@ def _overall(rows: Sequence[Estimate]) -> Estimate:
     return Estimate(mean, error, images, prompts, freedom)
 
 
-def paired_difference(
-    scores: Iterable[ImageScore], baseline: Iterable[ImageScore]
-) -> list[ImageScore]:
-    """Score minus baseline, image by image; `task_scores` of it are the paired differences.
-
-    Both must hold the same images (task, prompt, image), as policies do that were evaluated on the
-    same prompts and random streams.
-    """
-    before = {(one.task, one.prompt, one.image): one.value for one in baseline}
-    after = {(one.task, one.prompt, one.image): one.value for one in scores}
-    assert before.keys() == after.keys(), "the two policies were not judged on the same images"
-    return [ImageScore(*key, value - before[key]) for key, value in after.items()]
-
-
 def render_table(
     columns: Mapping[str, TaskScores],
     *,
@@ -180,23 +163,16 @@ def render_table(
     tasks = next(iter(columns.values())).tasks if columns else {}
     assert all(tuple(scores.tasks) == tuple(tasks) for scores in columns.values())
     given = intervals or {}
-    head = ["task"]
-    for name in columns:
-        head += [name, "95 % bootstrap"] if name in given else [name]
-    table = [head]
-    for task in [*tasks, "overall"] if columns else []:
-        row = [task]
-        for name, scores in columns.items():
-            row.append(_cell({**scores.tasks, "overall": scores.overall}[task]))
-            if name in given:
-                row.append(_interval(given[name].get(task)))
-        table.append(row)
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = [
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
-        for line in table
-    ]
-    return "\n".join(lines)
+    lines = [["task"], *([task] for task in (*tasks, "overall") if columns)]
+    for name, scores in columns.items():
+        rows = (*scores.tasks.values(), scores.overall)
+        for line, cell in zip(lines, (name, *map(_cell, rows)), strict=True):
+            line.append(cell)
+        if name in given:
+            shown = (_interval(given[name].get(task)) for task in (*tasks, "overall"))
+            for line, cell in zip(lines, ("95 % bootstrap", *shown), strict=True):
+                line.append(cell)
+    return "\n".join(_aligned(lines))
 
 
 def _cell(row: Estimate) -> str:
@@ -204,8 +180,20 @@ def _cell(row: Estimate) -> str:
     return f"{row.mean:.3f}{error}"
 
 
-def _interval(interval: tuple[float, float] | None) -> str:
-    return "not known" if interval is None else "[{:.3f}, {:.3f}]".format(*interval)
+def _interval(interval: tuple[float, float] | None, sign: str = "") -> str:
+    if interval is None:
+        return "not known"
+    low, high = interval
+    return f"[{low:{sign}.3f}, {high:{sign}.3f}]"
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    """Rows of cells as lines, the first column to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) if row else ""
+        for row in rows
+    ]
 
 
 # What a benchmark says of one model, and of two on the same prompts and random streams.
@@ -213,36 +201,24 @@ def _interval(interval: tuple[float, float] | None) -> str:
 
 @dataclass(frozen=True)
 class Setup:
-    """How the images of a benchmark are made; equal setups give equal random streams."""
+    """What a benchmark was scored on; equal setups give equal random streams."""
 
     benchmark: str
-    images_per_task: int
-    guidance_scale: float
-    seed: int
-    dtype: str
-    """Precision of the sampler: float32 or mixed."""
-
-    def __str__(self) -> str:
-        return (
-            f"{self.benchmark}, {self.images_per_task} images per task, "
-            f"guidance {self.guidance_scale:g}, seed {self.seed}, {self.dtype}"
-        )
-
-
-@dataclass(frozen=True)
-class SuiteSetup:
-    """What a published benchmark was scored on; equal setups give equal random streams."""
-
-    benchmark: str
-    prompts: str
-    """Of the set, how many have images: 553 of 553."""
     images: str
-    """How they were made, or where they are."""
-    scorers: Mapping[str, Mapping[str, Any]]
+    """How many there are, or where they are."""
+    guidance_scale: float | None
+    """None, as the following: made elsewhere."""
+    seed: int | None
+    dtype: str | None
+    """Precision of the sampler: float32 or mixed."""
+    scorers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """The settings of every reward."""
 
     def __str__(self) -> str:
-        return f"{self.benchmark}, {self.prompts} prompts, {self.images}"
+        text = f"{self.benchmark}, {self.images}"
+        if self.guidance_scale is None:
+            return text
+        return f"{text}, guidance {self.guidance_scale:g}, seed {self.seed}, {self.dtype}"
 
 
 @dataclass(frozen=True)
@@ -250,7 +226,7 @@ class Results:
     """Every score of one model, image by image, under the name of its measure."""
 
     model: str
-    setup: Setup | SuiteSetup
+    setup: Setup
     scores: Mapping[str, tuple[ImageScore, ...]]
     by_task: tuple[str, ...]
     """The measures whose table is printed task by task; of the others only the overall mean is."""
@@ -276,7 +252,7 @@ class Results:
         first = {shown[0]: self._bootstrap(shown[0])} if shown else {}
         tasks = render_table({name: self.summary(name) for name in shown}, intervals=first)
         others = [name for name in self.scores if name not in self.by_task]
-        rows = [[name, _estimate_cell(self.summary(name).overall)] for name in others]
+        rows = [[name, _cell(self.summary(name).overall)] for name in others]
         rows += [[name, f"{value:.3f}"] for name, value in self.figures.items()]
         lines = [f"{self.model}: {self.setup}", "", tasks, "", *_aligned(rows), *self.statements]
         return "\n".join(lines)
@@ -290,7 +266,7 @@ class Results:
             "bootstrap": {name: self._bootstrap(name) for name in self.scores},
             "figures": dict(self.figures),
             "statements": list(self.statements),
-            "scores": {name: _scores_by_task(rows) for name, rows in self.scores.items()},
+            "scores": {name: _plain(rows) for name, rows in self.scores.items()},
         }
 
     def _bootstrap(self, measure: str) -> dict[str, tuple[float, float] | None]:
@@ -304,25 +280,28 @@ class Comparison:
     base: Results
     trained: Results
 
+    def __post_init__(self) -> None:
+        assert self.base.setup == self.trained.setup, "results of other streams cannot be paired"
+
     @property
     def benchmark(self) -> str:
         """Its name."""
         return self.base.benchmark
 
     def difference(self, measure: str) -> TaskScores | None:
-        """Trained minus base, paired; None where no prompt has the measure for both.
+        """Trained minus base, paired image by image; None where no image has the measure for both.
 
         A prompt can lack one: without any object there is no diversity of objects.
         """
         before, after = self._shared(measure)
-        if not after:
-            return None
-        return task_scores(paired_difference(after, before), pooled=self.base.pooled)
+        pairs = zip(before, after, strict=True)
+        rows = [replace(new, value=new.value - old.value) for old, new in pairs]
+        return task_scores(rows, pooled=self.base.pooled) if rows else None
 
     def _shared(self, measure: str) -> tuple[list[ImageScore], list[ImageScore]]:
         """The scores of base and trained of the images for which both have the measure."""
         before, after = (
-            {(one.task, one.prompt, one.image): one for one in results.scores[measure]}
+            {(one.task, one.prompt, one.image): one for one in results.scores.get(measure, ())}
             for results in (self.base, self.trained)
         )
         shared = [key for key in after if key in before]
@@ -334,15 +313,39 @@ class Comparison:
         lines: list[list[str]] = []
         for name in self.base.by_task:
             lines += [[name, *head], *self._rows(name, by_task=True), []]
-        others = [name for name in self.trained.scores if name not in self.base.by_task]
-        lines += [["overall", *head]]
-        lines += [row for name in others for row in self._rows(name, by_task=False)]
+        lines.append(["overall", *head])
+        for name in self.trained.scores:
+            if name not in self.base.by_task:
+                lines += self._rows(name, by_task=False)
         names = f"base {self.base.model}, trained {self.trained.model}"
         return "\n".join([f"{self.base.setup}: {names}", "", *_aligned(lines)])
 
+    def _rows(self, measure: str, *, by_task: bool) -> list[list[str]]:
+        """Of the images that both have the measure of, so that trained - base is the difference."""
+        change = self.difference(measure)
+        if change is None:
+            return []
+        before, after = (
+            task_scores(scores, pooled=self.base.pooled) for scores in self._shared(measure)
+        )
+        rows = [("overall" if by_task else measure, before.overall, after.overall, change.overall)]
+        if by_task:
+            tasks = [(t, before.tasks[t], after.tasks[t], change.tasks[t]) for t in change.tasks]
+            rows = [*tasks, *rows]
+        return [
+            [
+                name,
+                f"{old.mean:.3f}",
+                f"{new.mean:.3f}",
+                f"{moved.mean:+.3f}",
+                _interval(moved.interval, "+"),
+            ]
+            for name, old, new, moved in rows
+        ]
+
     def to_json(self) -> dict[str, Any]:
         """Both results, and the paired differences of every measure they share."""
-        differences = {name: self.difference(name) for name in self._measures}
+        differences = {name: self.difference(name) for name in self.trained.scores}
         return {
             "base": self.base.to_json(),
             "trained": self.trained.to_json(),
@@ -351,71 +354,12 @@ class Comparison:
             },
         }
 
-    @property
-    def _measures(self) -> list[str]:
-        return [name for name in self.trained.scores if name in self.base.scores]
 
-    def _rows(self, measure: str, *, by_task: bool) -> list[list[str]]:
-        change = self.difference(measure) if measure in self._measures else None
-        if change is None:
-            return []
-        # Of the shared images alone, so that trained minus base is the difference beside them.
-        before, after = (
-            task_scores(scores, pooled=self.base.pooled) for scores in self._shared(measure)
-        )
-        rows = [(measure if not by_task else "overall", before.overall, after.overall)]
-        differences = [change.overall]
-        if by_task:
-            rows[:0] = [(task, before.tasks[task], after.tasks[task]) for task in change.tasks]
-            differences[:0] = change.tasks.values()
-        return [
-            [
-                name,
-                f"{old.mean:.3f}",
-                f"{new.mean:.3f}",
-                f"{moved.mean:+.3f}",
-                _signed_interval(moved),
-            ]
-            for (name, old, new), moved in zip(rows, differences, strict=True)
-        ]
-
-
-def compare(base: Results, trained: Results) -> Comparison:
-    """Pairs two results; their setups must be equal, or the streams are not the same."""
-    assert base.setup == trained.setup, "results of different setups cannot be paired"
-    return Comparison(base, trained)
-
-
-def _estimate_cell(row: Estimate) -> str:
-    error = "" if row.standard_error is None else f" +- {row.standard_error:.3f}"
-    return f"{row.mean:.3f}{error}"
-
-
-def _signed_interval(row: Estimate) -> str:
-    if row.interval is None:
-        return "not known"
-    return "[{:+.3f}, {:+.3f}]".format(*row.interval)
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    """Rows of cells as lines, the first column to the left and the others to the right."""
-    filled = [row for row in rows if row]
-    columns = max((len(row) for row in filled), default=0)
-    widths = [max(len(row[i]) for row in filled if len(row) > i) for i in range(columns)]
-    return [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=False))
-        )
-        for row in rows
-    ]
-
-
-def _scores_by_task(rows: Iterable[ImageScore]) -> dict[str, list[list[float]]]:
-    tasks: dict[str, list[list[float]]] = {}
-    for row in rows:
-        tasks.setdefault(row.task, []).append([row.prompt, row.image, round(row.value, 6)])
-    return tasks
+def _plain(scores: Iterable[ImageScore]) -> dict[str, list[list[float]]]:
+    return {
+        task: [[one.prompt, one.image, round(one.value, 6)] for one in rows]
+        for task, rows in _by_task(scores).items()
+    }
 
 
 # How much the images of one prompt differ in code space, on objects and on background.

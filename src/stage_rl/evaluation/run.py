@@ -1,36 +1,42 @@
-"""Benchmarks by name: one model, or a trained one against its base."""
+"""Runs benchmarks: draws every image once, lets every scorer judge it, and reports.
+
+Files go to one folder, and what is there is not made again:
+OUT/setup.json, OUT/images/SET/NNNNN/..., OUT/scores/SET/SCORER-HASH8/NNNNN.json, OUT/NAME.json.
+
+Shape suffixes: N images, H x W pixels, C colour channels.
+"""
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
+import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeVar
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
 from stage_rl.console import progress, stop_signals
-from stage_rl.distributed import SINGLE, World, init_distributed
+from stage_rl.distributed import SINGLE, World
 from stage_rl.errors import InputError, RewardError, StageError, Stopped
 from stage_rl.evaluation import published
 from stage_rl.evaluation.images import DrawnPrompt, ImageFolder, find_images, read_images
-from stage_rl.evaluation.results import Comparison, ImageScore, Results, Setup, SuiteSetup, compare
-from stage_rl.evaluation.smoke import IMAGES_PER_PROMPT
+from stage_rl.evaluation.results import Comparison, ImageScore, Results, Setup
+from stage_rl.evaluation.smoke import IMAGES as SMOKE_IMAGES
+from stage_rl.evaluation.smoke import MadeUpReward
 from stage_rl.evaluation.suites import (
-    SUITES,
-    WHERE,
     Overrides,
     Scorer,
     Suite,
     check_names,
-    chosen,
-    is_there,
-    more_figures,
-    prompts_of,
+    find_suite,
+    find_suites,
     scorers_of,
 )
 from stage_rl.files import replace_file, replace_text
@@ -42,97 +48,105 @@ from stage_rl.rewards.judge import check_scores
 from stage_rl.rollout.engine import Engine
 from stage_rl.rollout.sample import rollout
 from stage_rl.rollout.sampling import Sampling
-from stage_rl.settings import near_or_all
-from stage_rl.shapes import suite as shapes_geneval
-from stage_rl.types import Prompt, Rollout
+from stage_rl.types import Prompt
 
-BENCHMARKS = {shapes_geneval.NAME: shapes_geneval}
+IMAGES_AT_ONCE = 64
+"""Images after which files are written and a stop is heard."""
 
 IMAGES_IN_GRID = 4
 """Images of each prompt and policy in the before/after grid."""
 
 
-def evaluate(
-    model: str | Path | Policy,
-    benchmark: str = shapes_geneval.NAME,
-    *,
-    images_per_task: int = 400,
-    guidance_scale: float | None = None,
-    seed: int = 0,
-    dtype: str = "mixed",
-    device: str | torch.device | None = None,
-) -> Results:
-    """Scores a model on a benchmark; image k of a prompt has the same stream for every model.
+@dataclass(frozen=True)
+class Request:
+    """What to draw, with what to score it, and where everything goes."""
 
-    `model` is a folder, a hub id, `shapes`, a run folder or RUN@STEP, or a policy. `guidance_scale`
-    None is the benchmark's own; `device` None is the GPU where there is one. `images_per_task` is
-    for shapes-geneval; the published benchmarks say themselves how many images they need, and
-    `evaluate_suites` takes what they can be told. Wrong input is an `InputError`.
-    """
-    if benchmark in SUITES:
-        request = Request(guidance_scale=guidance_scale, seed=seed, dtype=dtype)
-        return evaluate_suites(model, [benchmark], request, device=device)[0]
-    setup = _setup(benchmark, images_per_task, guidance_scale, seed=seed, dtype=dtype)
-    return _run(_load(model, device), setup, name=_name(model))
+    out: Path | None = None
+    """None: evaluations/MODEL-HASH8, by model, weights and way of sampling."""
+    data: Path | None = None
+    """Folder of the published prompt sets, or one of them."""
+    images: Path | None = None
+    """Images made elsewhere, in place of a model."""
+    images_per_prompt: int | None = None
+    """None: as the benchmark has it."""
+    images_per_task: int | None = None
+    """The same, for a benchmark that counts by task."""
+    guidance_scale: float | None = None
+    """None: the benchmark's own."""
+    seed: int = 0
+    dtype: str = "mixed"
+    """Precision of the sampler: float32, or mixed for bf16 linear layers."""
+    smoke: bool = False
+    """A few prompts of the shapes world and made-up scores."""
+    scorers: Overrides = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Wrong numbers are an `InputError`."""
+        numbers = {"images_per_prompt": 1, "images_per_task": 1, "seed": 0}
+        for name, smallest in numbers.items():
+            value = getattr(self, name)
+            if value is not None and value < smallest:
+                raise InputError(f"{name}: {value} is out of range; write at least {smallest}")
+
+    def sampling(self, suite: Suite) -> Sampling:
+        """How a benchmark is drawn."""
+        own = self.guidance_scale
+        return Sampling(guidance_scale=suite.guidance_scale if own is None else own)
 
 
-def evaluate_suites(
-    model: str | Path | Policy | None,
-    benchmarks: Sequence[str],
+def run_suites(
+    load: Callable[[], Policy] | None,
+    names: Sequence[str],
     request: Request,
     *,
-    device: str | torch.device | None = None,
+    model: str,
+    world: World = SINGLE,
 ) -> list[Results]:
-    """Scores a model, or with None the images of `request.images`, on published benchmarks.
+    """The results of benchmarks (`all`: the published ones) on a model, or on `request.images`.
 
-    Under `torchrun` every process takes its share of the prompts, and all get all results.
+    Settings and prompts are checked before the model is loaded; each of several ranks draws and
+    scores its prompts, and all return all results. Raises `Stopped` after Ctrl-C or SIGTERM.
     """
-    best = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    load = None if model is None else functools.partial(_load, model, best)
-    name = str(request.images) if model is None else _name(model)
-    with init_distributed(best) as ranks:
-        return run_suites(load, benchmarks, request, model=name, ranks=ranks)
+    suites = [suite for suite in find_suites(names) if not _is_skipped(suite, names, request)]
+    check_names(suites, request.scorers)
+    jobs = [_job(suite, request) for suite in suites]
+    policy = load() if load is not None else None
+    out = _open(policy, request, model, world)
+    with stop_signals() as signals:
+        run = _Run(policy, request, model, out, world, signals)
+        results = [run.results_of(job) for job in jobs]
+    for one in results if world.first else ():
+        text = json.dumps(one.to_json(), allow_nan=False, indent=1)
+        replace_text(out / f"{one.benchmark}.json", text + "\n")
+    return results
 
 
-def compare_suites(
-    model: str | Path | Policy,
-    base: str | Path | Policy,
-    benchmarks: Sequence[str],
+def skipped(names: Sequence[str], request: Request) -> list[str]:
+    """The benchmarks of `all` whose prompts cannot be found, each with what is missing."""
+    return [
+        f"{suite.name} is not run: --data has no {suite.prompt_set.where}"
+        for suite in find_suites(names)
+        if _is_skipped(suite, names, request)
+    ]
+
+
+def run_suite(
+    policy: Policy,
+    benchmark: str,
     request: Request,
-) -> list[Comparison]:
-    """Scores a model and its base by `evaluate_suites`, for paired differences.
-
-    A folder that is asked for holds both, under `model` and `base`.
-    """
-    results = [
-        evaluate_suites(one, benchmarks, replace(request, out=request.out and request.out / part))
-        for one, part in ((base, "base"), (model, "model"))
-    ]
-    return [compare(*pair) for pair in zip(*results, strict=True)]
-
-
-def evaluate_against(
-    model: str | Path | Policy,
-    base: str | Path | Policy,
-    benchmark: str = shapes_geneval.NAME,
     *,
-    images_per_task: int = 400,
-    guidance_scale: float | None = None,
-    seed: int = 0,
-    dtype: str = "mixed",
-) -> Comparison:
-    """Scores a model and its base on the same streams, for paired differences; see `evaluate`."""
-    if benchmark in SUITES:
-        request = Request(guidance_scale=guidance_scale, seed=seed, dtype=dtype)
-        return compare_suites(model, base, [benchmark], request)[0]
-    setup = _setup(benchmark, images_per_task, guidance_scale, seed=seed, dtype=dtype)
-    # Both first: a wrong name is answered before the long work.
-    policies = [_load(one, None) for one in (base, model)]
-    results = [
-        _run(policy, setup, name=_name(one))
-        for policy, one in zip(policies, (base, model), strict=True)
-    ]
-    return compare(*results)
+    model: str = "policy",
+    engine: Engine | None = None,
+    silent: bool = False,
+) -> Results:
+    """The results of one benchmark; keeps no files and leaves signals to the caller.
+
+    `engine` None is one of its own; another draws by the weights of its last reload.
+    """
+    job = _job(find_suite(benchmark), request)
+    with TemporaryDirectory() as out:
+        run = _Run(policy, request, model, Path(out), engine=engine, silent=silent)
+        return run.results_of(job)
 
 
 def evaluate_run(
@@ -149,179 +163,100 @@ def evaluate_run(
     for an evaluation that names none.
     """
     own = evaluation.guidance_scale
-    setup = _setup(
-        evaluation.benchmark,
-        evaluation.images_per_task,
-        guidance_scale if own is None else own,
+    request = Request(
+        images_per_task=evaluation.images_per_task,
+        guidance_scale=guidance_scale if own is None else own,
         seed=evaluation.seed,
     )
-    base, trained = _run(before, setup, name="base"), _run(after, setup, name="trained")
-    comparison = compare(base, trained)
+    comparison = Comparison(
+        *(
+            run_suite(policy, evaluation.benchmark, request, model=name)
+            for policy, name in ((before, "base"), (after, "trained"))
+        )
+    )
     replace_text(out / "evaluation.json", json.dumps(comparison.to_json(), allow_nan=False))
-    drawn = [_examples(policy, setup) for policy in (before, after)]
+    suite = find_suite(evaluation.benchmark)
+    prompts = _examples(suite, comparison.base.summary(suite.by_task[0]).tasks)
+    images_NHWC = [
+        rollout(
+            Engine(policy, dtype=request.dtype),
+            prompts,
+            group_size=IMAGES_IN_GRID,
+            sampling=request.sampling(suite),
+            seed=request.seed,
+            step=0,
+        ).images_NHWC
+        for policy in (before, after)
+    ]
     grid = side_by_side(
-        *(one.images_NHWC for one in drawn),
+        *images_NHWC,
         columns=IMAGES_IN_GRID,
-        titles=[prompt.text for prompt in drawn[0].prompts],
+        titles=[prompt.text for prompt in prompts],
         heads=("base", "trained"),
     )
     replace_file(out / "before_after.png", grid.save)
     return comparison.table()
 
 
-def evaluation_prompts(benchmark: str) -> tuple[Prompt, ...]:
-    """All prompts of a benchmark that a run may be compared on."""
-    return tuple(p for prompts in BENCHMARKS[benchmark].prompt_sets().values() for p in prompts)
-
-
-def _load(model: str | Path | Policy, device: str | torch.device | None) -> Policy:
-    if not isinstance(model, str | Path):
-        return model
-    from stage_rl.api import load
-
-    return load(model, device)
-
-
-def _name(model: str | Path | Policy) -> str:
-    return str(model) if isinstance(model, str | Path) else "policy"
-
-
-def _setup(
-    benchmark: str,
-    images_per_task: int,
-    guidance_scale: float | None,
-    *,
-    seed: int,
-    dtype: str = "mixed",
-) -> Setup:
-    if benchmark not in BENCHMARKS:
-        hint = near_or_all(benchmark, [*BENCHMARKS, *SUITES])
-        raise InputError(f"benchmark: unknown '{benchmark}'; {hint}")
-    for name, value, least in (("images_per_task", images_per_task, 1), ("seed", seed, 0)):
-        if value < least:
-            raise InputError(f"{name}: {value} is out of range; write at least {least}")
-    scale = BENCHMARKS[benchmark].GUIDANCE_SCALE if guidance_scale is None else guidance_scale
-    return Setup(benchmark, images_per_task, scale, seed, dtype)
-
-
-def _run(policy: Policy, setup: Setup, *, name: str) -> Results:
-    benchmark = BENCHMARKS[setup.benchmark]
-    with progress(f"evaluate {name}", benchmark.num_images(setup.images_per_task)) as advance:
-        return benchmark.run(policy, setup, name=name, advance=advance)
-
-
-def _examples(policy: Policy, setup: Setup) -> Rollout:
-    """The first images of some prompts, as the benchmark draws them."""
-    return rollout(
-        Engine(policy, dtype=setup.dtype),
-        BENCHMARKS[setup.benchmark].example_prompts(),
-        group_size=IMAGES_IN_GRID,
-        sampling=Sampling(guidance_scale=setup.guidance_scale),
-        seed=setup.seed,
-        step=0,
-    )
-
-
-# Runs published benchmarks: draws every image once, lets every reward score it, and reports.
-#
-# Files go to one folder, and what is there is not made again:
-# OUT/setup.json, OUT/images/SET/NNNNN/..., OUT/scores/SET/SCORER-HASH8/NNNNN.json, OUT/NAME.json.
-
-
-Item = TypeVar("Item")
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to draw, with what to score it, and where everything goes."""
-
-    out: Path | None = None
-    """None: evaluations/MODEL-HASH8, by model, weights and way of sampling."""
-    data: Path | None = None
-    """Folder of the published prompt sets, or one of them."""
-    images: Path | None = None
-    """Images made elsewhere, in place of a model."""
-    images_per_prompt: int | None = None
-    """None: as the benchmark has it."""
-    guidance_scale: float | None = None
-    """None: that of the paper."""
-    seed: int = 0
-    dtype: str = "mixed"
-    smoke: bool = False
-    """A few prompts of the shapes world and tiny random scorers."""
-    scorers: Overrides = field(default_factory=dict)
-
-    @property
-    def scale(self) -> float:
-        """The guidance scale."""
-        own = self.guidance_scale
-        return published.GUIDANCE_SCALE if own is None else own
+def _examples(suite: Suite, tasks: Iterable[str], num_per_task: int = 2) -> list[Prompt]:
+    """The first prompts of some tasks."""
+    by_task: dict[str, list[Prompt]] = {task: [] for task in tasks}
+    for prompt in suite.prompt_set.prompts(None):
+        by_task.setdefault(suite.task_of(prompt), []).append(prompt)
+    return [prompt for task in tasks for prompt in by_task[task][:num_per_task]]
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One benchmark with its prompts and scorers."""
+    """One benchmark with its prompts, how many images each has, and its scorers."""
 
     suite: Suite
-    prompts: tuple[Prompt, ...]
-    num_images: int
+    prompts: Sequence[Prompt]
+    num_images: Sequence[int]
+    images: str
+    """How many there are, in words."""
     scorers: Mapping[str, tuple[Scorer, RewardConfig]]
+    made_up: frozenset[str]
+    """The scorers that give way to made-up scores."""
 
-
-def run_suites(
-    load: Callable[[], Policy] | None,
-    names: Sequence[str],
-    request: Request,
-    *,
-    model: str,
-    ranks: World = SINGLE,
-) -> list[Results]:
-    """The results of benchmarks (`all`: every one) on a model, or on `request.images`.
-
-    Settings and prompts are checked before the model is loaded; each of several ranks draws and
-    scores its prompts, and all return all results. Raises `Stopped` after Ctrl-C or SIGTERM.
-    """
-    suites = [suite for suite in chosen(names) if not _is_skipped(suite, names, request)]
-    check_names(suites, request.scorers)
-    jobs = [_job(suite, request) for suite in suites]
-    policy = load() if load is not None else None
-    out = _open(policy, request, model, ranks)
-    with stop_signals() as signals:
-        run = _Run(policy, request, model, out, ranks, signals)
-        results = [run.results_of(job) for job in jobs]
-    for done in results if ranks.first else ():
-        text = json.dumps(done.to_json(), allow_nan=False, indent=1)
-        replace_text(out / f"{done.benchmark}.json", text + "\n")
-    return results
-
-
-def skipped(names: Sequence[str], request: Request) -> list[str]:
-    """The benchmarks of `all` whose prompts cannot be found, each with what is missing."""
-    return [
-        f"{suite.name} is not run: --data has no {WHERE[suite.prompt_set]}"
-        for suite in chosen(names)
-        if _is_skipped(suite, names, request)
-    ]
+    def asked(self, prompt: Prompt) -> list[str]:
+        """The scorers of a prompt."""
+        return [name for name, (scorer, _) in self.scorers.items() if scorer.asks(prompt)]
 
 
 def _is_skipped(suite: Suite, names: Sequence[str], request: Request) -> bool:
-    asked_for = suite.name in names or request.smoke
-    return not asked_for and not is_there(suite.prompt_set, request.data)
+    if suite.name in names or request.smoke or not suite.prompt_set.where:
+        return False
+    return suite.prompt_set.find(request.data) is None
 
 
 def _job(suite: Suite, request: Request) -> _Job:
-    prompts = prompts_of(suite.prompt_set, request.data, smoke=request.smoke)
-    own = IMAGES_PER_PROMPT if request.smoke else suite.images_per_prompt
-    scorers = scorers_of(suite, request.scorers, tiny=request.smoke)
+    prompts = suite.prompt_set.prompts(request.data, smoke=request.smoke)
+    scorers = scorers_of(suite, request.scorers, smoke=request.smoke)
+    has_made_up = request.smoke and suite.prompt_set.has_smoke_prompts
+    made_up = frozenset(suite.scorers if has_made_up else ())
     for name, (scorer, config) in scorers.items():
         for prompt in prompts:
-            unsupported_reason = config.unsupported_reason(prompt) if scorer.asks(prompt) else None
-            if unsupported_reason:
+            reason = config.unsupported_reason(prompt) if scorer.asks(prompt) else None
+            if reason and name not in made_up:
                 raise InputError(
-                    f"{suite.name}: {name} {unsupported_reason} ('{prompt.text[:40]}'); "
+                    f"{suite.name}: {name} {reason} ('{prompt.text[:40]}'); "
                     f"leave it out: {name}=null"
                 )
-    return _Job(suite, prompts, request.images_per_prompt or own, scorers)
+    own = SMOKE_IMAGES if request.smoke else None
+    if suite.images_per_task is None:
+        number = request.images_per_prompt or own or suite.images_per_prompt
+        images = f"{len(prompts)} of {len(prompts)} prompts, {number} of each"
+        return _Job(suite, prompts, [number] * len(prompts), images, scorers, made_up)
+    number = request.images_per_task or own or suite.images_per_task
+    tasks = [suite.task_of(prompt) for prompt in prompts]
+    # The first prompts of a task have one image more where they do not split evenly.
+    spread = [
+        -(-(number - place) // count)
+        for count in (len(list(same)) for _, same in groupby(tasks))
+        for place in range(count)
+    ]
+    return _Job(suite, prompts, spread, f"{number} images per task", scorers, made_up)
 
 
 @dataclass(frozen=True)
@@ -332,118 +267,187 @@ class _Run:
     request: Request
     model: str
     out: Path
-    ranks: World
-    signals: Sequence[int]
+    world: World = SINGLE
+    signals: Sequence[int] = ()
+    engine: Engine | None = None
+    silent: bool = False
 
     def results_of(self, job: _Job) -> Results:
         """Draws and scores what is missing of a benchmark, and reports all of it."""
-        drawn = self._images_of(job)
-        folders = self._score(job, drawn)
-        scores = _image_scores(job, drawn, folders)
-        main = scores.get(job.suite.by_task[0], ())
-        rows = [(one.task, one.prompt, one.value) for one in main]
-        conditions = _conditions(job, drawn, self.request)
+        suite = job.suite
+        drawn = self._drawn(job)
+        scores = _image_scores(job, drawn, self._scored(job, drawn))
+        main = scores.get(suite.by_task[0], ())
+        elsewhere = self.request.images is not None
+        setup = Setup(
+            benchmark=suite.name,
+            images=job.images,
+            guidance_scale=self.request.sampling(suite).guidance_scale,
+            seed=self.request.seed,
+            dtype=self.request.dtype,
+            scorers={name: one.model_dump(mode="json") for name, (_, one) in job.scorers.items()},
+        )
+        if elsewhere:
+            number = sum(len(one.files) for one in drawn)
+            images = f"{len(drawn)} of {len(job.prompts)} prompts, {number} images of "
+            images += str(self.request.images)
+            setup = replace(setup, images=images, guidance_scale=None, seed=None, dtype=None)
+        conditions = published.Conditions(
+            guidance_scale=setup.guidance_scale,
+            complete=len(drawn) == len(job.prompts)
+            and all(len(one.files) == suite.images_per_prompt for one in drawn),
+            smoke=self.request.smoke,
+            scorers={name: config for name, (_, config) in job.scorers.items()},
+            left_out=tuple(name for name in suite.scorers if name not in job.scorers),
+        )
         return Results(
             model=self.model,
-            setup=_suite_setup(job, drawn, self.request),
+            setup=setup,
             scores=scores,
-            by_task=job.suite.by_task,
-            pooled=job.suite.pooled,
-            figures=more_figures(job.suite, rows) if rows else {},
-            statements=tuple(published.statements(job.suite.name, conditions, scores)),
+            by_task=suite.by_task,
+            pooled=suite.pooled,
+            figures=suite.figures_of(main) if main else {},
+            statements=tuple(published.statements(suite.name, conditions, scores)),
         )
 
-    def _images_of(self, job: _Job) -> list[DrawnPrompt]:
+    def _drawn(self, job: _Job) -> list[DrawnPrompt]:
         """The prompts with their images; those of this rank are drawn where they are missing."""
-        request, suite, number = self.request, job.suite, job.num_images
-        if request.images is not None:
-            return find_images(request.images, job.prompts, suite.name)
-        assert self.policy is not None
-        folder = ImageFolder(self.out / "images" / suite.prompt_set)
-        places = list(enumerate(job.prompts))
-        mine = self._share(places)
-        if any(folder.missing(place, number) for place, _ in mine):
-            engine = Engine(self.policy, dtype=request.dtype)
-            painter = Painter(engine, Sampling(request.scale), request.seed)
-            with progress(f"draw {suite.prompt_set}", number * len(mine)) as advance:
-                painter.draw_missing(folder, mine, number, advance=advance, signals=self.signals)
-        self.ranks.wait()
-        return [folder.drawn(place, prompt, number) for place, prompt in places]
+        if self.request.images is not None:
+            return find_images(self.request.images, job.prompts, job.suite.name)
+        folder = ImageFolder(
+            self.out / "images" / job.suite.prompt_set.name,
+            with_measures=job.suite.measures_of_groups is not None,
+        )
+        planned = [
+            folder.drawn(place, prompt, number)
+            for place, (prompt, number) in enumerate(zip(job.prompts, job.num_images, strict=True))
+            if number
+        ]
+        mine = planned[self.world.rank :: self.world.size]
+        lacking = [one for one in mine if folder.is_lacking(one)]
+        if lacking:
+            self._draw(job, folder, mine, lacking)
+        self.world.wait()
+        return planned
 
-    def _score(self, job: _Job, drawn: Sequence[DrawnPrompt]) -> dict[str, ScoreFolder]:
+    def _draw(
+        self,
+        job: _Job,
+        folder: ImageFolder,
+        mine: Sequence[DrawnPrompt],
+        lacking: Sequence[DrawnPrompt],
+    ) -> None:
+        """Image k of a prompt has the same stream whatever else is drawn."""
+        assert self.policy is not None
+        engine = self.engine or Engine(self.policy, dtype=self.request.dtype)
+        is_by_task = job.suite.images_per_task is not None
+
+        def alike(one: DrawnPrompt) -> tuple[str, int]:
+            # The bits of bf16 layers depend on what is drawn together: there, one task.
+            return job.suite.task_of(one.prompt) if is_by_task else "", len(one.files)
+
+        for some in self._batches(f"draw {folder.root.name}", mine, lacking, alike):
+            drawn = rollout(
+                engine,
+                [one.prompt for one in some],
+                group_size=len(some[0].files),
+                sampling=self.request.sampling(job.suite),
+                seed=self.request.seed,
+                step=0,
+            )
+            measures = job.suite.measures_of_groups
+            of_groups = measures(self.policy, drawn) if measures else [None] * len(some)
+            groups = drawn.images_NHWC.unflatten(0, (len(some), -1))
+            for one, images_GHWC, numbers in zip(some, groups, of_groups, strict=True):
+                folder.write(one, images_GHWC, numbers)
+
+    def _scored(self, job: _Job, drawn: Sequence[DrawnPrompt]) -> dict[str, ScoreFolder]:
         """Every scorer's folder, with the scores of this rank's prompts, then of all."""
-        device = self.policy.device if self.policy is not None else _best_device()
-        root = self.out / "scores" / job.suite.prompt_set
-        folders = {name: ScoreFolder(root, config) for name, (_, config) in job.scorers.items()}
-        for name, (scorer, _) in job.scorers.items():
-            mine = [one for one in self._share(drawn) if scorer.asks(one.prompt)]
-            number = sum(len(one.files) for one in mine)
-            with progress(f"{job.suite.name}: {name}", number) as advance:
-                score_missing(
-                    folders[name], mine, device=device, advance=advance, signals=self.signals
-                )
-        self.ranks.wait()
+        root = self.out / "scores" / job.suite.prompt_set.name
+        folders = {}
+        for name, (scorer, config) in job.scorers.items():
+            made_up = name in job.made_up
+            folders[name] = folder = ScoreFolder(root, config, made_up=made_up)
+            mine = drawn[self.world.rank :: self.world.size]
+            asked = [one for one in mine if scorer.asks(one.prompt)]
+            lacking = [one for one in asked if folder.read(one) is None]
+            if not lacking:
+                continue
+            reward = MadeUpReward(name, scorer.verdicts) if made_up else config.build(self._device)
+            label = f"{job.suite.name}: {name}"
+            for some in self._batches(label, asked, lacking, lambda one: len(one.files)):
+                _score(folder, reward, some)
+        self.world.wait()
         return folders
 
-    def _share(self, items: Sequence[Item]) -> Sequence[Item]:
-        """Those of this rank, of items that need not split evenly."""
-        return items[self.ranks.rank :: self.ranks.size]
+    @property
+    def _device(self) -> torch.device:
+        if self.policy is not None:
+            return self.policy.device
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-
-def _conditions(job: _Job, drawn: Sequence[DrawnPrompt], request: Request) -> published.Conditions:
-    enough = all(len(one.files) == job.suite.images_per_prompt for one in drawn)
-    return published.Conditions(
-        guidance_scale=None if request.images is not None else request.scale,
-        complete=enough and len(drawn) == len(job.prompts),
-        smoke=request.smoke,
-        scorers={name: config for name, (_, config) in job.scorers.items()},
-        left_out=tuple(name for name in job.suite.scorers if name not in job.scorers),
-    )
+    def _batches(
+        self,
+        label: str,
+        all_of_them: Sequence[DrawnPrompt],
+        lacking: Sequence[DrawnPrompt],
+        alike: Callable[[DrawnPrompt], Any],
+    ) -> Iterator[list[DrawnPrompt]]:
+        """Prompts that lack something, a few that are alike at a time, until a signal is there."""
+        numbers = [len(one.files) for one in all_of_them]
+        missing = [len(one.files) for one in lacking]
+        bar = progress(label, sum(numbers)) if not self.silent else nullcontext(lambda _: None)
+        with bar as advance:
+            advance(sum(numbers) - sum(missing))
+            for _, same in groupby(sorted(lacking, key=alike), alike):
+                rest = list(same)
+                number = len(rest[0].files)
+                step = max(1, IMAGES_AT_ONCE // number)
+                for first in range(0, len(rest), step):
+                    if self.signals:
+                        raise Stopped(
+                            f"{self.out}: stopped; run the same command again to go on",
+                            signal_number=self.signals[0],
+                        )
+                    yield rest[first : first + step]
+                    advance(number * len(rest[first : first + step]))
 
 
 def _image_scores(
     job: _Job, drawn: Sequence[DrawnPrompt], folders: Mapping[str, ScoreFolder]
 ) -> dict[str, tuple[ImageScore, ...]]:
     """Every measure of every image, in the order of the prompts."""
-    measures: dict[str, list[ImageScore]] = {}
+    suite = job.suite
+    measures: dict[str, list[ImageScore]] = {name: [] for name in (*suite.by_task, *suite.overall)}
     for one in drawn:
-        asked = [name for name, (scorer, _) in job.scorers.items() if scorer.asks(one.prompt)]
-        read = {name: folders[name].read(one) for name in asked}
+        read = {name: folders[name].read(one) for name in job.asked(one.prompt)}
         for image in range(len(one.files)):
-            given = {name: scores[image] for name, scores in read.items() if scores is not None}
-            assert len(given) == len(asked), "every image has been scored"
-            for measure, value in job.suite.measures_of(one.prompt, given).items():
-                score = ImageScore(job.suite.task_of(one.prompt), one.prompt.index, image, value)
+            scores = {name: given[image] for name, given in read.items() if given is not None}
+            assert len(scores) == len(read), "every image has been scored"
+            found = dict(suite.measures_of(one.prompt, scores))
+            if image == 0:
+                found |= one.read_measures() or {}
+            for measure, value in found.items():
+                score = ImageScore(suite.task_of(one.prompt), one.prompt.index, image, value)
                 measures.setdefault(measure, []).append(score)
-    return {name: tuple(scores) for name, scores in measures.items()}
+    return {name: tuple(scores) for name, scores in measures.items() if scores}
 
 
-def _suite_setup(job: _Job, drawn: Sequence[DrawnPrompt], request: Request) -> SuiteSetup:
-    images = f"{job.num_images} of each, guidance {request.scale:g}, "
-    images += f"seed {request.seed}, {request.dtype}"
-    if request.images is not None:
-        images = f"{sum(len(one.files) for one in drawn)} images of {request.images}"
-    settings = {name: config.model_dump(mode="json") for name, (_, config) in job.scorers.items()}
-    prompts = f"{len(drawn)} of {len(job.prompts)}"
-    return SuiteSetup(job.suite.name, prompts, images, settings)
-
-
-def _open(policy: Policy | None, request: Request, model: str, ranks: World) -> Path:
+def _open(policy: Policy | None, request: Request, model: str, world: World) -> Path:
     """The folder of the evaluation; one of other images is an `InputError`."""
     about = {"images": str(request.images and request.images.resolve())}
     if policy is not None:
         about = {
             "model": model,
             "weights": base_digest(policy.module),
-            "guidance_scale": request.scale,
+            "guidance_scale": request.guidance_scale,
             "seed": request.seed,
             "dtype": request.dtype,
             "smoke": request.smoke,
         }
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
     slug = re.sub(r"[^A-Za-z0-9.@]+", "-", model).strip("-.")[-60:]
-    out = request.out or Path("evaluations") / f"{slug or 'images'}-{digest}"
-    ranks.broadcast_object(lambda: _claim(out, about))
+    out = request.out or Path("evaluations") / f"{slug or 'images'}-{_hash8(about)}"
+    world.broadcast_object(lambda: _claim(out, about))
     return out
 
 
@@ -463,91 +467,13 @@ def _claim(out: Path, about: Mapping[str, Any]) -> None:
     replace_text(file, json.dumps(about, indent=1) + "\n")
 
 
-def _best_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-# Draws the images of a prompt set that are not there yet.
-#
-# Shape suffixes: N images, H x W pixels, C colour channels.
-
-
-IMAGES_AT_ONCE = 64
-"""Images after which files are written and a stop is heard."""
-
-
-@dataclass(frozen=True)
-class Painter:
-    """Draws images of one model by one way of sampling; equal painters draw equal images."""
-
-    engine: Engine
-    sampling: Sampling
-    seed: int
-
-    def draw_missing(
-        self,
-        folder: ImageFolder,
-        prompts: Sequence[tuple[int, Prompt]],
-        num_images: int,
-        *,
-        advance: Callable[[int], None] = lambda _: None,
-        signals: Sequence[int] = (),
-    ) -> None:
-        """Draws what the folder lacks of these prompts (by place in their set), `num_images` each.
-
-        Image k of a prompt has the same stream whatever else is drawn. Raises `Stopped` when
-        `signals` fills; what is drawn by then is there.
-        """
-        lacking = [(p, prompt) for p, prompt in prompts if folder.missing(p, num_images)]
-        advance(num_images * (len(prompts) - len(lacking)))
-        at_once = max(1, IMAGES_AT_ONCE // num_images)
-        for first in range(0, len(lacking), at_once):
-            if signals:
-                raise Stopped(
-                    f"{folder.root}: stopped; run the same command again to go on",
-                    signal_number=signals[0],
-                )
-            self._draw(folder, lacking[first : first + at_once], num_images)
-            advance(num_images * len(lacking[first : first + at_once]))
-
-    def _draw(
-        self, folder: ImageFolder, some: Sequence[tuple[int, Prompt]], num_images: int
-    ) -> None:
-        drawn = rollout(
-            self.engine,
-            [prompt for _, prompt in some],
-            group_size=num_images,
-            sampling=self.sampling,
-            seed=self.seed,
-            step=0,
-        )
-        for row, (place, prompt) in enumerate(some):
-            folder.begin(place, prompt)
-            for image in folder.missing(place, num_images):
-                folder.write(place, image, drawn.images_NHWC[row * num_images + image])
-
-
-# Scores images with one reward, prompt by prompt, into files that a later call takes up.
-#
-# Shape suffixes: N images, H x W pixels, C colour channels.
-
-
-IMAGES_PER_CALL = 64
-"""Images that a reward gets in one call, where a prompt has fewer."""
-
-
 @dataclass(frozen=True)
 class ScoreFolder:
     """The scores of one reward on one prompt set: a file per prompt."""
 
     root: Path
     config: RewardConfig
-
-    @property
-    def path(self) -> Path:
-        """NAME-HASH8, so that other settings of the reward have other scores."""
-        settings = self.config.model_dump(mode="json", exclude={"name", "weight", "self_test"})
-        return self.root / f"{self.config.name}-{_hash8(settings)}"
+    made_up: bool = False
 
     def read(self, drawn: DrawnPrompt) -> list[Score] | None:
         """The scores of a prompt's images; None where they are not those of these files."""
@@ -561,110 +487,66 @@ class ScoreFolder:
 
     def write(self, drawn: DrawnPrompt, scores: Sequence[Score]) -> None:
         """Keeps the scores of a prompt's images."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        file = self._file(drawn)
+        file.parent.mkdir(parents=True, exist_ok=True)
         record = {"made_of": _made_of(drawn), "scores": [asdict(score) for score in scores]}
-        replace_text(self._file(drawn), json.dumps(record, allow_nan=False) + "\n")
+        replace_text(file, json.dumps(record, allow_nan=False) + "\n")
 
     def _file(self, drawn: DrawnPrompt) -> Path:
-        return self.path / f"{drawn.place:05d}.json"
+        """Below NAME-HASH8, so that other settings of the reward have other scores."""
+        settings = self.config.model_dump(mode="json", exclude={"name", "weight", "self_test"})
+        which = "smoke" if self.made_up else _hash8(settings)
+        return self.root / f"{self.config.name}-{which}" / f"{drawn.place:05d}.json"
 
 
-def score_missing(
-    folder: ScoreFolder,
-    prompts: Sequence[DrawnPrompt],
-    *,
-    device: torch.device,
-    advance: Callable[[int], None] = lambda _: None,
-    signals: Sequence[int] = (),
-) -> None:
-    """Scores the prompts that have no scores yet; the reward is built where there are any.
-
-    A reward that fails twice on the same images is a `RewardError`; a failure is no score. Raises
-    `Stopped` when `signals` fills.
-    """
-    lacking = [drawn for drawn in prompts if folder.read(drawn) is None]
-    advance(sum(len(one.files) for one in prompts) - sum(len(one.files) for one in lacking))
-    if not lacking:
-        return
-    reward = folder.config.build(device)
-    for some in _batches(lacking):
-        if signals:
-            raise Stopped(
-                f"{folder.path}: stopped; run the same command again to go on",
-                signal_number=signals[0],
-            )
-        for drawn, scores in zip(some, _scores(folder.config.name, reward, some), strict=True):
-            folder.write(drawn, scores)
-            advance(len(scores))
+def _made_of(drawn: DrawnPrompt) -> dict[str, Any]:
+    """What a prompt's scores depend on besides the reward: prompt, metadata, image files."""
+    stats = [(file.name, file.stat()) for file in drawn.files]
+    stamps = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    metadata = json.dumps(dict(drawn.prompt.metadata), sort_keys=True, default=str)
+    return {"prompt": drawn.prompt.text, "hash": _hash8([metadata, stamps])}
 
 
-def _batches(prompts: Sequence[DrawnPrompt]) -> Iterator[list[DrawnPrompt]]:
-    batch: list[DrawnPrompt] = []
-    for drawn in prompts:
-        if batch and sum(len(one.files) for one in (*batch, drawn)) > IMAGES_PER_CALL:
-            yield batch
-            batch = []
-        batch.append(drawn)
-    if batch:
-        yield batch
+def _hash8(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def _scores(name: str, reward: Reward, some: Sequence[DrawnPrompt]) -> list[list[Score]]:
-    """The scores of each prompt's images; images of other sizes go in calls of their own."""
-    images = [read_images(drawn.files) for drawn in some]
-    scores: list[list[Score]] = [[] for _ in some]
-    sizes = [{tuple(image.shape) for image in group} for group in images]
-    for n, drawn in enumerate(some):
-        if len(sizes[n]) != 1:
-            raise RewardError(f"{drawn.files[0].parent}: images of several sizes; make them one")
-    for size in dict.fromkeys(next(iter(one)) for one in sizes):
-        places = [n for n, one in enumerate(sizes) if size in one]
-        images_NHWC = torch.stack([image for n in places for image in images[n]])
-        prompts = [some[n].prompt for n in places for _ in some[n].files]
-        given = iter(_twice(name, reward, images_NHWC, prompts))
-        for n in places:
-            scores[n] = [next(given) for _ in some[n].files]
-    return scores
+def _score(folder: ScoreFolder, reward: Reward, some: Sequence[DrawnPrompt]) -> None:
+    """Scores the images of some prompts; those of other sizes go in calls of their own."""
+    by_size: dict[tuple[int, ...], list[tuple[DrawnPrompt, torch.Tensor]]] = {}
+    for one in some:
+        images = read_images(one.files)
+        if len({image.shape for image in images}) != 1:
+            raise RewardError(f"{one.files[0].parent}: images of several sizes; make them one")
+        by_size.setdefault(tuple(images[0].shape), []).append((one, torch.stack(images)))
+    for same in by_size.values():
+        prompts = [one.prompt for one, images_GHWC in same for _ in images_GHWC]
+        images_NHWC = torch.cat([images_GHWC for _, images_GHWC in same])
+        scores = iter(_ask_twice(folder.config.name, reward, images_NHWC, prompts))
+        for one, images_GHWC in same:
+            folder.write(one, [next(scores) for _ in images_GHWC])
 
 
-def _twice(name: str, reward: Reward, images_NHWC: torch.Tensor, prompts: list[Any]) -> list[Score]:
+def _ask_twice(
+    name: str, reward: Reward, images_NHWC: torch.Tensor, prompts: list[Prompt]
+) -> Sequence[Score]:
     """The scores of one call, asked for again once; a RewardError where that fails too."""
-    failures = []
+    failure = ""
     for _ in range(2):
         try:
             scores = reward(images_NHWC, prompts)
         except StageError:
             raise  # the user's input is wrong: trying again does not mend it
         except Exception as error:  # a reward is the user's code and may raise anything
-            failures.append(f"{type(error).__name__}: {' '.join(str(error).split())}")
+            failure = f"{type(error).__name__}: {' '.join(str(error).split())}"
             continue
         check_scores(name, scores, len(prompts))
-        bad = [one.value for one in scores if one.value is not None and not _finite(one.value)]
+        bad = [s.value for s in scores if s.value is not None and not math.isfinite(s.value)]
         if not bad:
-            return list(scores)
-        failures.append(f"gave {bad[0]}")
+            return scores
+        failure = f"gave {bad[0]}"
     raise RewardError(
-        f"reward '{name}' failed twice on '{prompts[0].text[:40]}' and what follows ("
-        f"{failures[-1]}); put it right and run the same command again"
+        f"reward '{name}' failed twice on '{prompts[0].text[:40]}' and what follows ({failure}); "
+        "put it right and run the same command again"
     )
-
-
-def _finite(value: float) -> bool:
-    return abs(value) < float("inf")
-
-
-def _made_of(drawn: DrawnPrompt) -> dict[str, Any]:
-    """What a prompt's scores depend on besides the reward: prompt, metadata, image files."""
-    stamps = [(file.name, stat.st_size, stat.st_mtime_ns) for file, stat in _stats(drawn)]
-    metadata = json.dumps(dict(drawn.prompt.metadata), sort_keys=True, default=str)
-    return {"prompt": drawn.prompt.text, "hash": _hash8([metadata, stamps])}
-
-
-def _stats(drawn: DrawnPrompt) -> Iterator[tuple[Path, Any]]:
-    for file in drawn.files:
-        yield file, file.stat()
-
-
-def _hash8(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -1,33 +1,29 @@
-"""Prompts of the shapes world in the form of every benchmark, to try the whole way in seconds.
+"""A smoke run: prompts of the shapes world in the form of every benchmark, and made-up scores.
 
-With them every scorer is tiny and random: the figures mean nothing.
-
-Shape suffixes: H x W pixels, C colour channels.
+It tries the whole way in seconds and without any download; the figures mean nothing.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from stage_rl.prompts.files import as_prompts
 from stage_rl.prompts.geneval import TASKS, Record
 from stage_rl.prompts.sets import CATEGORIES, HPS_STYLES, level_of
-from stage_rl.rewards.base import RewardConfig
+from stage_rl.rewards.base import Score
+from stage_rl.settings import resolve
 from stage_rl.types import Prompt
 
-if TYPE_CHECKING:
-    import torch
-    from numpy.typing import NDArray
-
-    from stage_rl.rewards.ocr import Line, OcrReward
-
+IMAGES = 2
+"""Images of each prompt, or of each task where the benchmark counts by task."""
 PER_ROW = 2
 """Prompts of each row of a table."""
-IMAGES_PER_PROMPT = 2
 TASK_OF = {
     **dict.fromkeys(("color", "shape", "texture", "complex"), "color_attr"),
     **{"spatial": "position", "3d_spatial": "position", "numeracy": "counting"},
@@ -37,10 +33,29 @@ TASK_OF = {
 PARTS = ("spatial", "action", "all")
 
 
+@dataclass(frozen=True)
+class MadeUpReward:
+    """Random scores in [0, 1) and verdicts that depend on scorer, image and prompt alone."""
+
+    name: str
+    verdicts: tuple[str, ...] = ()
+    """Extras that are 0 or 1."""
+
+    def __call__(self, images_NHWC: Tensor, prompts: list[Prompt]) -> list[Score]:
+        scores = []
+        for image_HWC, prompt in zip(images_NHWC, prompts, strict=True):
+            text = f"{self.name} {prompt.text}".encode()
+            digest = hashlib.sha256(image_HWC.numpy().tobytes() + text).digest()
+            rng = np.random.default_rng(list(digest))
+            extras = {name: float(rng.integers(2)) for name in self.verdicts}
+            scores.append(Score(float(rng.random()), "made up", extras))
+        return scores
+
+
 def smoke_prompts(prompt_set: str) -> tuple[Prompt, ...]:
-    """Two or three prompts for each row of a benchmark's table."""
+    """Two or three prompts for each row of the tables of a prompt set."""
     makers = {
-        "geneval": _geneval,
+        "geneval": lambda: [record for task in TASKS for record in _of_task(task)],
         "t2i_compbench": _compbench,
         "hps": lambda: _labelled("style", HPS_STYLES),
         "drawbench": lambda: _labelled("category", ("Colors", "Counting")),
@@ -50,13 +65,9 @@ def smoke_prompts(prompt_set: str) -> tuple[Prompt, ...]:
 
 
 def _of_task(task: str, number: int = PER_ROW) -> list[Record]:
-    from stage_rl.shapes.prompts import evaluation_records
-
-    return [record for record in evaluation_records() if record["tag"] == task][:number]
-
-
-def _geneval() -> list[Record]:
-    return [record for task in TASKS for record in _of_task(task)]
+    prompts = resolve("benchmark", "shapes-geneval").prompt_set.load()
+    records = [{**prompt.metadata, "prompt": prompt.text} for prompt in prompts]
+    return [record for record in records if record["tag"] == task][:number]
 
 
 def _labelled(key: str, labels: Sequence[str]) -> list[Record]:
@@ -70,11 +81,11 @@ def _labelled(key: str, labels: Sequence[str]) -> list[Record]:
 
 def _ocr() -> list[Record]:
     """The prompts quote nothing; what is to be read is the name of the shape."""
-    targets = [record["include"][0]["class"] for record in _of_task("single_object", 4)]
-    return [
-        {"prompt": record["prompt"], "target": target, "level": level_of(target)}
-        for record, target in zip(_of_task("single_object", 4), targets, strict=True)
-    ]
+    records = []
+    for record in _of_task("single_object", 4):
+        target = record["include"][0]["class"]
+        records.append({"prompt": record["prompt"], "target": target, "level": level_of(target)})
+    return records
 
 
 def _compbench() -> list[Record]:
@@ -89,9 +100,12 @@ def _compbench() -> list[Record]:
 def _annotated(record: Record, category: str, part: str) -> Record:
     clauses = record["include"]
     nouns = [clause["class"] for clause in clauses]
-    words = [f"a {clause.get('color', '')} {clause['class']}" for clause in clauses]
-    annotated: dict[str, Any] = {"prompt": record["prompt"], "category": category, "nouns": nouns}
-    annotated["attr_nouns"] = words
+    annotated: dict[str, Any] = {
+        "prompt": record["prompt"],
+        "category": category,
+        "nouns": nouns,
+        "attr_nouns": [f"a {clause.get('color', '')} {clause['class']}" for clause in clauses],
+    }
     if category == "complex":
         annotated["complex_part"] = part
     if category == "numeracy":
@@ -103,30 +117,3 @@ def _annotated(record: Record, category: str, part: str) -> Record:
         locality = "in front of" if category == "3d_spatial" else place
         annotated["spatial_info"] = {"obj1": nouns[1], "obj2": nouns[0], "locality": locality}
     return annotated
-
-
-class TinyOcrConfig(RewardConfig):
-    """The OCR reward with a reader that makes up its text."""
-
-    def build(self, device: torch.device) -> OcrReward:
-        """The reward."""
-        from stage_rl.rewards.ocr import OcrReward
-
-        return OcrReward(_TinyReader())
-
-
-@dataclass(frozen=True)
-class _TinyReader:
-    """Reads letters off the brightness of an image's columns."""
-
-    letters: str = "abcdefghijklmnopqrstuvwxyz"
-
-    def read(self, pictures: Sequence[NDArray[np.uint8]]) -> list[list[Line]]:
-        """One line per picture."""
-        from stage_rl.rewards.ocr import Line
-
-        texts = []
-        for picture_HWC in pictures:
-            columns = np.array_split(picture_HWC.mean((0, 2)), 6)
-            texts.append("".join(self.letters[int(c.mean()) % len(self.letters)] for c in columns))
-        return [[Line(text, 1.0)] for text in texts]

@@ -14,17 +14,60 @@ from yaml import YAMLError
 
 from stage_rl.config import explain
 from stage_rl.errors import InputError
+from stage_rl.evaluation import published
 from stage_rl.evaluation.images import numbered
+from stage_rl.evaluation.results import ImageScore
 from stage_rl.evaluation.smoke import smoke_prompts
+from stage_rl.policies.base import Policy
 from stage_rl.prompts.files import as_prompts
 from stage_rl.prompts.geneval import geneval_prompts
 from stage_rl.prompts.sets import NOUN_LIST, load_drawbench, load_hps, load_ocr, load_t2i_compbench
 from stage_rl.rewards.base import RewardConfig, Score
-from stage_rl.settings import near_or_all
-from stage_rl.types import Prompt
+from stage_rl.settings import BUILT_IN, near_or_all, resolve
+from stage_rl.types import Prompt, Rollout
 
 Scores = Mapping[str, Score]
 """Of one image, by the name of the scorer; without those that were not asked."""
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """The prompts of a benchmark, by what the user has of them on disk."""
+
+    name: str
+    load: Callable[..., Sequence[Prompt]]
+    """Takes the path of the set, or nothing where the set is built."""
+    where: str = ""
+    """Where its files are below the folder of all sets; empty: the set is built."""
+    is_set: Callable[[Path], bool] = lambda path: False
+    """Whether a path is the set itself."""
+    first_index: int = 0
+    """Index of its first prompt; sets apart by 100,000 share no random stream."""
+    has_smoke_prompts: bool = True
+    """False: its own prompts and scorers are quick enough to try."""
+
+    def find(self, data: Path | None) -> Path | None:
+        """The set below the folder of all sets, or the given path itself; None: is not there."""
+        if data is None:
+            return None
+        below = data / self.where
+        if below.exists():
+            return below
+        return data if data.exists() and self.is_set(data) else None
+
+    def prompts(self, data: Path | None, *, smoke: bool = False) -> Sequence[Prompt]:
+        """The prompts with indices of their own; what is missing is an `InputError`."""
+        if smoke and self.has_smoke_prompts:
+            return numbered(smoke_prompts(self.name), self.first_index)
+        if not self.where:
+            return self.load()
+        found = self.find(data)
+        if found is None:
+            given = f"{data}: has no {self.where}" if data else "is not given"
+            raise InputError(
+                f"--data {given}; write the folder with {self.where}, or the set itself"
+            )
+        return numbered(self.load(found), self.first_index)
 
 
 @dataclass(frozen=True)
@@ -33,27 +76,10 @@ class Scorer:
 
     settings: Mapping[str, Any]
     asks: Callable[[Prompt], bool] = lambda prompt: True
-    tiny: Mapping[str, Any] = field(default_factory=lambda: {"path": "tiny"})
-    """Changes that make its models tiny and random."""
-
-
-@dataclass(frozen=True)
-class Suite:
-    """One benchmark."""
-
-    name: str
-    prompt_set: str
-    """Benchmarks of one set share its images."""
-    images_per_prompt: int
-    scorers: Mapping[str, Scorer]
-    task_of: Callable[[Prompt], str]
-    """The row of the table that a prompt belongs to."""
-    measures_of: Callable[[Prompt, Scores], Mapping[str, float]]
-    """The figures of one image; a figure that a scorer does not apply to is left out."""
-    by_task: tuple[str, ...]
-    """The measures whose table is printed by task."""
-    pooled: bool = False
-    """The overall mean is that of all images, not of the tasks."""
+    verdicts: tuple[str, ...] = ()
+    """Its extras that are 0 or 1, which a smoke run makes up."""
+    smoke_settings: Mapping[str, Any] = field(default_factory=dict)
+    """Those without a default, for a smoke run."""
 
 
 def values(prompt: Prompt, scores: Scores) -> dict[str, float]:
@@ -61,35 +87,83 @@ def values(prompt: Prompt, scores: Scores) -> dict[str, float]:
     return {name: one.value for name, one in scores.items() if one.value is not None}
 
 
+@dataclass(frozen=True)
+class Suite:
+    """One benchmark."""
+
+    name: str
+    prompt_set: PromptSet
+    """Benchmarks of one set share its images."""
+    scorers: Mapping[str, Scorer]
+    task_of: Callable[[Prompt], str]
+    """The row of the table that a prompt belongs to."""
+    by_task: tuple[str, ...]
+    """The measures whose table is printed by task."""
+    overall: tuple[str, ...] = ()
+    """The first of the others, of which the overall mean is printed."""
+    images_per_prompt: int = 1
+    images_per_task: int | None = None
+    """Images of each task, spread evenly over its prompts, in place of `images_per_prompt`."""
+    guidance_scale: float = published.GUIDANCE_SCALE
+    measures_of: Callable[[Prompt, Scores], Mapping[str, float]] = values
+    """The measures of one image; one that a scorer does not apply to is left out."""
+    measures_of_groups: Callable[[Policy, Rollout], Sequence[Mapping[str, float]]] | None = None
+    """The measures of each prompt's images together that take more than pixels: their tokens."""
+    figures_of: Callable[[Sequence[ImageScore]], Mapping[str, float]] = lambda scores: {}
+    """What the published tools print besides, from the scores of the first measure."""
+    pooled: bool = False
+    """The overall mean is that of all images, not of the tasks."""
+
+
+GENEVAL_PROMPTS = PromptSet("geneval", lambda: as_prompts(geneval_prompts()))
+
+
 def _geneval(prompt: Prompt, scores: Scores) -> dict[str, float]:
+    measures = values(prompt, scores)
     if "geneval" not in scores:
-        return values(prompt, scores)
-    seen = scores["geneval"]
-    figures = {"correct": seen.extras["correct"], "strict": seen.extras["strict"]}
-    return figures | {"reward": _value(seen)} | values(prompt, _others(scores, "geneval"))
+        return measures
+    reward, extras = measures.pop("geneval"), scores["geneval"].extras
+    return {"correct": extras["correct"], "strict": extras["strict"], "reward": reward} | measures
 
 
-def _hps(prompt: Prompt, scores: Scores) -> dict[str, float]:
-    """As the published tables have it, a hundredfold."""
-    hundredfold = {"hps": 100 * _value(scores["hps"])} if "hps" in scores else {}
-    return hundredfold | values(prompt, _others(scores, "hps"))
+def _correct_images(scores: Sequence[ImageScore]) -> dict[str, float]:
+    """The share of correct images, and of prompts with one."""
+    best: dict[int, float] = {}
+    for one in scores:
+        best[one.prompt] = max(one.value, best.get(one.prompt, 0.0))
+    return {
+        "images correct": _mean([one.value for one in scores]),
+        "prompts with any correct": _mean(list(best.values())),
+    }
 
 
-def _compbench(prompt: Prompt, scores: Scores) -> dict[str, float]:
-    """The score of the prompt's category; the mean of up to three for a complex prompt."""
-    own = [_value(scores[name]) for name in COMPBENCH_SCORERS if name in scores]
-    others = _others(scores, *COMPBENCH_SCORERS)
-    mean = {"score": sum(own) / len(own)} if own else {}
-    return mean | values(prompt, others)
+def _mean(numbers: Sequence[float]) -> float:
+    return sum(numbers) / len(numbers) if numbers else 0.0
 
 
-def _value(score: Score) -> float:
-    assert score.value is not None, "this reward applies to every prompt of its benchmark"
-    return score.value
+GENEVAL = Suite(
+    name="geneval",
+    prompt_set=GENEVAL_PROMPTS,
+    images_per_prompt=4,
+    scorers={
+        "geneval": Scorer(
+            {"kind": "geneval", "detector": {"kind": "mask2former"}}, verdicts=("correct", "strict")
+        )
+    },
+    task_of=lambda prompt: prompt.metadata["tag"],
+    measures_of=_geneval,
+    by_task=("correct", "strict", "reward"),
+    figures_of=_correct_images,
+)
 
-
-def _others(scores: Scores, *names: str) -> dict[str, Score]:
-    return {name: score for name, score in scores.items() if name not in names}
+DIVERSITY = Suite(
+    name="diversity",
+    prompt_set=GENEVAL_PROMPTS,
+    images_per_prompt=4,
+    scorers={"diversity": Scorer({"kind": "variety"})},
+    task_of=lambda prompt: prompt.metadata["tag"],
+    by_task=("diversity",),
+)
 
 
 def _category(*categories: str, not_part: str = "") -> Callable[[Prompt], bool]:
@@ -109,218 +183,135 @@ def _is_placed(prompt: Prompt) -> bool:
     return _category("spatial", not_part="action")(prompt) and "spatial_info" in prompt.metadata
 
 
-TINY_OCR = "stage_rl.evaluation.smoke:TinyOcrConfig"
+def _compbench(prompt: Prompt, scores: Scores) -> dict[str, float]:
+    """The score of the prompt's category; the mean of up to three for a complex prompt."""
+    measures = values(prompt, scores)
+    own = [measures.pop(name) for name in T2I_COMPBENCH.scorers if name in measures]
+    return ({"score": _mean(own)} if own else {}) | measures
+
 
 GROUNDED = {"detector": {"kind": "grounding_dino"}}
 
-TINY_GROUNDED = {"detector": {"kind": "grounding_dino", "path": "tiny", "shortest_side": 128}}
-
-TINY_GENEVAL = {
-    "detector": {"kind": "mask2former", "path": "tiny", "clip": "tiny", "shortest_side": 64}
-}
-
-COMPBENCH_SCORERS = {
-    "attributes": Scorer(
-        {"kind": "compbench_attributes"},
-        _category("color", "shape", "texture", not_part="none"),
-        {"path": "tiny", "side": 32},
+T2I_COMPBENCH = Suite(
+    name="t2i-compbench",
+    prompt_set=PromptSet(
+        "t2i_compbench",
+        load_t2i_compbench,
+        where="t2i_compbench",
+        is_set=lambda path: (path / NOUN_LIST).exists(),
+        first_index=100_000,
     ),
-    "spatial": Scorer({"kind": "compbench_spatial"} | GROUNDED, _is_placed, TINY_GROUNDED),
-    "depth": Scorer(
-        {"kind": "compbench_depth"} | GROUNDED,
-        _category("3d_spatial"),
-        {**TINY_GROUNDED, "depth": "tiny"},
-    ),
-    "numeracy": Scorer(
-        {"kind": "compbench_numeracy"} | GROUNDED, _category("numeracy"), TINY_GROUNDED
-    ),
-    "clip": Scorer({"kind": "clip_score"}, _category("non_spatial", not_part="spatial")),
-}
-
-SUITES = {
-    suite.name: suite
-    for suite in (
-        Suite(
-            name="geneval",
-            prompt_set="geneval",
-            images_per_prompt=4,
-            scorers={
-                "geneval": Scorer(
-                    {"kind": "geneval", "detector": {"kind": "mask2former"}}, tiny=TINY_GENEVAL
-                )
-            },
-            task_of=lambda prompt: prompt.metadata["tag"],
-            measures_of=_geneval,
-            by_task=("correct", "strict", "reward"),
+    images_per_prompt=10,
+    scorers={
+        "attributes": Scorer(
+            {"kind": "compbench_attributes"},
+            _category("color", "shape", "texture", not_part="none"),
         ),
-        Suite(
-            name="t2i-compbench",
-            prompt_set="t2i_compbench",
-            images_per_prompt=10,
-            scorers=COMPBENCH_SCORERS,
-            task_of=lambda prompt: prompt.metadata["category"],
-            measures_of=_compbench,
-            by_task=("score",),
-        ),
-        Suite(
-            name="hps",
-            prompt_set="hps",
-            images_per_prompt=1,
-            scorers={"hps": Scorer({"kind": "hps"})},
-            task_of=lambda prompt: prompt.metadata["style"],
-            measures_of=_hps,
-            by_task=("hps",),
-        ),
-        Suite(
-            name="drawbench",
-            prompt_set="drawbench",
-            images_per_prompt=1,
-            scorers={
-                "image_reward": Scorer({"kind": "image_reward"}),
-                "pickscore": Scorer({"kind": "pickscore"}),
-                "aesthetic": Scorer({"kind": "aesthetic"}, tiny={"path": "tiny", "head": "tiny"}),
-            },
-            task_of=lambda prompt: prompt.metadata["category"],
-            measures_of=values,
-            by_task=("image_reward", "pickscore", "aesthetic"),
-            pooled=True,
-        ),
-        Suite(
-            name="ocr",
-            prompt_set="ocr",
-            images_per_prompt=1,
-            scorers={"ocr": Scorer({"kind": "ocr"}, tiny={"kind": TINY_OCR})},
-            task_of=lambda prompt: prompt.metadata["level"],
-            measures_of=values,
-            by_task=("ocr",),
-            pooled=True,
-        ),
-        Suite(
-            name="diversity",
-            prompt_set="geneval",
-            images_per_prompt=4,
-            scorers={"diversity": Scorer({"kind": "variety"})},
-            task_of=lambda prompt: prompt.metadata["tag"],
-            measures_of=values,
-            by_task=("diversity",),
-        ),
-    )
-}
+        "spatial": Scorer({"kind": "compbench_spatial"} | GROUNDED, _is_placed),
+        "depth": Scorer({"kind": "compbench_depth"} | GROUNDED, _category("3d_spatial")),
+        "numeracy": Scorer({"kind": "compbench_numeracy"} | GROUNDED, _category("numeracy")),
+        "clip": Scorer({"kind": "clip_score"}, _category("non_spatial", not_part="spatial")),
+    },
+    task_of=lambda prompt: prompt.metadata["category"],
+    measures_of=_compbench,
+    by_task=("score",),
+)
 
 
-def more_figures(suite: Suite, rows: Iterable[tuple[str, int, float]]) -> dict[str, float]:
-    """What the published tools print besides, from (task, prompt, value) of the main measure.
-
-    GenEval: the share of correct images and of prompts with one; HPS: the deviation of the means
-    of ten parts of each style, in the mean over the styles.
-    """
-    kept = list(rows)
-    if suite.name == "geneval":
-        best: dict[int, float] = {}
-        for _, prompt, value in kept:
-            best[prompt] = max(value, best.get(prompt, 0.0))
-        images = sum(value for *_, value in kept) / len(kept)
-        return {"images correct": images, "prompts with any correct": _mean(best.values())}
-    if suite.name == "hps":
-        return {"deviation over ten parts": _mean(_deviation(kept, task) for task in _tasks(kept))}
-    return {}
+def _hps(prompt: Prompt, scores: Scores) -> dict[str, float]:
+    """As the published tables have it, a hundredfold."""
+    measures = values(prompt, scores)
+    return {name: 100 * value if name == "hps" else value for name, value in measures.items()}
 
 
-def _tasks(rows: Iterable[tuple[str, int, float]]) -> list[str]:
-    return list(dict.fromkeys(task for task, *_ in rows))
+def _style_deviation(scores: Sequence[ImageScore]) -> dict[str, float]:
+    """The deviation of the means of ten parts of each style, in the mean over the styles."""
+    styles: dict[str, list[float]] = {}
+    for one in scores:
+        styles.setdefault(one.task, []).append(one.value)
+    return {"deviation over ten parts": _mean([_deviation(style) for style in styles.values()])}
 
 
-def _deviation(rows: Iterable[tuple[str, int, float]], task: str, num_parts: int = 10) -> float:
+def _deviation(style: Sequence[float], num_parts: int = 10) -> float:
     """Of the means of parts of a style, in the order of its prompts."""
-    mine = [value for one, _, value in rows if one == task]
-    size = max(1, len(mine) // num_parts)
-    means = [_mean(mine[first : first + size]) for first in range(0, size * num_parts, size)]
+    size = max(1, len(style) // num_parts)
+    means = [_mean(style[first : first + size]) for first in range(0, size * num_parts, size)]
     middle = _mean(means)
-    return _mean((mean - middle) ** 2 for mean in means) ** 0.5
+    return _mean([(mean - middle) ** 2 for mean in means]) ** 0.5
 
 
-def _mean(numbers: Iterable[float]) -> float:
-    listed = list(numbers)
-    return sum(listed) / len(listed) if listed else 0.0
+HPS = Suite(
+    name="hps",
+    prompt_set=PromptSet(
+        "hps",
+        load_hps,
+        where="hps",
+        is_set=lambda path: (path / "anime.json").exists() or path.suffix == ".json",
+        first_index=200_000,
+    ),
+    scorers={"hps": Scorer({"kind": "hps"})},
+    task_of=lambda prompt: prompt.metadata["style"],
+    measures_of=_hps,
+    by_task=("hps",),
+    figures_of=_style_deviation,
+)
+
+DRAWBENCH = Suite(
+    name="drawbench",
+    prompt_set=PromptSet(
+        "drawbench",
+        load_drawbench,
+        where="drawbench/prompts.csv",
+        is_set=lambda path: path.suffix == ".csv",
+        first_index=300_000,
+    ),
+    scorers={
+        "image_reward": Scorer({"kind": "image_reward"}),
+        "pickscore": Scorer({"kind": "pickscore"}),
+        "aesthetic": Scorer({"kind": "aesthetic"}, smoke_settings={"head": "none"}),
+    },
+    task_of=lambda prompt: prompt.metadata["category"],
+    by_task=("image_reward", "pickscore", "aesthetic"),
+    pooled=True,
+)
+
+OCR = Suite(
+    name="ocr",
+    prompt_set=PromptSet(
+        "ocr",
+        load_ocr,
+        where="ocr/test.txt",
+        is_set=lambda path: (
+            (path.is_file() and path.suffix != ".csv") or path.name == "length_buckets.csv"
+        ),
+        first_index=400_000,
+    ),
+    scorers={"ocr": Scorer({"kind": "ocr"})},
+    task_of=lambda prompt: prompt.metadata["level"],
+    by_task=("ocr",),
+    pooled=True,
+)
+
+PUBLISHED = tuple(name for name in BUILT_IN["benchmark"] if name != "shapes-geneval")
+"""What `all` stands for."""
 
 
-def chosen(names: Iterable[str]) -> list[Suite]:
-    """The suites of these names; `all` stands for all of them."""
-    picked: dict[str, Suite] = {}
-    for name in names:
-        if name != "all" and name not in SUITES:
-            raise InputError(f"benchmark: unknown '{name}'; write one of: {', '.join(SUITES)}, all")
-        picked |= SUITES if name == "all" else {name: SUITES[name]}
-    return list(picked.values())
-
-
-# The prompts of the published benchmarks, by what the user has of them on disk.
-
-
-INDEX_STRIDE = 100_000
-"""Index of the first prompt of the second set, and so on: sets share no random stream."""
-
-WHERE = {
-    "geneval": "",
-    "t2i_compbench": "t2i_compbench",
-    "hps": "hps",
-    "drawbench": "drawbench/prompts.csv",
-    "ocr": "ocr/test.txt",
-}
-"""Where the files of a set are below the folder of prompt sets; GenEval's are built."""
-
-LOADERS = {
-    "t2i_compbench": load_t2i_compbench,
-    "hps": load_hps,
-    "drawbench": load_drawbench,
-    "ocr": load_ocr,
-}
-
-
-def prompts_of(prompt_set: str, data: Path | None, *, smoke: bool = False) -> tuple[Prompt, ...]:
-    """The prompts of a set, with indices of their own; what is missing is an `InputError`."""
-    if smoke:
-        prompts = smoke_prompts(prompt_set)
-    elif prompt_set == "geneval":
-        prompts = as_prompts(geneval_prompts())
-    else:
-        prompts = LOADERS[prompt_set](_find(prompt_set, data))
-    return numbered(prompts, list(WHERE).index(prompt_set) * INDEX_STRIDE)
-
-
-def is_there(prompt_set: str, data: Path | None) -> bool:
-    """Whether the files of a set can be found."""
-    return prompt_set == "geneval" or _candidate(prompt_set, data) is not None
-
-
-def _find(prompt_set: str, data: Path | None) -> Path:
-    found = _candidate(prompt_set, data)
-    if found is None:
-        given = f"{data}: has no {WHERE[prompt_set]}" if data else "is not given"
+def find_suite(name: str) -> Suite:
+    """The benchmark of a name; an unknown one is an `InputError`."""
+    if name not in BUILT_IN["benchmark"]:
         raise InputError(
-            f"--data {given}; write the folder with {WHERE[prompt_set]}, or the set itself"
+            f"benchmark: unknown '{name}'; {near_or_all(name, [*BUILT_IN['benchmark'], 'all'])}"
         )
-    return found
+    return resolve("benchmark", name)
 
 
-def _candidate(prompt_set: str, data: Path | None) -> Path | None:
-    """Below the folder of all sets, or the given path itself."""
-    if data is None:
-        return None
-    below = data / WHERE[prompt_set]
-    if below.exists():
-        return below
-    is_set = {
-        "t2i_compbench": (data / NOUN_LIST).exists(),
-        "hps": (data / "anime.json").exists() or data.suffix == ".json",
-        "drawbench": data.suffix == ".csv",
-        "ocr": (data.is_file() and data.suffix != ".csv") or data.name == "length_buckets.csv",
-    }
-    return data if data.exists() and is_set[prompt_set] else None
+def find_suites(names: Iterable[str]) -> list[Suite]:
+    """The benchmarks of these names, each once; `all` stands for the published ones."""
+    listed = [one for name in names for one in (PUBLISHED if name == "all" else (name,))]
+    return [find_suite(name) for name in dict.fromkeys(listed)]
 
 
 # The rewards of a benchmark with what the command line says of them.
-
 
 Overrides = Mapping[str, Mapping[str, Any] | None]
 """Settings by the name of a scorer; None leaves the scorer out."""
@@ -353,7 +344,7 @@ def check_names(suites: Sequence[Suite], overrides: Overrides) -> None:
 
 
 def scorers_of(
-    suite: Suite, overrides: Overrides, *, tiny: bool
+    suite: Suite, overrides: Overrides, *, smoke: bool
 ) -> dict[str, tuple[Scorer, RewardConfig]]:
     """The scorers of a benchmark with their settings; a wrong setting is an `InputError`.
 
@@ -365,21 +356,11 @@ def scorers_of(
         own = overrides.get(name, {})
         if own is None:
             continue
-        settings = _merged(scorer.settings, scorer.tiny if tiny and scorer.settings else {})
+        defaults = dict(scorer.settings) | (dict(scorer.smoke_settings) if smoke else {})
+        merged = OmegaConf.to_container(OmegaConf.merge(defaults, dict(own), {"name": name}))
         try:
-            config = RewardConfig.model_validate({**_merged(settings, own), "name": name})
+            scorers[name] = (scorer, RewardConfig.model_validate(merged))
         except ValidationError as error:
-            told = f"{suite.name}: {name}.{explain(error)}"
-            raise InputError(f"{told}; {name}=null leaves it out") from error
-        scorers[name] = (scorer, config)
+            message = f"{suite.name}: {name}.{explain(error)}"
+            raise InputError(f"{message}; {name}=null leaves it out") from error
     return scorers
-
-
-def _merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """Both trees as one; the other's leaves win."""
-    merged = dict(one)
-    for key, value in other.items():
-        old = merged.get(key)
-        both = isinstance(old, Mapping) and isinstance(value, Mapping)
-        merged[key] = _merged(old, value) if both else value  # type: ignore[arg-type]
-    return merged

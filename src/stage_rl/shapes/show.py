@@ -26,7 +26,7 @@ from stage_rl.api import load
 from stage_rl.console import progress
 from stage_rl.errors import InputError, StageError
 from stage_rl.evaluation.results import Results, object_cells, render_table
-from stage_rl.evaluation.run import evaluate
+from stage_rl.evaluation.run import Request, run_suite
 from stage_rl.policies.base import Policy
 from stage_rl.rewards.geneval import GenEvalReward, judge
 from stage_rl.rollout.engine import Engine
@@ -37,7 +37,7 @@ from stage_rl.shapes.gold import gold_detections, inspect, matches_scene
 from stage_rl.shapes.pretrain_tokenizer import tokenize
 from stage_rl.shapes.prompts import ShapesPromptsConfig
 from stage_rl.shapes.scenes import Scene, random_scene, render
-from stage_rl.shapes.suite import GUIDANCE_SCALE
+from stage_rl.shapes.suite import SHAPES_GENEVAL
 from stage_rl.types import Prompt, Rollout
 
 HARD_TASKS = ("counting", "position", "color_attr")
@@ -93,7 +93,7 @@ def main(
     *,
     model: str = "shapes",
     guidance_scales: tuple[float, ...] = (1.0, 2.0, 3.0, 5.0),
-    guidance_scale: float = GUIDANCE_SCALE,
+    guidance_scale: float = SHAPES_GENEVAL.guidance_scale,
     training_guidance: float = 1.0,
     images_per_task: int = 100,
     regime_images: int = 2048,
@@ -117,8 +117,10 @@ def main(
     tokenizer = measure_tokenizer(policy, renders, seed=seed)
     _section(f"tokenizer, {renders} renders", tokenizer_figures(tokenizer))
     results = {
-        scale: evaluate(
-            policy, images_per_task=images_per_task, guidance_scale=scale, seed=seed, dtype=dtype
+        scale: run_suite(
+            policy,
+            SHAPES_GENEVAL.name,
+            Request(images_per_task=images_per_task, guidance_scale=scale, seed=seed, dtype=dtype),
         )
         for scale in sorted({*guidance_scales, guidance_scale})
     }

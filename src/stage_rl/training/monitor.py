@@ -15,8 +15,7 @@ from torch import Tensor
 
 from stage_rl.algorithm import equal_reward_groups, exact_kl, token_entropy
 from stage_rl.errors import DivergedError
-from stage_rl.evaluation.results import Setup
-from stage_rl.evaluation.run import BENCHMARKS
+from stage_rl.evaluation.run import Request, run_suite
 from stage_rl.policies.base import Policy
 from stage_rl.recipe import EvaluationConfig, LivenessConfig, Recipe, TripwiresConfig
 from stage_rl.rollout.engine import Engine
@@ -108,16 +107,13 @@ def validation_scores(
     `guidance_scale` is that of the rollout, for an evaluation that names none.
     """
     own = settings.guidance_scale
-    setup = Setup(
-        settings.benchmark,
-        settings.validation_images_per_task,
-        guidance_scale if own is None else own,
-        settings.validation_seed,
-        engine.dtype,
+    request = Request(
+        images_per_task=settings.validation_images_per_task,
+        guidance_scale=guidance_scale if own is None else own,
+        seed=settings.validation_seed,
+        dtype=engine.dtype,
     )
-    results = BENCHMARKS[settings.benchmark].run(
-        engine.policy, setup, name="validation", engine=engine
-    )
+    results = run_suite(engine.policy, settings.benchmark, request, engine=engine, silent=True)
     numbers = {f"validation/{name}": results.summary(name).overall.mean for name in results.scores}
     return numbers | {"validation/score": numbers[f"validation/{results.by_task[0]}"]}
 

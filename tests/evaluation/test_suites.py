@@ -1,14 +1,22 @@
-"""What is held against the paper, and what is said where it cannot be."""
+"""What a benchmark measures, what is held against the paper, and what cannot be."""
 
 import pytest
 
-from stage_rl.evaluation.published import Conditions, comparable, statements
-from stage_rl.evaluation.suites import SUITES, chosen, more_figures
+from stage_rl.evaluation.published import Conditions, statements
+from stage_rl.evaluation.results import ImageScore
+from stage_rl.evaluation.suites import (
+    GENEVAL,
+    HPS,
+    PUBLISHED,
+    T2I_COMPBENCH,
+    find_suite,
+    find_suites,
+)
 from stage_rl.rewards.base import RewardConfig, Score
 from stage_rl.rewards.clip import HpsConfig
 from stage_rl.types import Prompt
 
-HPS = {"hps": HpsConfig.model_validate({"jpeg_quality": 75})}
+SCORERS = {"hps": HpsConfig.model_validate({"jpeg_quality": 75})}
 
 
 def conditions(**changes):
@@ -17,7 +25,7 @@ def conditions(**changes):
 
 
 def test_published_rows_stand_beside_figures_of_the_same_protocol():
-    lines = statements("hps", conditions(scorers=HPS), ["hps"])
+    lines = statements("hps", conditions(scorers=SCORERS), ["hps"])
     assert lines == ["published hps (STAGE, arXiv 2509.25027):", "  Janus-Pro-7B: overall 28.64"]
 
 
@@ -35,14 +43,12 @@ def test_published_rows_stand_beside_figures_of_the_same_protocol():
     ],
 )
 def test_another_protocol_is_said_and_shows_no_published_row(changes, reason):
-    (line,) = statements("hps", conditions(**{"scorers": HPS} | changes), ["hps"])
+    (line,) = statements("hps", conditions(**{"scorers": SCORERS} | changes), ["hps"])
     assert line.startswith("not comparable with published figures: ")
     assert reason in line
 
 
 def test_a_row_may_be_comparable_where_others_are_not():
-    rows = comparable("t2i-compbench", conditions())
-    assert rows == {"score": {"Janus-Pro-7B": {"non_spatial": 0.3087}}}
     lines = statements("t2i-compbench", conditions(), ["score"])
     assert lines[:2] == [
         "published score (STAGE, arXiv 2509.25027):",
@@ -60,13 +66,17 @@ def test_a_measure_that_was_not_taken_has_no_published_row():
     ]
 
 
+def test_a_benchmark_that_is_not_of_the_papers_kind_is_not_held_against_it():
+    assert statements("shapes-geneval", conditions(complete=False), ["gold"]) == []
+
+
 def test_every_benchmark_names_scorers_that_exist():
-    for suite in SUITES.values():
+    for suite in find_suites(["shapes-geneval", "all"]):
         for scorer in suite.scorers.values():
-            extra = {"head": "x.pth"} if scorer.settings["kind"] == "aesthetic" else {}
-            assert RewardConfig.model_validate({**scorer.settings, **extra})
-    assert next(suite.name for suite in chosen(["ocr", "all"])) == "ocr"
-    assert len(chosen(["ocr", "all"])) == len(SUITES)
+            assert RewardConfig.model_validate({**scorer.settings, **scorer.smoke_settings})
+        assert suite is find_suite(suite.name)
+    assert next(suite.name for suite in find_suites(["ocr", "all"])) == "ocr"
+    assert len(find_suites(["ocr", "all"])) == len(PUBLISHED)
 
 
 def part(name):
@@ -82,7 +92,7 @@ def part(name):
     ],
 )
 def test_a_complex_prompt_is_the_mean_of_what_its_part_asks(name, asked):
-    suite = SUITES["t2i-compbench"]
+    suite = T2I_COMPBENCH
     scorers = [key for key, scorer in suite.scorers.items() if scorer.asks(part(name))]
     assert scorers == asked
     values = dict(zip(asked, (0.2, 0.6, 0.1), strict=False))
@@ -92,9 +102,16 @@ def test_a_complex_prompt_is_the_mean_of_what_its_part_asks(name, asked):
     assert suite.measures_of(part(name), scores) == {"score": pytest.approx(expected)}
 
 
+def scores(task, *by_prompt):
+    return [
+        ImageScore(task, prompt, image, value)
+        for prompt, values in enumerate(by_prompt)
+        for image, value in enumerate(values)
+    ]
+
+
 def test_geneval_counts_images_and_prompts_with_any_correct():
-    rows = [("colors", 0, 1.0), ("colors", 0, 0.0), ("colors", 1, 0.0), ("colors", 1, 0.0)]
-    assert more_figures(SUITES["geneval"], rows) == {
+    assert GENEVAL.figures_of(scores("colors", [1.0, 0.0], [0.0, 0.0])) == {
         "images correct": 0.25,
         "prompts with any correct": 0.5,
     }
@@ -102,12 +119,11 @@ def test_geneval_counts_images_and_prompts_with_any_correct():
 
 def test_hps_deviates_over_ten_parts_of_each_style():
     # Parts of two prompts with means 0, 1, 0, 1, ...: their deviation is 1/2; photo has none.
-    rows = [("anime", i, float(i // 2 % 2)) for i in range(20)]
-    rows += [("photo", i, 3.0) for i in range(20)]
-    assert more_figures(SUITES["hps"], rows) == {"deviation over ten parts": 0.25}
+    anime = scores("anime", *([float(i // 2 % 2)] for i in range(20)))
+    photo = scores("photo", *([3.0] for _ in range(20)))
+    assert HPS.figures_of([*anime, *photo]) == {"deviation over ten parts": 0.25}
 
 
 def test_hps_is_reported_a_hundredfold():
-    assert SUITES["hps"].measures_of(Prompt("x"), {"hps": Score(0.2864, "")}) == {
-        "hps": pytest.approx(28.64)
-    }
+    measures = HPS.measures_of(Prompt("x"), {"hps": Score(0.2864, "")})
+    assert measures == {"hps": pytest.approx(28.64)}

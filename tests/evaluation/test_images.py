@@ -1,4 +1,4 @@
-"""Images made elsewhere: the layouts that are known, and what is refused."""
+"""Images made elsewhere, by the layouts that are known, and what is refused."""
 
 import json
 

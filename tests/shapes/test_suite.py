@@ -1,4 +1,4 @@
-"""The benchmark of the shapes world, run on a tiny random Janus."""
+"""`shapes-geneval`, run on a tiny random Janus."""
 
 import json
 from collections import Counter
@@ -7,14 +7,15 @@ import pytest
 from PIL import Image
 
 import stage_rl
-from stage_rl import console as progress_module
-from stage_rl.console import progress
+from stage_rl.api import evaluate_against
 from stage_rl.errors import CheckpointError, InputError
-from stage_rl.evaluation.run import evaluate, evaluate_against, evaluate_run
+from stage_rl.evaluation import run
+from stage_rl.evaluation.run import Request, evaluate_run, run_suite
+from stage_rl.evaluation.suites import PromptSet
 from stage_rl.prompts.geneval import TASKS
 from stage_rl.recipe import EvaluationConfig
-from stage_rl.shapes import suite as shapes_geneval
 from stage_rl.shapes.prompts import evaluation_records
+from stage_rl.shapes.suite import INDEX_STRIDE, SHAPES_GENEVAL, benchmark_prompts
 from stage_rl.types import Prompt
 
 SETS = (*TASKS, "retention", "transfer")
@@ -23,10 +24,17 @@ SETS = (*TASKS, "retention", "transfer")
 @pytest.fixture(scope="module")
 def few():
     """Only the first two prompts of each set, so that a test takes a second."""
+    by_task = {task: [] for task in SETS}
+    for prompt in benchmark_prompts():
+        by_task[SHAPES_GENEVAL.task_of(prompt)].append(prompt)
+    prompts = [prompt for some in by_task.values() for prompt in some[:2]]
     with pytest.MonkeyPatch.context() as patch:
-        sets = {name: prompts[:2] for name, prompts in shapes_geneval.prompt_sets().items()}
-        patch.setattr(shapes_geneval, "prompt_sets", lambda: sets)
+        patch.setattr(PromptSet, "prompts", lambda *_args, **_options: prompts)
         yield
+
+
+def evaluate(policy, **options):
+    return run_suite(policy, "shapes-geneval", Request(**options))
 
 
 @pytest.fixture(scope="module")
@@ -36,23 +44,20 @@ def scored(few, tiny_shapes):
 
 @pytest.mark.parametrize("images_per_task", [1, 5, 48, 100])
 def test_every_set_gets_its_images_spread_evenly(images_per_task):
-    counts: dict[str, Counter[int]] = {}
-    for batch in shapes_geneval.batches(images_per_task):
-        assert batch.num_images <= max(shapes_geneval.MAX_IMAGES, batch.images_per_prompt)
-        for prompt in batch.prompts:
-            counts.setdefault(batch.task, Counter())[prompt.index] += batch.images_per_prompt
-    assert tuple(counts) == SETS
-    for task, prompts in shapes_geneval.prompt_sets().items():
-        numbers = [counts[task][prompt.index] for prompt in prompts]
+    job = run._job(SHAPES_GENEVAL, Request(images_per_task=images_per_task))
+    by_task = {}
+    for prompt, number in zip(job.prompts, job.num_images, strict=True):
+        by_task.setdefault(SHAPES_GENEVAL.task_of(prompt), []).append(number)
+    assert tuple(by_task) == SETS
+    for numbers in by_task.values():
         assert sum(numbers) == images_per_task
         assert max(numbers) - min(numbers) <= 1
-    assert shapes_geneval.num_images(images_per_task) == 8 * images_per_task
 
 
 def test_no_two_prompts_share_a_random_stream():
-    prompts = [prompt for some in shapes_geneval.prompt_sets().values() for prompt in some]
+    prompts = benchmark_prompts()
     assert len({prompt.index for prompt in prompts}) == len(prompts) == 164 + 2 * 96
-    geneval = {p.index: p.text for p in prompts if p.index < shapes_geneval.INDEX_STRIDE}
+    geneval = {p.index: p.text for p in prompts if p.index < INDEX_STRIDE}
     assert geneval == {i: record["prompt"] for i, record in enumerate(evaluation_records())}
 
 
@@ -66,8 +71,8 @@ def test_every_image_is_scored_by_both_judges(scored):
     assert sorted(images) == [(first, 0), (first, 1), (second, 0)]  # 3 images of 2 prompts
     # Only the prompt with two images has a pair to compare.
     assert len(scored.scores["diversity_background"]) <= 6
-    assert set(scored.scores) <= set(shapes_geneval.MEASURES)
-    assert "gold" in scored.table()
+    assert set(scored.scores) <= {*SHAPES_GENEVAL.by_task, *SHAPES_GENEVAL.overall}
+    assert "shapes-geneval, 3 images per task, guidance 2, seed 7, float32" in scored.table()
 
 
 def test_random_streams_do_not_depend_on_how_many_images_there_are(scored, few, tiny_shapes):
@@ -78,8 +83,12 @@ def test_random_streams_do_not_depend_on_how_many_images_there_are(scored, few, 
         assert one.value == known[one.prompt, one.image]
 
 
-def test_a_policy_compared_with_itself_has_no_difference(few, tiny_shapes):
-    comparison = evaluate_against(tiny_shapes, tiny_shapes, images_per_task=2, guidance_scale=1.0)
+def test_a_policy_compared_with_itself_has_no_difference(few, tiny_shapes, tmp_path):
+    request = Request(out=tmp_path, images_per_task=2, guidance_scale=1.0)
+    (comparison,) = evaluate_against(tiny_shapes, tiny_shapes, ["shapes-geneval"], request)
+    # What is there, the diversity of each prompt's images too, is taken up.
+    assert evaluate_against(tiny_shapes, tiny_shapes, ["shapes-geneval"], request) == [comparison]
+    assert (tmp_path / "model" / "shapes-geneval.json").exists()
     for measure in comparison.base.scores:
         change = comparison.difference(measure)
         assert change is not None
@@ -111,8 +120,9 @@ def test_a_run_gets_its_figures_and_its_grid(few, tiny_shapes, tmp_path):
         )
 
 
-def test_a_folder_is_loaded_by_name(few, tiny_shapes_folder):
-    seen = stage_rl.evaluate(str(tiny_shapes_folder), images_per_task=1, guidance_scale=1.0)
+def test_a_folder_is_loaded_by_name(few, tiny_shapes_folder, tmp_path):
+    request = Request(out=tmp_path, images_per_task=1, guidance_scale=1.0)
+    seen = stage_rl.evaluate(str(tiny_shapes_folder), request=request)
     assert seen.model == str(tiny_shapes_folder)
 
 
@@ -127,31 +137,21 @@ def test_a_folder_is_loaded_by_name(few, tiny_shapes_folder):
     ],
 )
 def test_wrong_settings_are_one_clear_line(tiny_shapes, options, message):
+    fields = dict(options)
+    name = fields.pop("benchmark", "shapes-geneval")
     with pytest.raises(InputError) as caught:
-        evaluate(tiny_shapes, **options)
+        run_suite(tiny_shapes, name, Request(**fields))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_wrong_model_is_one_clear_line_before_the_other_is_scored(tiny_shapes, tmp_path):
     with pytest.raises(InputError, match="no such folder"):
-        evaluate_against(str(tmp_path / "none"), tiny_shapes)
+        evaluate_against(tiny_shapes, str(tmp_path / "none"), ["shapes-geneval"])
 
 
 def test_a_model_of_another_image_size_is_refused(tiny_janus, monkeypatch):
-    sets = {"colors": (Prompt("a red circle", 0, {"tag": "colors"}),)}
-    monkeypatch.setattr(shapes_geneval, "prompt_sets", lambda: sets)
+    prompts = [Prompt("a red circle", 0, {"tag": "colors", "include": []})]
+    monkeypatch.setattr(PromptSet, "prompts", lambda *_args, **_options: prompts)
     with pytest.raises(InputError, match="draws images of 16 x 16; shapes-geneval judges 48 x 48"):
         evaluate(tiny_janus, images_per_task=1, guidance_scale=1.0)
-
-
-def test_progress_is_plain_lines_without_a_terminal(monkeypatch, capsys):
-    monkeypatch.setattr(progress_module, "SECONDS_BETWEEN_LINES", 0.0)
-    with progress("evaluate it", 10) as advance:
-        advance(4)
-        advance(6)
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.rpartition(",")[0] for line in lines] == [
-        "evaluate it: 4/10",
-        "evaluate it: 10/10",
-    ]

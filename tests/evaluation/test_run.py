@@ -1,4 +1,4 @@
-"""Published benchmarks from prompts to tables, on a tiny random policy and tiny random rewards."""
+"""Benchmarks from prompts to tables, on a tiny random policy and made-up scores."""
 
 import json
 import shutil
@@ -11,11 +11,9 @@ import pytest
 from PIL import Image
 
 from stage_rl.errors import InputError, RewardError, Stopped
-from stage_rl.evaluation import run as generate
-from stage_rl.evaluation import run as run_suites
-from stage_rl.evaluation import run as scoring
-from stage_rl.evaluation.run import Request
-from stage_rl.evaluation.suites import SUITES, parse_overrides
+from stage_rl.evaluation import run
+from stage_rl.evaluation.run import Request, run_suites, skipped
+from stage_rl.evaluation.suites import PUBLISHED, PromptSet, find_suite, parse_overrides
 from stage_rl.rewards.base import RewardConfig, Score
 
 PER_PROMPT = {
@@ -58,8 +56,8 @@ def _no_calls_yet():
 @pytest.fixture
 def few(monkeypatch):
     """Four prompts with two images each, so that a test takes a second."""
-    real = run_suites.prompts_of
-    monkeypatch.setattr(run_suites, "prompts_of", lambda *args, **more: real(*args, **more)[:4])
+    real = PromptSet.prompts
+    monkeypatch.setattr(PromptSet, "prompts", lambda *args, **more: real(*args, **more)[:4])
 
 
 @pytest.fixture(scope="module")
@@ -67,14 +65,14 @@ def smoke(tiny_shapes, tmp_path_factory):
     """A whole smoke run: its folder and its results by benchmark."""
     out = tmp_path_factory.mktemp("smoke") / "out"
     request = Request(out=out, smoke=True, dtype="float32", guidance_scale=2.0)
-    results = run_suites.run_suites(lambda: tiny_shapes, ["all"], request, model="tiny")
+    results = run_suites(lambda: tiny_shapes, ["all"], request, model="tiny")
     return request, {one.benchmark: one for one in results}
 
 
 def diversity(tiny_shapes, **fields):
     """The benchmark that is quickest to score; its own scorer gives way to others."""
     request = Request(**{"smoke": True, "dtype": "float32", "guidance_scale": 1.0} | fields)
-    return run_suites.run_suites(lambda: tiny_shapes, ["diversity"], request, model="tiny")[0]
+    return run_suites(lambda: tiny_shapes, ["diversity"], request, model="tiny")[0]
 
 
 def png_bytes(folder):
@@ -85,12 +83,12 @@ def png_bytes(folder):
 
 def test_a_smoke_run_goes_through_every_benchmark(smoke):
     request, results = smoke
-    assert list(results) == list(SUITES)
+    assert tuple(results) == PUBLISHED
     for name, one in results.items():
-        suite = SUITES[name]
+        suite = find_suite(name)
         assert set(one.by_task) <= set(one.scores)
         for scores in one.scores.values():
-            assert len(scores) == PER_PROMPT[suite.prompt_set]
+            assert len(scores) == PER_PROMPT[suite.prompt_set.name]
         assert "a smoke run: the prompts are the shapes world's" in one.table()
         figures = json.loads((request.out / f"{name}.json").read_text())
         assert figures == json.loads(json.dumps(one.to_json()))
@@ -114,9 +112,9 @@ def test_what_is_there_is_neither_drawn_nor_scored_again(smoke, tiny_shapes, mon
     def never(*_args, **_options):
         raise AssertionError("nothing is missing")
 
-    monkeypatch.setattr(run_suites, "Engine", never)
+    monkeypatch.setattr(run, "Engine", never)
     monkeypatch.setattr(RewardConfig, "build", never)
-    again = run_suites.run_suites(lambda: tiny_shapes, ["geneval", "ocr"], request, model="tiny")
+    again = run_suites(lambda: tiny_shapes, ["geneval", "ocr"], request, model="tiny")
     assert again == [results["geneval"], results["ocr"]]
 
 
@@ -126,7 +124,7 @@ def test_the_official_folder_layout_is_scored_like_ones_own(smoke, tmp_path):
     record = json.loads((folder / "00003" / "metadata.jsonl").read_text())
     assert {"tag", "include", "prompt"} <= record.keys()
     elsewhere = Request(out=tmp_path / "scores", images=folder, smoke=True)
-    (scored,) = run_suites.run_suites(None, ["diversity"], elsewhere, model="elsewhere")
+    (scored,) = run_suites(None, ["diversity"], elsewhere, model="elsewhere")
     assert scored.scores == results["diversity"].scores
     assert f"24 images of {folder}" in scored.table()
     # One image less: its prompt has no pair, and the table says that images are missing.
@@ -134,7 +132,7 @@ def test_the_official_folder_layout_is_scored_like_ones_own(smoke, tmp_path):
     shutil.copytree(folder, fewer)
     shutil.rmtree(fewer / "00000")
     partial = Request(out=tmp_path / "other", images=fewer, smoke=True)
-    (scored,) = run_suites.run_suites(None, ["diversity"], partial, model="elsewhere")
+    (scored,) = run_suites(None, ["diversity"], partial, model="elsewhere")
     assert "11 of 12 prompts" in scored.table()
     assert "not all images of the benchmark are there" in scored.table()
 
@@ -149,7 +147,7 @@ def test_an_image_that_changed_is_scored_again(few, tiny_shapes, tmp_path):
         for one, other in zip(first.scores["diversity"], second.scores["diversity"], strict=True)
         if one != other
     ]
-    assert changed == [0, 0]
+    assert changed == [0]
     file.write_bytes(file.read_bytes()[:50])
     with pytest.raises(InputError, match="is no image that can be read"):
         diversity(tiny_shapes, out=tmp_path)
@@ -158,16 +156,16 @@ def test_an_image_that_changed_is_scored_again(few, tiny_shapes, tmp_path):
 def test_an_interrupted_run_goes_on_where_it_stopped(few, tiny_shapes, tmp_path, monkeypatch):
     whole = diversity(tiny_shapes, out=tmp_path / "whole")
     received = []
-    real = generate.rollout
+    real = run.rollout
 
     def draws_once(*args, **options):
         received.append(2)
         return real(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(generate, "IMAGES_AT_ONCE", 4)  # 2 prompts of 2 images
-        patch.setattr(generate, "rollout", draws_once)
-        patch.setattr(run_suites, "stop_signals", lambda: nullcontext(received))
+        patch.setattr(run, "IMAGES_AT_ONCE", 4)  # 2 prompts of 2 images
+        patch.setattr(run, "rollout", draws_once)
+        patch.setattr(run, "stop_signals", lambda: nullcontext(received))
         with pytest.raises(Stopped, match="stopped; run the same command again to go on"):
             diversity(tiny_shapes, out=tmp_path / "parts")
     assert len(png_bytes(tmp_path / "parts")) == 4
@@ -196,28 +194,27 @@ class _Rank:
 def test_two_ranks_share_the_prompts_and_get_the_same_results(
     few, tiny_shapes, tmp_path, monkeypatch
 ):
-    # Random rewards are built from the one global stream, which threads share.
     plain = parse_overrides([f"bright.kind={PLAIN}", "diversity=null"])
     alone = diversity(tiny_shapes, out=tmp_path / "alone", scorers=plain)
     drawn = []
-    real = generate.rollout
+    real = run.rollout
 
     def counted(engine, prompts, **options):
         drawn.append(len(prompts))
         return real(engine, prompts, **options)
 
-    monkeypatch.setattr(generate, "rollout", counted)
+    monkeypatch.setattr(run, "rollout", counted)
     request = Request(
         smoke=True, dtype="float32", guidance_scale=1.0, out=tmp_path / "two", scorers=plain
     )
     barrier, results = threading.Barrier(2, timeout=60), {}
 
-    def run(rank):
-        results[rank] = run_suites.run_suites(
-            lambda: tiny_shapes, ["diversity"], request, model="tiny", ranks=_Rank(rank, barrier)
+    def run_rank(rank):
+        results[rank] = run_suites(
+            lambda: tiny_shapes, ["diversity"], request, model="tiny", world=_Rank(rank, barrier)
         )[0]
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in (0, 1)]
+    threads = [threading.Thread(target=run_rank, args=(rank,)) for rank in (0, 1)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -266,7 +263,7 @@ def test_a_reward_of_ones_own_adds_a_measure(few, tiny_shapes, tmp_path):
 def test_a_reward_that_fails_twice_ends_the_run_and_keeps_what_is_scored(
     few, tiny_shapes, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(scoring, "IMAGES_AT_ONCE", 4)
+    monkeypatch.setattr(run, "IMAGES_AT_ONCE", 4)
     settings = parse_overrides([f"bright.kind={PLAIN}", "bright.failures=2", "diversity=null"])
     with pytest.raises(RewardError, match=r"reward 'bright' failed twice on .*not today"):
         diversity(tiny_shapes, out=tmp_path, scorers=settings)
@@ -286,12 +283,9 @@ def test_a_reward_that_fails_twice_ends_the_run_and_keeps_what_is_scored(
     ],
 )
 def test_a_wrong_setting_is_one_line_before_the_model_is_loaded(tmp_path, settings, message):
-    def run():
+    with pytest.raises(InputError) as caught:  # noqa: PT012
         request = Request(out=tmp_path, smoke=True, scorers=parse_overrides(settings))
-        run_suites.run_suites(None, ["hps"], request, model="none")
-
-    with pytest.raises(InputError) as caught:
-        run()
+        run_suites(None, ["hps"], request, model="none")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -299,9 +293,9 @@ def test_a_wrong_setting_is_one_line_before_the_model_is_loaded(tmp_path, settin
 def test_prompts_that_cannot_be_found_are_named(tmp_path):
     for data, text in ((None, "--data is not given"), (tmp_path, "has no ocr/test.txt")):
         with pytest.raises(InputError, match=text):
-            run_suites.run_suites(None, ["ocr"], Request(data=data), model="none")
-    told = run_suites.skipped(["all"], Request(data=tmp_path))
+            run_suites(None, ["ocr"], Request(data=data), model="none")
+    told = skipped(["all"], Request(data=tmp_path))
     assert [line.split()[0] for line in told] == ["t2i-compbench", "hps", "drawbench", "ocr"]
-    assert run_suites.skipped(["ocr"], Request()) == []
+    assert skipped(["ocr"], Request()) == []
     with pytest.raises(InputError, match="unknown 'genevl'"):
-        run_suites.run_suites(None, ["genevl"], Request(), model="none")
+        run_suites(None, ["genevl"], Request(), model="none")
