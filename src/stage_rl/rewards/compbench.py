@@ -57,6 +57,9 @@ MIN_SCORE = 0.5
 SAME_BOX = 0.9
 """Overlap above which two boxes of one label are one object."""
 
+HALF = (0.5, 0.5, 0.5)
+"""Mean and deviation of the depth model's pixels."""
+
 BEHIND = ("behind", "hidden", "hidden by")
 
 MAX_WORDS = 50
@@ -387,7 +390,7 @@ class DepthModel:
         maps = []
         for images in images_NHWC.split(self._batch_size):
             sized = resize(images, (self._side, self._side), "bicubic")
-            pixels = normalize(sized.to(self._module.device), (0.5,) * 3, (0.5,) * 3)
+            pixels = normalize(sized.to(self._module.device), HALF, HALF)
             depth_NYX = self._module(pixel_values=pixels).predicted_depth.float()
             maps.append(interpolate(depth_NYX[:, None], size=size, mode="bicubic")[:, 0].cpu())
         depth_NHW = torch.cat(maps)

@@ -51,6 +51,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 Result = TypeVar("Result")
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class ScorerConfig(RewardConfig):
@@ -197,12 +198,12 @@ def fill(
 
 
 def fill_part(
-    module: nn.Module,
+    module: Module,
     tensors: Mapping[str, Tensor],
     *,
     source: str,
     device: torch.device | str = "cpu",
-) -> nn.Module:
+) -> Module:
     """A small module of ours with these tensors, frozen."""
     own = module.state_dict()
     both = own.keys() & tensors.keys()

@@ -43,7 +43,7 @@ from stage_rl.types import Prompt
 try:
     import httpx2
 except ModuleNotFoundError:  # an optional extra, asked for when a reward needs it
-    httpx2: Any = None
+    httpx2 = None  # type: ignore[assignment]
 
 log = logging.getLogger(__name__)
 
