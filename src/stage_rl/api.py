@@ -11,7 +11,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -95,16 +95,16 @@ def _numbered(prompts: str | Sequence[str | Prompt]) -> list[Prompt]:
 def evaluate(
     model: Model,
     benchmark: str = "shapes-geneval",
-    request: Request | None = None,
     *,
     device: str | torch.device | None = None,
+    **options: Any,
 ) -> Results:
     """Scores a model on a benchmark; image k of a prompt has the same stream for every model.
 
-    What is drawn and scored is kept in the folder of the request, and a later call takes it up.
-    Wrong input is an `InputError`.
+    The options are the fields of `Request`. What is drawn and scored is kept in the folder `out`,
+    and a later call takes it up. Wrong input is an `InputError`.
     """
-    return evaluate_all(model, [benchmark], request, device=device)[0]
+    return evaluate_all(model, [benchmark], Request(**options), device=device)[0]
 
 
 def evaluate_all(

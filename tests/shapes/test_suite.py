@@ -121,8 +121,8 @@ def test_a_run_gets_its_figures_and_its_grid(few, tiny_shapes, tmp_path):
 
 
 def test_a_folder_is_loaded_by_name(few, tiny_shapes_folder, tmp_path):
-    request = Request(out=tmp_path, images_per_task=1, guidance_scale=1.0)
-    seen = stage_rl.evaluate(str(tiny_shapes_folder), request=request)
+    options = {"out": tmp_path, "images_per_task": 1, "guidance_scale": 1.0}
+    seen = stage_rl.evaluate(str(tiny_shapes_folder), **options)
     assert seen.model == str(tiny_shapes_folder)
 
 
