@@ -5,6 +5,7 @@ Shape suffixes: N images, H x W pixels, C colour channels.
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import logging
@@ -39,11 +40,6 @@ from stage_rl.rewards.protocol import (
 )
 from stage_rl.settings import Count, Positive, complaint, near_or_all
 from stage_rl.types import Prompt
-
-try:
-    import httpx2
-except ModuleNotFoundError:  # an optional extra, asked for when a reward needs it
-    httpx2 = None  # type: ignore[assignment]
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +114,7 @@ class RemoteRewardConfig(RewardConfig):
         return RemoteReward(client, offer, batch_size=size, connections=self.connections)
 
     def _client(self) -> RetryingClient:
-        if httpx2 is None:
+        if importlib.util.find_spec("httpx2") is None:
             raise InputError(
                 f"reward '{self.name}': httpx2 is not installed; run pip install 'stage-rl[server]'"
             )
@@ -251,6 +247,8 @@ class RetryingClient:
     def __init__(
         self, url: str, *, token: str | None, timeout_s: float, give_up_s: float, connections: int
     ) -> None:
+        import httpx2  # of an optional extra
+
         self._url = url.rstrip("/")
         self._give_up_s = give_up_s
         self._is_answered = True
@@ -293,6 +291,8 @@ class RetryingClient:
         raise AssertionError
 
     def _attempt(self, method: str, path: str, body: bytes, key: str) -> bytes | RetryableError:
+        import httpx2
+
         try:
             response = self._http.request(
                 method, self._url + path, content=body, headers={KEY_HEADER: key}
@@ -331,13 +331,13 @@ def _pause(attempt: int) -> float:
     return JITTER.uniform(0, min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(attempt, 10)))
 
 
-def _advice(response: httpx2.Response) -> float:
+def _advice(response: Any) -> float:
     """Seconds of Retry-After; 0 without one, or where it is a date."""
     text = response.headers.get("Retry-After", "")
     return min(float(text), LONGEST_ADVICE_S) if text.isascii() and text.isdigit() else 0.0
 
 
-def _error_of(response: httpx2.Response) -> tuple[str, str]:
+def _error_of(response: Any) -> tuple[str, str]:
     """Code and message of an error; what stands between us and the server may not write JSON."""
     try:
         error: Any = json.loads(response.content)["error"]
