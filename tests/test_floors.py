@@ -26,11 +26,6 @@ FLOORS = (
 )
 """Files and folders of the package, bottom up."""
 
-KNOWN = {
-    ("rollout.attention", "rollout.kernels"),
-}
-"""Imports that still point up or close a circle; none may be added."""
-
 
 def imports_of(root: Path) -> dict[str, set[str]]:
     """The modules of the package in `root` that each of its files imports, by dotted name."""
@@ -92,9 +87,8 @@ def package(tmp_path):
 def test_no_import_points_up_and_none_runs_in_a_circle():
     imports = imports_of(ROOT)
     assert len(imports) > 50
-    assert upward(imports) <= KNOWN
-    known = {m: {n for n in names if (m, n) not in KNOWN} for m, names in imports.items()}
-    assert circle(known) == []
+    assert upward(imports) == set()
+    assert circle(imports) == []
 
 
 @pytest.mark.parametrize(

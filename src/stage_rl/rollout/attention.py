@@ -13,18 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm, silu
 
-from stage_rl.errors import InputError
-
 BLOCK = 32
 """Slots that lie together."""
-
-BACKENDS = ("eager", "triton")
 
 
 @dataclass(frozen=True)
@@ -264,20 +259,3 @@ def decode_attention(
     for weight, block in zip(weights[1:], values[1:], strict=True):
         mixed.baddbmm_(weight, block)
     return mixed.view(query_RKJE.shape)
-
-
-def pick_backend(name: str | None, device: torch.device) -> Backend:
-    """The backend of a name; None: `triton` on a GPU, else `eager`. An unknown one is InputError.
-
-    Triton's interpreter (TRITON_INTERPRET=1) runs its kernels on a CPU.
-    """
-    name = name or ("triton" if device.type == "cuda" else "eager")
-    if name not in BACKENDS:
-        raise InputError(f"backend: unknown '{name}'; write one of: {', '.join(BACKENDS)}")
-    if name == "eager":
-        return Backend()
-    if find_spec("triton") is None:
-        raise InputError("the engine's kernels need triton; write: pip install 'stage-rl[triton]'")
-    from stage_rl.rollout.kernels import TritonBackend
-
-    return TritonBackend()

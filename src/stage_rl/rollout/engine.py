@@ -10,6 +10,7 @@ import functools
 import logging
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -18,9 +19,11 @@ from torch.nn.functional import pad
 from stage_rl.errors import InputError
 from stage_rl.policies.base import Policy, Prefix, TokenLayout
 from stage_rl.policies.logprobs import guide
-from stage_rl.rollout.attention import KeyValueCache, pick_backend
+from stage_rl.rollout.attention import Backend, KeyValueCache
 from stage_rl.rollout.decoder import LINEAR_DTYPES, Decoder
 from stage_rl.rollout.sampling import Sampling, conditional_statistics, draw
+
+BACKENDS = ("eager", "triton")
 
 FAST_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 """Any of these capabilities multiplies bf16 matrices at least as fast as fp32 ones."""
@@ -72,7 +75,7 @@ class Engine:
         self.policy, self.dtype = policy, dtype
         self.max_images = max_images
         """Images of one pass; None: what the memory of a GPU holds, 64 on a CPU."""
-        self._backend = pick_backend(backend, policy.device)
+        self._backend = _pick_backend(backend, policy.device)
         self._columns = Columns.of(policy.layout, policy.device)
         self._cuda_graph = policy.device.type == "cuda" if cuda_graph is None else cuda_graph
         self._decoder: Decoder | None = None
@@ -386,3 +389,20 @@ class Decoding:
     def result(self) -> Generated:
         """A copy of what was drawn, which the next pass leaves alone."""
         return Generated(*(part[:, :-1].clone() for part in (self._tokens, *self._known)))
+
+
+def _pick_backend(name: str | None, device: torch.device) -> Backend:
+    """The backend of a name; None: `triton` on a GPU, else `eager`. An unknown one is InputError.
+
+    Triton's interpreter (TRITON_INTERPRET=1) runs its kernels on a CPU.
+    """
+    name = name or ("triton" if device.type == "cuda" else "eager")
+    if name not in BACKENDS:
+        raise InputError(f"backend: unknown '{name}'; write one of: {', '.join(BACKENDS)}")
+    if name == "eager":
+        return Backend()
+    if find_spec("triton") is None:
+        raise InputError("the engine's kernels need triton; write: pip install 'stage-rl[triton]'")
+    from stage_rl.rollout.kernels import TritonBackend
+
+    return TritonBackend()
