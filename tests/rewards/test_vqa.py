@@ -10,6 +10,7 @@ from transformers import BertTokenizer
 
 from stage_rl.errors import WeightsError
 from stage_rl.rewards.pretrained import clip_pixels
+from stage_rl.rewards.t2i_r1 import GroundingDinoRewardConfig
 from stage_rl.rewards.vqa import (
     Answer,
     GitRewardConfig,
@@ -48,20 +49,20 @@ def yes_no(saved):
     return build
 
 
-def test_a_share_of_yes_is_renormalised_and_the_belief_is_kept():
-    # Four words of probability .6, .2, .1 and .1: yes is .6 / .8, the belief .8.
-    logits = torch.tensor([[0.6, 0.2, 0.1, 0.1]]).log()
-    (answer,) = answers_from(logits, yes=[0], no=[1])
-    assert (answer.yes, answer.belief) == pytest.approx((0.75, 0.8))
-    # Two spellings of yes: .7 / .9.
-    (answer,) = answers_from(logits, yes=[0, 2], no=[1])
-    assert (answer.yes, answer.belief) == pytest.approx((0.7 / 0.9, 0.9))
-
-
-def test_two_tiny_probabilities_still_have_a_ratio():
-    (answer,) = answers_from(torch.tensor([[0.0, -200.0, -201.0]]), yes=[1], no=[2])
-    assert answer.yes == pytest.approx(math.e / (math.e + 1), abs=1e-6)
-    assert answer.belief == 0
+@pytest.mark.parametrize(
+    ("logits", "yes", "no", "share", "belief"),
+    [
+        # Four words of probability .6, .2, .1 and .1: yes is .6 / .8, the belief .8.
+        ([math.log(p) for p in (0.6, 0.2, 0.1, 0.1)], [0], [1], 0.75, 0.8),
+        # Two spellings of yes: .7 / .9.
+        ([math.log(p) for p in (0.6, 0.2, 0.1, 0.1)], [0, 2], [1], 0.7 / 0.9, 0.9),
+        # Two tiny probabilities still have a ratio.
+        ([0.0, -200.0, -201.0], [1], [2], math.e / (math.e + 1), 0.0),
+    ],
+)
+def test_a_share_of_yes_is_renormalised_and_the_belief_is_kept(logits, yes, no, share, belief):
+    (answer,) = answers_from(torch.tensor([logits]), yes=yes, no=no)
+    assert (answer.yes, answer.belief) == pytest.approx((share, belief), abs=1e-6)
 
 
 def test_a_tokenizer_without_the_word_is_refused():
@@ -176,31 +177,25 @@ def test_the_score_is_read_off_the_next_token_of_the_chat(yes_no):
     assert score.extras["answered"] == pytest.approx(yes + no, abs=1e-5)
 
 
-def test_braces_in_a_prompt_are_only_text(yes_no):
-    (score,) = yes_no()(images(1), [Prompt("a {cat}")])
-    assert score.why.startswith("Is it a {cat}?")
-
-
-def test_a_model_without_a_chat_template_is_refused(tmp_path):
-    module, processor = tiny_vlm()
-    module.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
+def test_a_model_without_a_chat_template_or_a_question_without_the_prompt_is_refused(tmp_path):
+    for part in tiny_vlm():
+        part.save_pretrained(tmp_path)
     (tmp_path / "chat_template.jinja").unlink()
     with pytest.raises(WeightsError, match="no chat template"):
         YesNoRewardConfig(path=str(tmp_path)).build(CPU)
-
-
-def test_the_reward_is_built_from_its_config_in_half_precision(yes_no):
-    reward = yes_no(dtype="bfloat16")
-    assert all(0 < score.value < 1 for score in reward(images(3), PROMPTS))
-
-
-def test_a_question_without_the_prompt_is_refused():
     with pytest.raises(ValueError, match="does not name the prompt"):
         YesNoRewardConfig(path="a/model", question="Is it good?")
 
 
-@pytest.mark.parametrize("config", [GitRewardConfig(), YesNoRewardConfig(path="a/model")])
+def test_half_precision_gives_scores_and_braces_in_a_prompt_are_only_text(yes_no):
+    scores = yes_no(dtype="bfloat16")(images(2), [Prompt("a {cat}"), Prompt("a dog")])
+    assert all(0 < score.value < 1 for score in scores)
+    assert scores[0].why.startswith("Is it a {cat}?")
+
+
+@pytest.mark.parametrize(
+    "config", [GitRewardConfig(), YesNoRewardConfig(path="a/model"), GroundingDinoRewardConfig()]
+)
 def test_reference_images_come_with_what_the_reward_needs(config):
     cases = config.reference_cases()
     assert [case.prompt.text for case in cases] == ["a photo of a cat", "a photo of a cup"]
