@@ -1,0 +1,126 @@
+"""A study: arms x cells x seeds around one recipe, from one YAML file.
+
+A run of the study is `stage train RECIPE` with the overrides of the study, the cell and the arm, in
+this order, and a seed. All arms of a seed share prompts, order and random streams.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, NamedTuple, Self
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import Field, ValidationError, model_validator
+from yaml import YAMLError
+
+from stage_rl.config import explain, load_recipe
+from stage_rl.errors import InputError
+from stage_rl.settings import Every, Seed, Settings, complaint
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+Overrides = tuple[str, ...]
+
+
+class Arm(Settings):
+    """One way to train, compared with the others."""
+
+    overrides: Overrides = ()
+    """Settings as dotted.key=value."""
+    recipe: str | None = None
+    """Recipe of this arm; null: that of the study."""
+    cells: tuple[Name, ...] | None = None
+    """Cells it runs in; null: all."""
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] | None = None
+    """Its seeds; null: those of the study."""
+    note: str = ""
+    """What it is, for the tables."""
+
+
+class Study(Settings):
+    """What is compared, and how."""
+
+    name: Name
+    """Folder of the study under studies/ where none is given; the file's stem by default."""
+    recipe: str
+    """Recipe of all runs."""
+    overrides: Overrides = ()
+    """Settings of all runs."""
+    cells: Annotated[dict[Name, Overrides], Field(min_length=1)]
+    """Settings of each cell, such as a learning rate and beta."""
+    arms: Annotated[dict[Name, Arm], Field(min_length=1)]
+    """What is compared in each cell."""
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
+    """Seeds of every arm that names none."""
+    endpoint: str = "validation/gold"
+    """Metric whose mean over the last fifth of the evaluations is tested."""
+    contrasts: tuple[tuple[Name, Name], ...] = ()
+    """Pairs of arms that are tested, Holm-corrected within a cell: (new, old)."""
+    final_images_per_task: Every = 0
+    """Images per task of a last evaluation of each trained policy; 0: none."""
+
+    @model_validator(mode="after")
+    def _known_names(self) -> Self:
+        for number, pair in enumerate(self.contrasts):
+            for arm in pair:
+                if arm not in self.arms:
+                    raise complaint(f"contrasts.{number}", f"no arm is named '{arm}'; add it")
+        for name, arm in self.arms.items():
+            for cell in arm.cells or ():
+                if cell not in self.cells:
+                    raise complaint(f"arms.{name}.cells", f"no cell is named '{cell}'; add it")
+        return self
+
+    def runs(self) -> Iterator[StudyRun]:
+        """All runs, seed by seed, so that an early stop leaves whole seeds."""
+        seeds = dict.fromkeys(s for arm in self.arms.values() for s in arm.seeds or self.seeds)
+        for seed in seeds:
+            for cell, of_cell in self.cells.items():
+                for name, arm in self.arms.items():
+                    if seed not in (arm.seeds or self.seeds) or cell not in (arm.cells or (cell,)):
+                        continue
+                    overrides = (*self.overrides, *of_cell, *arm.overrides, f"seed={seed}")
+                    yield StudyRun(cell, name, seed, arm.recipe or self.recipe, overrides)
+
+
+class StudyRun(NamedTuple):
+    """One training of a study."""
+
+    cell: str
+    arm: str
+    seed: int
+    recipe: str
+    overrides: Overrides
+
+    def folder(self, study: Path) -> Path:
+        """Its run folder."""
+        return study / "runs" / self.cell / self.arm / str(self.seed)
+
+    def __str__(self) -> str:
+        return f"{self.cell}/{self.arm}/{self.seed}"
+
+
+def load_study(file: Path) -> Study:
+    """A study file, every run's recipe and overrides checked; a fault is an `InputError`."""
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(file))
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror}); name a study file") from error
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{file}: is no YAML mapping ({reason}); mend it") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"{file}: is no YAML mapping; write name, recipe, cells, arms, seeds")
+    tree.setdefault("name", file.stem)
+    try:
+        study = Study.model_validate_json(json.dumps(tree))
+    except ValidationError as error:
+        raise InputError(f"{file}: {explain(error)}") from error
+    seen = set()
+    for run in study.runs():
+        if (run.recipe, run.cell, run.arm) not in seen:
+            seen.add((run.recipe, run.cell, run.arm))
+            load_recipe(run.recipe, run.overrides)
+    return study

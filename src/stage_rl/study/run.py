@@ -1,0 +1,183 @@
+"""Runs a study: as many trainings side by side as there are processors or GPUs, until all are done.
+
+Every training is a process of its own, one thread each on a CPU, one GPU each where there are some.
+What it leaves is read into FOLDER/results.json, small enough to keep beside the code; the same
+command goes on after any stop, and one training that fails does not end the others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stage_rl.config import load_recipe
+from stage_rl.console import progress, stop_signals
+from stage_rl.errors import Stopped
+from stage_rl.files import replace_text
+from stage_rl.study.plan import Study, StudyRun
+
+POLL_S = 1.0
+SERIES = (
+    "reward/mean",
+    "reward/std",
+    "reward/equal_groups",
+    "entropy/policy",
+    "entropy/gap",
+    "kl/mean",
+    "kl/weight",
+    "mask/mean",
+    "grad/norm",
+    "probe/kl",
+    "probe/entropy_drift",
+)
+"""Metrics kept of every step that has them; of the evaluations all are."""
+
+
+def run_study(study: Study, folder: Path, *, jobs: int | None = None) -> dict[str, Any]:
+    """Runs what is missing of a study and returns its results, which FOLDER/results.json holds.
+
+    `jobs` None: one for each GPU, or for each processor. Raises `Stopped` after Ctrl-C or SIGTERM,
+    when the trainings have saved.
+    """
+    runs = list(study.runs())
+    waiting = [run for run in runs if _done_steps(run, folder) < _steps(run)]
+    total = sum(_steps(run) for run in waiting)
+    gpus = list(range(torch.cuda.device_count()))
+    slots: list[int | None] = [*gpus] or [None] * (jobs or os.cpu_count() or 1)
+    slots = [slots[index % len(slots)] for index in range(jobs or len(slots))]
+    with stop_signals() as signals, progress(f"study {study.name}", total) as advance:
+        reasons = _run_all(waiting, folder, slots, advance=advance, signals=signals)
+    results = collect(study, folder, reasons)
+    if signals:
+        raise Stopped(
+            f"{folder}: stopped; run the same command again to go on", signal_number=signals[0]
+        )
+    return results
+
+
+def collect(study: Study, folder: Path, reasons: dict[str, str] | None = None) -> dict[str, Any]:
+    """Reads the runs that there are into FOLDER/results.json; earlier runs whose folders are gone
+    stay in it.
+    """
+    file = folder / "results.json"
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    known = {(r["cell"], r["arm"], r["seed"]): r for r in before.get("runs", [])}
+    for run in study.runs():
+        metrics = run.folder(folder) / "metrics.jsonl"
+        if metrics.exists():
+            failed = (reasons or {}).get(str(run), "")
+            known[run.cell, run.arm, run.seed] = _read(run, metrics, failed)
+    results = {
+        "study": study.model_dump(mode="json"),
+        "base": before.get("base", {}),
+        "runs": [known[key] for key in sorted(known)],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_text(file, json.dumps(results, separators=(",", ":")) + "\n")
+    return results
+
+
+def _run_all(
+    waiting: Sequence[StudyRun],
+    folder: Path,
+    slots: list[int | None],
+    *,
+    advance: Any,
+    signals: Sequence[int],
+) -> dict[str, str]:
+    """Runs all, each slot one at a time; the last line of every run that failed, by name."""
+    queue, free = list(waiting), list(slots)
+    running: list[tuple[StudyRun, subprocess.Popen[bytes], int | None, int]] = []
+    reasons: dict[str, str] = {}
+    while running or (queue and not signals):
+        while queue and free and not signals:
+            run, slot = queue.pop(0), free.pop(0)
+            running.append((run, _start(run, folder, slot), slot, _done_steps(run, folder)))
+        time.sleep(POLL_S)
+        if signals:
+            for _, process, _, _ in running:
+                process.terminate()
+        still = []
+        for run, process, slot, seen in running:
+            code, done = process.poll(), _done_steps(run, folder)
+            advance(done - seen)
+            if code is None:
+                still.append((run, process, slot, done))
+                continue
+            free.append(slot)
+            if code and not signals:
+                reasons[str(run)] = _last_line(_log(run, folder))
+                print(f"{run}: {reasons[str(run)]}", file=sys.stderr)
+        running = still
+    return reasons
+
+
+def _start(run: StudyRun, folder: Path, gpu: int | None) -> subprocess.Popen[bytes]:
+    environment = dict(os.environ)
+    if gpu is None:
+        environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    else:
+        environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
+    place = run.folder(folder)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with _log(run, folder).open("ab") as log:
+        return subprocess.Popen(
+            [
+                *(sys.executable, "-m", "stage_rl"),
+                *("train", run.recipe, *run.overrides, f"run.dir={place}"),
+            ],
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C reaches this process, which tells the others
+        )
+
+
+def _log(run: StudyRun, folder: Path) -> Path:
+    return run.folder(folder).with_suffix(".log")
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1] if lines else "ended without a word"
+
+
+def _steps(run: StudyRun) -> int:
+    return load_recipe(run.recipe, run.overrides).steps
+
+
+def _done_steps(run: StudyRun, folder: Path) -> int:
+    metrics = run.folder(folder) / "metrics.jsonl"
+    return len(metrics.read_bytes().splitlines()) if metrics.exists() else 0
+
+
+def _read(run: StudyRun, metrics: Path, failed: str) -> dict[str, Any]:
+    """One run as plain values: series by metric as [steps, values], six digits each."""
+    series: dict[str, tuple[list[int], list[float | None]]] = {}
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        try:
+            numbers = json.loads(line)
+        except ValueError:
+            continue  # the line that a stop cut short
+        for name, value in numbers.items():
+            if name in SERIES or name.startswith("validation/"):
+                steps, values = series.setdefault(name, ([], []))
+                steps.append(numbers["step"] + 1)
+                values.append(None if value is None else float(f"{value:.6g}"))
+    return {
+        "cell": run.cell,
+        "arm": run.arm,
+        "seed": run.seed,
+        "recipe": run.recipe,
+        "overrides": list(run.overrides),
+        "failed": failed,
+        "series": series,
+    }

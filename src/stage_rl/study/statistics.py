@@ -1,0 +1,136 @@
+"""What a study says of its arms: intervals, paired tests, frontiers and breakdowns; pure functions.
+
+Shape suffixes: N seeds, M comparisons, S steps that were evaluated.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+MAX_EXACT = 16
+"""Most pairs whose sign flips are all gone through (2^16)."""
+
+
+class Estimate(NamedTuple):
+    """The mean over seeds."""
+
+    mean: float
+    standard_error: float | None
+    """None for a single seed."""
+    interval: tuple[float, float] | None
+    """95 %, by bias-corrected and accelerated bootstrap; None for fewer than three seeds."""
+    count: int
+
+
+def estimate(values_N: ArrayLike, *, draws: int = 9999, seed: int = 0) -> Estimate:
+    """Mean, standard error and BCa interval (Efron 1987) of values that are finite."""
+    values_N = np.asarray(values_N, float)
+    assert values_N.ndim == 1, values_N.shape
+    assert len(values_N), "no value"
+    assert np.isfinite(values_N).all(), values_N
+    count, mean = len(values_N), float(values_N.mean())
+    error = float(values_N.std(ddof=1) / math.sqrt(count)) if count > 1 else None
+    if count < 3:
+        return Estimate(mean, error, None, count)
+    if np.ptp(values_N) == 0:  # the bootstrap has no distribution
+        return Estimate(mean, error, (mean, mean), count)
+    result = stats.bootstrap(
+        (values_N,), np.mean, n_resamples=draws, method="BCa", rng=np.random.default_rng(seed)
+    )
+    low, high = result.confidence_interval
+    return Estimate(mean, error, (float(low), float(high)), count)
+
+
+def sign_flip_p(differences_N: ArrayLike) -> float:
+    """Two-sided p of paired differences under exact sign flips: the share of the 2^N assignments of
+    signs whose mean is at least as far from 0. Five pairs cannot go below 1/16.
+    """
+    differences_N = np.asarray(differences_N, float)
+    assert 0 < len(differences_N) <= MAX_EXACT, len(differences_N)
+    signs = np.array(list(itertools.product((1.0, -1.0), repeat=len(differences_N))))
+    sums = np.abs(signs @ differences_N)
+    return float(np.mean(sums >= sums[0] * (1 - 1e-12)))
+
+
+def holm(p_values_M: Sequence[float]) -> list[float]:
+    """Adjusted p-values of M comparisons (Holm 1979), in their order."""
+    adjusted, largest = [0.0] * len(p_values_M), 0.0
+    for rank, place in enumerate(np.argsort(p_values_M, kind="stable")):
+        largest = max(largest, min(1.0, (len(p_values_M) - rank) * p_values_M[place]))
+        adjusted[place] = largest
+    return adjusted
+
+
+def at_divergence(
+    divergence_S: ArrayLike, score_S: ArrayLike, targets: Sequence[float]
+) -> list[float | None]:
+    """The score where a run first reached each divergence K, linear in sqrt(K) between evaluations;
+    None where it never did. The first entries are those of the base policy.
+    """
+    root_S = np.sqrt(np.maximum.accumulate(np.asarray(divergence_S, float)))
+    score_S = np.asarray(score_S, float)
+    assert root_S.shape == score_S.shape, (root_S.shape, score_S.shape)
+    # Where the divergence stands still the first score counts.
+    first = np.concatenate([[True], np.diff(root_S) > 0])
+    root_S, score_S = root_S[first], score_S[first]
+    return [
+        float(np.interp(math.sqrt(target), root_S, score_S))
+        if math.sqrt(target) <= root_S[-1]
+        else None
+        for target in targets
+    ]
+
+
+def frontier_area(divergence_S: ArrayLike, score_S: ArrayLike, limit: float) -> float | None:
+    """Mean score over sqrt(K) from 0 to sqrt(limit); None where a run stayed below the limit."""
+    grid = np.linspace(0, math.sqrt(limit), 101)
+    scores = at_divergence(divergence_S, score_S, list(grid**2))
+    if any(score is None for score in scores):
+        return None
+    return float(np.trapezoid(np.array(scores, float), grid) / grid[-1])
+
+
+def breakdown_step(
+    steps_S: Sequence[int],
+    score_S: Sequence[float],
+    divergence_S: Sequence[float],
+    *,
+    base: float,
+    diverged_at: int | None = None,
+) -> int | None:
+    """The first evaluated step at which the mean of three scores is 0.05 below the base or 0.1
+    below its own peak, or the divergence is above 1; a loss that is not finite breaks down too.
+    """
+    peak = -math.inf
+    for place, step in enumerate(steps_S):
+        if divergence_S[place] > 1:
+            return step
+        if place < 2:
+            continue
+        mean = float(np.mean(score_S[place - 2 : place + 1]))
+        peak = max(peak, mean)
+        if mean < base - 0.05 or mean < peak - 0.1:
+            return step
+    return diverged_at
+
+
+def fluctuation(drift_S: ArrayLike) -> float:
+    """How much a drift wanders beyond where it ends: (sum |D_s - D_(s-1)| - |D_S - D_0|) / S."""
+    drift_S = np.asarray(drift_S, float)
+    moves: NDArray[np.float64] = np.diff(drift_S)
+    return float((np.abs(moves).sum() - abs(moves.sum())) / max(len(moves), 1))
+
+
+def paired(
+    first: Mapping[int, float], second: Mapping[int, float]
+) -> tuple[list[int], NDArray[np.float64]]:
+    """The seeds that both arms have, in order, and first minus second."""
+    seeds = sorted(first.keys() & second.keys())
+    return seeds, np.array([first[seed] - second[seed] for seed in seeds], float)

@@ -1,0 +1,103 @@
+"""Statistics of a study, against numbers worked by hand."""
+
+import math
+
+import numpy as np
+import pytest
+
+from stage_rl.study.statistics import (
+    at_divergence,
+    breakdown_step,
+    estimate,
+    fluctuation,
+    frontier_area,
+    holm,
+    paired,
+    sign_flip_p,
+)
+
+
+def test_an_estimate_has_mean_error_and_interval():
+    result = estimate([1.0, 2.0, 3.0, 4.0])
+    # std 1.291, over sqrt(4)
+    assert (result.mean, result.count) == (2.5, 4)
+    assert result.standard_error == pytest.approx(0.6455, abs=1e-4)
+    assert result.interval is not None
+    assert 1 <= result.interval[0] < 2.5 < result.interval[1] <= 4
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "interval"),
+    [([2.0], None, None), ([1.0, 3.0], 1.0, None), ([2.0, 2.0, 2.0], 0.0, (2.0, 2.0))],
+)
+def test_few_or_equal_values_have_no_invented_interval(values, error, interval):
+    result = estimate(values)
+    assert result.standard_error == (None if error is None else pytest.approx(error))
+    assert result.interval == interval
+
+
+def test_the_bca_interval_covers_the_mean_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    samples = rng.normal(size=(100, 20))
+    intervals = [estimate(sample, draws=499).interval for sample in samples]
+    assert 86 <= sum(low <= 0 <= high for low, high in intervals) <= 99
+
+
+def test_sign_flips_are_exact():
+    # Of 2^3 assignments the observed one and its mirror are the farthest.
+    assert sign_flip_p([1.0, 2.0, 3.0]) == 2 / 8
+    # Five pairs cannot go below 1 / 16.
+    assert sign_flip_p([1.0] * 5) == 2 / 32
+    # Sums of (1, -1): 0 is reached by all four.
+    assert sign_flip_p([1.0, -1.0]) == 1
+    assert sign_flip_p(np.ones(10)) == 2 / 1024
+
+
+def test_holm_multiplies_by_what_is_left_and_never_falls():
+    # Sorted 0.01 x 3, 0.02 x 2, 0.03 x 1 -> 0.03, 0.04, 0.04
+    assert holm([0.03, 0.01, 0.02]) == pytest.approx([0.04, 0.03, 0.04])
+    assert holm([0.6, 0.9]) == [1.0, 1.0]
+
+
+def test_scores_at_equal_divergence_are_linear_in_its_root():
+    # sqrt K = 0, 0.1, 0.2 with scores 0.3, 0.4, 0.6: at 0.15 half way, 0.5.
+    found = at_divergence([0, 0.01, 0.04], [0.3, 0.4, 0.6], [0.0225, 0.01, 0.09])
+    assert found == [pytest.approx(0.5), pytest.approx(0.4), None]
+
+
+def test_a_divergence_that_falls_again_counts_where_it_was_first_reached():
+    assert at_divergence([0, 0.04, 0.01], [0.3, 0.5, 0.9], [0.04]) == [pytest.approx(0.5)]
+
+
+def test_the_frontiers_area_is_a_mean_score():
+    # Linear from 0.3 to 0.5 over sqrt K up to 0.2: the mean is 0.4.
+    assert frontier_area([0, 0.04], [0.3, 0.5], 0.04) == pytest.approx(0.4)
+    assert frontier_area([0, 0.01], [0.3, 0.5], 0.04) is None
+
+
+@pytest.mark.parametrize(
+    ("scores", "divergences", "diverged_at", "expected"),
+    [
+        ([0.3, 0.32, 0.34, 0.35], [0.1] * 4, None, None),
+        ([0.3, 0.2, 0.2, 0.2], [0.1] * 4, None, 30),  # mean 0.233 < 0.3 - 0.05
+        ([0.5, 0.5, 0.5, 0.2], [0.1] * 4, None, 40),  # mean 0.4 is 0.1 below 0.5, just not under
+        ([0.3, 0.3, 0.3, 0.3], [0.1, 1.1, 0.1, 0.1], None, 20),
+        ([0.3, 0.3, 0.3, 0.3], [0.1] * 4, 41, 41),
+    ],
+)
+def test_a_run_breaks_down_by_score_divergence_or_loss(scores, divergences, diverged_at, expected):
+    found = breakdown_step([10, 20, 30, 40], scores, divergences, base=0.3, diverged_at=diverged_at)
+    assert found == expected
+
+
+def test_a_drift_that_goes_straight_does_not_fluctuate():
+    assert fluctuation([0.0, 0.1, 0.2]) == pytest.approx(0)
+    # |0.2| + |-0.2| + |0.1| - |0.1| = 0.4, over 3
+    assert fluctuation([0.0, 0.2, 0.0, 0.1]) == pytest.approx(0.4 / 3)
+
+
+def test_arms_are_paired_by_seed():
+    seeds, differences = paired({1: 0.5, 2: 0.4, 3: 0.1}, {2: 0.1, 1: 0.3})
+    assert seeds == [1, 2]
+    assert differences.tolist() == pytest.approx([0.2, 0.3])
+    assert not math.isnan(differences.sum())
