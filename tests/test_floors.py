@@ -14,14 +14,14 @@ import stage_rl
 ROOT = Path(stage_rl.__file__).parent
 
 FLOORS = (
-    ("algorithm", "types", "errors", "settings", "files", "pictures", "recipes"),
+    ("algorithm", "types", "errors", "settings", "files", "pictures", "recipes", "studies"),
     ("distributed", "console"),
     ("policies", "prompts"),
     ("rollout", "rewards"),
     ("recipe", "config"),
     ("evaluation",),
     ("training",),
-    ("shapes", "report", "serving", "bench", "api"),
+    ("shapes", "report", "serving", "study", "bench", "api"),
     ("cli", "__main__"),
 )
 """Files and folders of the package, bottom up."""

@@ -264,8 +264,8 @@ class EvaluationConfig(Settings):
 
     benchmark: Literal["shapes-geneval"] = "shapes-geneval"
     """Name of the benchmark, as `stage eval` takes it."""
-    images_per_task: Count = 100
-    """Images per task."""
+    images_per_task: Every = 100
+    """Images per task of the comparison after the last step; 0: none is made."""
     guidance_scale: NonNegative | None = None
     """Guidance while evaluating; null: that of the rollout."""
     seed: Seed = 0

@@ -31,7 +31,7 @@ def test_runs_go_seed_by_seed_with_the_overrides_in_order(study_file):
         *("cold/grpo/1", "hot/grpo/1", "hot/stage/1"),
         *("cold/grpo/2", "hot/grpo/2"),
     ]
-    hot = [run for run in study.runs() if str(run) == "hot/stage/1"][0]
+    hot = next(run for run in study.runs() if str(run) == "hot/stage/1")
     assert hot.overrides == ("steps=9", "algorithm.beta=0.01", "algorithm.reweight=both", "seed=1")
 
 
@@ -49,7 +49,8 @@ def test_every_built_in_study_loads(name):
         ("recipe: shapes_grpo", "recipe: shapes_gppo", "shapes_gppo"),
         ("seeds: [1, 2]", "seeds: []", "seeds"),
         ("overrides: [steps=9]", "steps: 9", "steps"),
-        (STUDY, "just words", "no YAML mapping"),
+        (STUDY, "just words", "unknown key"),
+        (STUDY, "[1, 2]", "no YAML mapping"),
     ],
 )
 def test_a_fault_is_one_line_before_anything_runs(study_file, before, after, message):

@@ -12,7 +12,18 @@ from typing import Any
 
 import typer
 
-from stage_rl.cli import bench, data, evaluate, export, recipes, rewards, sample, shapes, train
+from stage_rl.cli import (
+    bench,
+    data,
+    evaluate,
+    export,
+    recipes,
+    rewards,
+    sample,
+    shapes,
+    study,
+    train,
+)
 from stage_rl.errors import StageError, Stopped
 
 app = typer.Typer(
@@ -27,6 +38,7 @@ app.command("train")(train.train)
 app.command("sample")(sample.sample)
 app.command("eval")(evaluate.evaluate)
 app.command("export")(export.export)
+app.command("study")(study.study)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(data.app, name="data")
 app.add_typer(rewards.app, name="rewards")

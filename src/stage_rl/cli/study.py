@@ -27,7 +27,7 @@ def study(
 ) -> None:
     """Run what is missing of a study, then print its tables; the same command goes on."""
     from stage_rl.study.plan import load_study
-    from stage_rl.study.run import collect, read_results, run_study
+    from stage_rl.study.run import read_results, run_study
     from stage_rl.study.tables import study_tables
 
     if file == "show":

@@ -48,7 +48,7 @@ def train(
     folder = run(settings)
     if started.rank:
         return
-    if settings.evaluation is not None:
+    if settings.evaluation is not None and settings.evaluation.images_per_task:
         typer.echo(_evaluation(settings, folder))
     typer.echo(f"run: {folder}")
 

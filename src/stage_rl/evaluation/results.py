@@ -172,7 +172,7 @@ def render_table(
             shown = (_interval(given[name].get(task)) for task in (*tasks, "overall"))
             for line, cell in zip(lines, ("95 % bootstrap", *shown), strict=True):
                 line.append(cell)
-    return "\n".join(_aligned(lines))
+    return "\n".join(aligned(lines))
 
 
 def _cell(row: Estimate) -> str:
@@ -187,7 +187,7 @@ def _interval(interval: tuple[float, float] | None, sign: str = "") -> str:
     return f"[{low:{sign}.3f}, {high:{sign}.3f}]"
 
 
-def _aligned(rows: list[list[str]]) -> list[str]:
+def aligned(rows: list[list[str]]) -> list[str]:
     """Rows of cells as lines, the first column to the left and the others to the right."""
     widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
     return [
@@ -254,7 +254,7 @@ class Results:
         others = [name for name in self.scores if name not in self.by_task]
         rows = [[name, _cell(self.summary(name).overall)] for name in others]
         rows += [[name, f"{value:.3f}"] for name, value in self.figures.items()]
-        lines = [f"{self.model}: {self.setup}", "", tasks, "", *_aligned(rows), *self.statements]
+        lines = [f"{self.model}: {self.setup}", "", tasks, "", *aligned(rows), *self.statements]
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
@@ -318,7 +318,7 @@ class Comparison:
             if name not in self.base.by_task:
                 lines += self._rows(name, by_task=False)
         names = f"base {self.base.model}, trained {self.trained.model}"
-        return "\n".join([f"{self.base.setup}: {names}", "", *_aligned(lines)])
+        return "\n".join([f"{self.base.setup}: {names}", "", *aligned(lines)])
 
     def _rows(self, measure: str, *, by_task: bool) -> list[list[str]]:
         """Of the images that both have the measure of, so that trained - base is the difference."""

@@ -6,8 +6,8 @@ this order, and a seed. All arms of a seed share prompts, order and random strea
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
 from typing import Annotated, NamedTuple, Self
 
@@ -18,7 +18,7 @@ from yaml import YAMLError
 
 from stage_rl.config import explain, load_recipe
 from stage_rl.errors import InputError
-from stage_rl.settings import Every, Seed, Settings, complaint
+from stage_rl.settings import Seed, Settings, complaint, near_or_all
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 Overrides = tuple[str, ...]
@@ -48,7 +48,7 @@ class Study(Settings):
     """Recipe of all runs."""
     overrides: Overrides = ()
     """Settings of all runs."""
-    cells: Annotated[dict[Name, Overrides], Field(min_length=1)]
+    cells: Annotated[dict[Name, list[str]], Field(min_length=1)]
     """Settings of each cell, such as a learning rate and beta."""
     arms: Annotated[dict[Name, Arm], Field(min_length=1)]
     """What is compared in each cell."""
@@ -56,10 +56,8 @@ class Study(Settings):
     """Seeds of every arm that names none."""
     endpoint: str = "validation/gold"
     """Metric whose mean over the last fifth of the evaluations is tested."""
-    contrasts: tuple[tuple[Name, Name], ...] = ()
+    contrasts: tuple[Annotated[list[Name], Field(min_length=2, max_length=2)], ...] = ()
     """Pairs of arms that are tested, Holm-corrected within a cell: (new, old)."""
-    final_images_per_task: Every = 0
-    """Images per task of a last evaluation of each trained policy; 0: none."""
 
     @model_validator(mode="after")
     def _known_names(self) -> Self:
@@ -102,8 +100,22 @@ class StudyRun(NamedTuple):
         return f"{self.cell}/{self.arm}/{self.seed}"
 
 
-def load_study(file: Path) -> Study:
-    """A study file, every run's recipe and overrides checked; a fault is an `InputError`."""
+def built_in_studies() -> list[str]:
+    """Names of the studies that come with the package."""
+    files = resources.files("stage_rl.studies").iterdir()
+    return sorted(Path(file.name).stem for file in files if file.name.endswith(".yaml"))
+
+
+def load_study(name_or_file: str | Path) -> Study:
+    """A built-in study or a file, every run's recipe and overrides checked; a fault is an
+    `InputError`.
+    """
+    file = Path(name_or_file)
+    if not file.suffix:
+        if file.name not in (known := built_in_studies()):
+            hint = near_or_all(file.name, known)
+            raise InputError(f"{file}: unknown study; {hint} (or a path that ends in .yaml)")
+        file = Path(str(resources.files("stage_rl.studies") / f"{file.name}.yaml"))
     try:
         tree = OmegaConf.to_container(OmegaConf.load(file))
     except OSError as error:
@@ -115,7 +127,7 @@ def load_study(file: Path) -> Study:
         raise InputError(f"{file}: is no YAML mapping; write name, recipe, cells, arms, seeds")
     tree.setdefault("name", file.stem)
     try:
-        study = Study.model_validate_json(json.dumps(tree))
+        study = Study.model_validate(tree)
     except ValidationError as error:
         raise InputError(f"{file}: {explain(error)}") from error
     seen = set()

@@ -20,9 +20,12 @@ import torch
 
 from stage_rl.config import load_recipe
 from stage_rl.console import progress, stop_signals
-from stage_rl.errors import Stopped
+from stage_rl.distributed import pick_device
+from stage_rl.errors import InputError, Stopped
 from stage_rl.files import replace_text
+from stage_rl.rollout.engine import Engine
 from stage_rl.study.plan import Study, StudyRun
+from stage_rl.training.monitor import validation_scores
 
 POLL_S = 1.0
 SERIES = (
@@ -55,7 +58,11 @@ def run_study(study: Study, folder: Path, *, jobs: int | None = None) -> dict[st
     slots = [slots[index % len(slots)] for index in range(jobs or len(slots))]
     with stop_signals() as signals, progress(f"study {study.name}", total) as advance:
         reasons = _run_all(waiting, folder, slots, advance=advance, signals=signals)
-    results = collect(study, folder, reasons)
+        results = collect(study, folder, reasons)
+        for cell in study.cells:
+            if not signals and cell not in results["base"]:
+                results["base"][cell] = _score_base(next(r for r in runs if r.cell == cell))
+        _write(folder, results)
     if signals:
         raise Stopped(
             f"{folder}: stopped; run the same command again to go on", signal_number=signals[0]
@@ -63,26 +70,50 @@ def run_study(study: Study, folder: Path, *, jobs: int | None = None) -> dict[st
     return results
 
 
-def collect(study: Study, folder: Path, reasons: dict[str, str] | None = None) -> dict[str, Any]:
-    """Reads the runs that there are into FOLDER/results.json; earlier runs whose folders are gone
-    stay in it.
-    """
+def read_results(folder: Path) -> dict[str, Any]:
+    """FOLDER/results.json; an `InputError` where there is none."""
     file = folder / "results.json"
-    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{file}: {error.strerror}; name the folder of a study") from error
+    except ValueError as error:
+        raise InputError(f"{file}: is no JSON ({error}); run the study again") from error
+
+
+def collect(study: Study, folder: Path, reasons: dict[str, str] | None = None) -> dict[str, Any]:
+    """The results of the runs that there are; earlier ones whose folders are gone stay as they are
+    in FOLDER/results.json.
+    """
+    before = read_results(folder) if (folder / "results.json").exists() else {}
     known = {(r["cell"], r["arm"], r["seed"]): r for r in before.get("runs", [])}
     for run in study.runs():
         metrics = run.folder(folder) / "metrics.jsonl"
         if metrics.exists():
             failed = (reasons or {}).get(str(run), "")
             known[run.cell, run.arm, run.seed] = _read(run, metrics, failed)
-    results = {
+    return {
         "study": study.model_dump(mode="json"),
         "base": before.get("base", {}),
         "runs": [known[key] for key in sorted(known)],
     }
+
+
+def _write(folder: Path, results: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    replace_text(file, json.dumps(results, separators=(",", ":")) + "\n")
-    return results
+    text = json.dumps(results, separators=(",", ":")).replace('{"cell"', '\n{"cell"')
+    replace_text(folder / "results.json", text + "\n")
+
+
+def _score_base(run: StudyRun) -> dict[str, float]:
+    """What the validation of a run says of its policy before the first step."""
+    recipe = load_recipe(run.recipe, run.overrides)
+    if recipe.evaluation is None:
+        return {}
+    policy = recipe.policy.build(pick_device(recipe.training.device, key="training.device"))
+    engine = Engine(policy, dtype=recipe.rollout.dtype, max_images=recipe.rollout.max_images)
+    guidance_scale = recipe.rollout.guidance_scale
+    return validation_scores(engine, recipe.evaluation, guidance_scale=guidance_scale)
 
 
 def _run_all(
@@ -108,7 +139,8 @@ def _run_all(
         still = []
         for run, process, slot, seen in running:
             code, done = process.poll(), _done_steps(run, folder)
-            advance(done - seen)
+            if done > seen:
+                advance(done - seen)
             if code is None:
                 still.append((run, process, slot, done))
                 continue
