@@ -18,7 +18,6 @@ from stage_rl.prompts.geneval import (
     GenEvalPromptsConfig,
     Vocabulary,
     geneval_prompts,
-    load_geneval,
     num_records,
     record_at,
     training_mix,
@@ -55,7 +54,7 @@ def test_another_vocabulary_gets_the_same_wording():
     assert {"a photo of a cross", "a photo of two crosses", "a photo of an orange circle"} <= texts
     assert {record["tag"] for record in records} == set(TASKS)
     for record in records:
-        validate_metadata(record, where="built", vocabulary=SHAPES)
+        validate_metadata(record, "built", SHAPES)
 
 
 def test_tasks_have_the_numbers_of_prompts_counted_by_hand():
@@ -110,41 +109,30 @@ def test_a_mix_depends_on_the_seed_alone():
     assert one == again != other
 
 
-@pytest.mark.parametrize(
-    ("ratios", "num_prompts", "message"),
-    [
-        ({"couting": 1}, 5, "unknown task 'couting'; did you mean 'counting'?"),
-        ({"counting": -1}, 5, "counting: ratio -1; write a number from 0 up"),
-        ({"counting": float("nan")}, 5, "counting: ratio nan"),
-        ({"counting": float("inf")}, 5, "counting: ratio inf"),
-        ({"counting": 0, "colors": 0}, 5, "every ratio is 0"),
-        ({}, 5, "every ratio is 0"),
-        ({"counting": 1}, 0, "num_prompts is 0; write at least 1"),
-        ({"single_object": 1}, 4, "single_object: every prompt is an evaluation prompt"),
-    ],
-)
-def test_a_wrong_mix_is_a_recipe_error(ratios, num_prompts, message):
-    with pytest.raises(RecipeError, match="training mix: ") as caught:
-        training_mix(ratios, num_prompts, seed=0, exclude=EVALUATION)
-    assert message in str(caught.value)
+def test_a_mix_of_evaluation_prompts_alone_is_a_recipe_error():
+    with pytest.raises(RecipeError, match="single_object: every prompt is an evaluation prompt"):
+        training_mix({"single_object": 1}, 4, seed=0, exclude=EVALUATION)
+
+
+def load(path):
+    return GenEvalPromptsConfig(path=str(path)).build()
 
 
 def test_the_published_file_loads_as_it_is():
-    assert load_geneval(PUBLISHED, GENEVAL) == as_prompts(geneval_prompts())
+    assert load(PUBLISHED) == as_prompts(geneval_prompts())
 
 
 def test_plain_text_is_one_prompt_per_line(tmp_path):
     file = tmp_path / "mine.txt"
     file.write_text("a red dog \nzwei Hunde, größer\n", encoding="utf-8")
-    prompts = Prompt("a red dog", 0), Prompt("zwei Hunde, größer", 1)
-    assert load_geneval(file, GENEVAL) == prompts
+    assert load(file) == (Prompt("a red dog", 0), Prompt("zwei Hunde, größer", 1))
 
 
 def test_none_is_dropped_and_numbers_are_cast():
     dog = {"class": "dog", "count": "3", "color": None, "position": None}
     cat = {"class": "cat", "count": 1, "position": ["below", "0"]}
     record = {"tag": "position", "include": [dog, cat], "exclude": None, "prompt": "p", "id": 7}
-    assert validate_metadata(record, where="") == {
+    assert validate_metadata(record, "") == {
         "tag": "position",
         "include": [
             {"class": "dog", "count": 3},
@@ -201,7 +189,7 @@ def test_a_wrong_line_is_named_with_file_and_line(tmp_path, text, message):
     file = tmp_path / "set.jsonl"
     file.write_text(f"{line()}\n{text}\n")
     with pytest.raises(InputError) as caught:
-        load_geneval(file, GENEVAL)
+        load(file)
     assert str(caught.value).startswith(f"{file}:2: ")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -209,26 +197,19 @@ def test_a_wrong_line_is_named_with_file_and_line(tmp_path, text, message):
 
 def test_a_class_is_anything_where_no_vocabulary_is_given():
     record = json.loads(clause(**{"class": "gnu", "color": "beige"}))
-    assert validate_metadata(record, where="") == record
+    assert validate_metadata(record, "") == record
 
 
 def config(**fields):
     return GenEvalPromptsConfig.model_validate(fields)
 
 
-def test_a_recipe_names_a_mix_its_own_ratios_or_a_file():
+def test_a_recipe_names_a_mix_or_its_own_ratios():
     stage = config(mix="stage", num_prompts=18).build()
     assert tags(p.metadata for p in stage) == [0, 1, 7, 1, 4, 5]
     own = config(ratios={"counting": 1, "colors": 2.0}, num_prompts=3, seed=1).build()
     assert tags(p.metadata for p in own) == [0, 0, 1, 2, 0, 0]
     assert [p.index for p in own] == [0, 1, 2]
-    assert len(config(path=str(PUBLISHED)).build()) == 553
-
-
-def test_a_prompts_recipe_survives_being_written_and_read():
-    one = config(path="x.txt")
-    assert one.kind == "geneval"
-    assert config(**one.model_dump(exclude={"kind"})) == one
 
 
 @pytest.mark.parametrize(

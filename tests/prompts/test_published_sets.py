@@ -7,17 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from stage_rl.prompts.files import as_prompts
-from stage_rl.prompts.geneval import CLASSES, GENEVAL, geneval_prompts, load_geneval
+from stage_rl.prompts.files import PromptsConfig, as_prompts
+from stage_rl.prompts.geneval import CLASSES, geneval_prompts
 from stage_rl.prompts.leakage import find_leaks
-from stage_rl.prompts.sets import (
-    CATEGORIES,
-    load_drawbench,
-    load_file,
-    load_ocr,
-    load_t2i_compbench,
-    load_t2i_r1,
-)
+from stage_rl.prompts.sets import CATEGORIES
 from stage_rl.rewards.t2i_r1 import SIDES
 
 FOLDER = os.environ.get("STAGE_PROMPT_DATA")
@@ -25,19 +18,23 @@ pytestmark = pytest.mark.skipif(FOLDER is None, reason="needs STAGE_PROMPT_DATA"
 DATA = Path(FOLDER or ".")
 
 
+def load(kind, path, **fields):
+    return PromptsConfig.model_validate({"kind": kind, "path": str(DATA / path), **fields}).build()
+
+
 def test_geneval_files_load_by_their_kind_and_as_files():
-    assert len(load_geneval(DATA / "geneval" / "evaluation_metadata.jsonl", GENEVAL)) == 553
-    file = DATA / "geneval" / "flow_grpo_test_metadata.jsonl"
-    prompts = load_geneval(file, GENEVAL)
+    assert len(load("geneval", "geneval/evaluation_metadata.jsonl")) == 553
+    file = "geneval/flow_grpo_test_metadata.jsonl"
+    prompts = load("geneval", file)
     assert set(Counter(prompt.text for prompt in prompts).values()) == {4}
-    assert load_file(file) == prompts
+    assert load("file", file) == prompts
     # The file holds nothing but evaluation prompts.
     assert len(find_leaks(prompts, as_prompts(geneval_prompts()))) == 553
     assert (DATA / "geneval" / "object_names.txt").read_text().split("\n")[:80] == list(CLASSES)
 
 
 def test_the_t2i_r1_set_has_its_task_types():
-    prompts = load_t2i_r1(DATA / "t2i_r1" / "train.jsonl")
+    prompts = load("t2i_r1", "t2i_r1/train.jsonl")
     assert Counter(prompt.metadata["task_type"] for prompt in prompts) == {
         "spatial": 2195,
         "numeracy": 1172,
@@ -56,21 +53,21 @@ def test_the_t2i_r1_set_has_its_task_types():
         **{"next to": 61, "on side of": 61, "near": 60},
     }
     assert {info["locality"] for info in infos} <= SIDES.keys()
-    some = load_t2i_r1(DATA / "t2i_r1" / "train.jsonl", ["object"])
+    some = load("t2i_r1", "t2i_r1/train.jsonl", task_types=["object"])
     assert [p for p in prompts if p.metadata["task_type"] == "object"] == list(some)
 
 
 def test_six_training_prompts_of_t2i_r1_are_evaluation_prompts():
-    training = load_t2i_r1(DATA / "t2i_r1" / "train.jsonl")
-    evaluation = load_t2i_compbench(DATA / "t2i_compbench")
+    training = load("t2i_r1", "t2i_r1/train.jsonl")
+    evaluation = load("t2i_compbench", "t2i_compbench")
     leaks = find_leaks(training, evaluation)
     assert len(leaks) == 6
     assert all(leak.same_text for leak in leaks)
-    assert find_leaks(training, as_prompts(geneval_prompts())) == ()
+    assert find_leaks(training, as_prompts(geneval_prompts())) == []
 
 
 def test_t2i_compbench_has_eight_annotated_categories_of_300():
-    prompts = load_t2i_compbench(DATA / "t2i_compbench")
+    prompts = load("t2i_compbench", "t2i_compbench")
     assert [prompt.index for prompt in prompts] == list(range(2400))
     by_category = {c: [p for p in prompts if p.metadata["category"] == c] for c in CATEGORIES}
     assert {len(some) for some in by_category.values()} == {300}
@@ -85,8 +82,8 @@ def test_t2i_compbench_has_eight_annotated_categories_of_300():
 
 
 def test_the_ocr_levels_are_those_of_the_published_buckets():
-    plain = load_ocr(DATA / "ocr" / "test.txt")
-    buckets = load_ocr(DATA / "ocr" / "length_buckets.csv")
+    plain = load("ocr", "ocr/test.txt")
+    buckets = load("ocr", "ocr/length_buckets.csv")
     assert plain == buckets
     with (DATA / "ocr" / "length_buckets.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -96,7 +93,7 @@ def test_the_ocr_levels_are_those_of_the_published_buckets():
 
 
 def test_drawbench_has_eleven_categories():
-    prompts = load_drawbench(DATA / "drawbench" / "prompts.csv")
+    prompts = load("drawbench", "drawbench/prompts.csv")
     counts = Counter(prompt.metadata["category"] for prompt in prompts)
     assert sum(counts.values()) == 200
     assert len(counts) == 11

@@ -11,20 +11,11 @@ from stage_rl.prompts.geneval import (
     INVERSE,
     evaluation_texts,
     geneval_prompts,
-    position_record,
+    make_record,
     training_mix,
 )
 from stage_rl.prompts.leakage import find_leaks, sentence
-from stage_rl.prompts.sets import (
-    load_drawbench,
-    load_file,
-    load_hps,
-    load_ocr,
-    load_t2i_compbench,
-    load_t2i_r1,
-    noun_phrases,
-)
-from stage_rl.settings import resolve
+from stage_rl.prompts.sets import noun_phrases
 from stage_rl.types import Prompt
 
 FILES = {
@@ -37,6 +28,9 @@ FILES = {
     "complex_val_action.txt": "The cat sat on the mat.\n",
     "non_spatial_val.txt": "A man is mowing the lawn.\n",
 }
+
+
+SOME = ["color", "spatial", "numeracy", "non_spatial", "complex"]
 
 
 @pytest.fixture
@@ -52,9 +46,15 @@ def written(folder, name, text):
     return file
 
 
-def refused(load, file, *options):
+def load(kind, path, **fields):
+    config = PromptsConfig.model_validate({"kind": kind, "path": str(path), **fields})
+    assert config.kind == kind
+    return config.build()
+
+
+def refused(kind, path, **fields):
     with pytest.raises(InputError) as caught:
-        load(file, *options)
+        load(kind, path, **fields)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -70,12 +70,12 @@ def test_t2i_r1_records_lose_none_and_gain_numbers(tmp_path):
         {**R1, "spatial_info": PLACE, "attr_nouns": None},
     ]
     file = written(tmp_path, "t.jsonl", "\n".join(json.dumps(row) for row in rows))
-    first, second = load_t2i_r1(file)
+    first, second = load("t2i_r1", file)
     assert first.metadata["numeracy_info"] == [{"obj_name": "dog", "num": 2}]
     assert "spatial_info" not in first.metadata
     assert second.metadata == {**R1, "spatial_info": PLACE}
     # A prompt keeps the number of its line where some are left out.
-    assert load_t2i_r1(file, ["spatial"]) == (second,)
+    assert load("t2i_r1", file, task_types=["spatial"]) == (second,)
     assert second.index == 1
 
 
@@ -99,13 +99,15 @@ def test_t2i_r1_records_lose_none_and_gain_numbers(tmp_path):
 def test_a_wrong_t2i_r1_record_is_named_with_its_line(tmp_path, changes, message):
     good = json.dumps({**R1, "spatial_info": PLACE})
     file = written(tmp_path, "t.jsonl", f"{good}\n{json.dumps({**R1, **changes})}\n")
-    said = refused(load_t2i_r1, file)
+    said = refused("t2i_r1", file)
     assert said.startswith(f"{file}:2: ")
     assert message in said
 
 
 def test_t2i_compbench_prompts_know_what_their_text_says(compbench):
-    prompts = {prompt.text: prompt.metadata for prompt in some_of(compbench)}
+    prompts = {
+        prompt.text: prompt.metadata for prompt in load("t2i_compbench", compbench, categories=SOME)
+    }
     bench, rose = "a green bench and a blue bowl", "a blue rose and a green tulip"
     assert prompts[bench]["attr_nouns"] == ["a green bench", "a blue bowl"]
     assert prompts[rose]["attr_nouns"] == ["a blue rose", "a green tulip"]
@@ -121,10 +123,6 @@ def test_t2i_compbench_prompts_know_what_their_text_says(compbench):
     assert prompts["The cat sat on the mat."]["complex_part"] == "action"
 
 
-def some_of(folder):
-    return load_t2i_compbench(folder, ("color", "spatial", "numeracy", "non_spatial", "complex"))
-
-
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -137,11 +135,13 @@ def some_of(folder):
 )
 def test_a_wrong_t2i_compbench_line_is_named(compbench, name, text, message):
     written(compbench, name, text)
-    assert message in refused(some_of, compbench)
+    assert message in refused("t2i_compbench", compbench, categories=SOME)
 
 
 def test_a_missing_t2i_compbench_file_is_named(compbench):
-    assert "texture_val.txt: no such file" in refused(load_t2i_compbench, compbench, ["texture"])
+    assert "texture_val.txt: no such file" in refused(
+        "t2i_compbench", compbench, categories=["texture"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -163,11 +163,11 @@ def test_noun_phrases_end_at_closed_class_words_and_verbs(text, phrases):
 
 def test_the_target_of_an_ocr_prompt_stands_in_quotes(tmp_path):
     text = 'A sign: "Open Now"\nA mug "größer"\nA wall "' + "x" * 11 + '"\n'
-    plain = load_ocr(written(tmp_path, "p.txt", text))
+    plain = load("ocr", written(tmp_path, "p.txt", text))
     assert [p.metadata["target"] for p in plain] == ["Open Now", "größer", "x" * 11]
     assert [p.metadata["level"] for p in plain] == ["Medium", "Medium", "Hard"]
     lines = "".join(json.dumps({"prompt": p.text, "tag": None}) + "\n" for p in plain)
-    assert [p.metadata for p in load_ocr(written(tmp_path, "p.jsonl", lines))] == [
+    assert [p.metadata for p in load("ocr", written(tmp_path, "p.jsonl", lines))] == [
         p.metadata for p in plain
     ]
 
@@ -185,61 +185,63 @@ def test_the_target_of_an_ocr_prompt_stands_in_quotes(tmp_path):
     ],
 )
 def test_a_wrong_ocr_line_is_named(tmp_path, name, text, message):
-    assert message in refused(load_ocr, written(tmp_path, name, text))
+    assert message in refused("ocr", written(tmp_path, name, text))
 
 
 def test_synthetic_ocr_prompts_say_so_and_depend_on_the_seed():
-    kind = resolve("prompts", "ocr")
-    prompts = kind.model_validate({"synthetic": 20, "seed": 3}).build()
+    def made_up(seed):
+        settings = {"kind": "ocr", "synthetic": 20, "seed": seed}
+        return PromptsConfig.model_validate(settings).build()
+
+    prompts = made_up(3)
     assert len(prompts) == 20
     assert all(prompt.metadata["synthetic"] for prompt in prompts)
     assert all(f'"{prompt.metadata["target"]}"' in prompt.text for prompt in prompts)
-    assert prompts == kind.model_validate({"synthetic": 20, "seed": 3}).build()
-    assert prompts != kind.model_validate({"synthetic": 20, "seed": 4}).build()
+    assert prompts == made_up(3) != made_up(4)
 
 
 def test_a_table_row_may_span_lines_and_errors_count_them(tmp_path):
     text = 'Prompts,Category\n"a car\non a road",Colors\n,Text\n'
     file = written(tmp_path, "d.csv", text)
     # The second record ends on line 4 of the file: the first takes lines 2 and 3.
-    assert f"{file}:4: empty prompt" in refused(load_drawbench, file)
-    one = load_drawbench(written(tmp_path, "d.csv", text.replace(",Text\n", "")))
+    assert f"{file}:4: empty prompt" in refused("drawbench", file)
+    one = load("drawbench", written(tmp_path, "d.csv", text.replace(",Text\n", "")))
     assert one[0].metadata["category"] == "Colors"
     broken = written(tmp_path, "d.csv", 'Prompts,Category\n"a car,Colors\n')
-    assert "not CSV" in refused(load_drawbench, broken)
+    assert "not CSV" in refused("drawbench", broken)
     bare = written(tmp_path, "d.csv", "Prompts,Category\na car,\n")
-    assert "d.csv:2: empty Category" in refused(load_drawbench, bare)
+    assert "d.csv:2: empty Category" in refused("drawbench", bare)
 
 
 def test_hps_prompts_are_arrays_by_style(tmp_path):
     styles = ["anime", "concept-art", "paintings", "photo"]
     for style in styles:
         written(tmp_path, f"{style}.json", json.dumps([f"{style} one", f"{style} two"]))
-    prompts = load_hps(tmp_path)
+    prompts = load("hps", tmp_path)
     assert [prompt.metadata["style"] for prompt in prompts[::2]] == styles
     assert [prompt.index for prompt in prompts] == list(range(8))
-    assert len(load_hps(tmp_path / "photo.json")) == 2
+    assert len(load("hps", tmp_path / "photo.json")) == 2
     wrong = written(tmp_path, "photo.json", '["a", 3]')
-    assert f"{wrong}: record 1: empty prompt" in refused(load_hps, tmp_path)
+    assert f"{wrong}: record 1: empty prompt" in refused("hps", tmp_path)
     (tmp_path / "photo.json").unlink()
-    assert "photo.json: no such file" in refused(load_hps, tmp_path)
+    assert "photo.json: no such file" in refused("hps", tmp_path)
 
 
 def test_files_of_ones_own_carry_what_they_hold(tmp_path):
     plain = written(tmp_path, "p.txt", "a dog\na cat\n")
-    assert load_file(plain) == (Prompt("a dog", 0), Prompt("a cat", 1))
+    assert load("file", plain) == (Prompt("a dog", 0), Prompt("a cat", 1))
     table = written(tmp_path, "p.csv", "text,style,note\na dog,oil,\n")
     with pytest.raises(InputError, match=r"no column 'prompt'; write one of: text, style, note"):
-        load_file(table)
-    assert load_file(table, column="text") == (
+        load("file", table)
+    assert load("file", table, column="text") == (
         Prompt("a dog", 0, {"text": "a dog", "style": "oil"}),
     )
     clauses = [{"class": "gnu", "count": "2", "color": None}]
     record = {"prompt": "two gnus", "tag": "counting", "include": clauses, "n": None}
     lines = written(tmp_path, "p.jsonl", json.dumps(record))
-    assert load_file(lines)[0].metadata["include"] == [{"class": "gnu", "count": 2}]
+    assert load("file", lines)[0].metadata["include"] == [{"class": "gnu", "count": 2}]
     array = written(tmp_path, "p.json", json.dumps([record, {"prompt": "b", "nouns": []}]))
-    assert "p.json: record 1: nouns: [] is not a list of names" in refused(load_file, array)
+    assert "p.json: record 1: nouns: [] is not a list of names" in refused("file", array)
 
 
 def test_a_leak_is_found_in_other_words():
@@ -247,12 +249,12 @@ def test_a_leak_is_found_in_other_words():
     target, placed = (clause["class"] for clause in record["include"])
     relation = record["include"][1]["position"][0]
     # "a photo of a A left of a B" asks for what "a photo of a B right of a A" asks for.
-    swapped = position_record(target, INVERSE[relation], placed)
-    wrong = position_record(target, relation, placed)
+    swapped = make_record("position", target, placed, INVERSE[relation])
+    wrong = make_record("position", target, placed, relation)
     evaluation = as_prompts([record])
     (leak,) = find_leaks(as_prompts([swapped]), evaluation)
     assert not leak.same_text
-    assert find_leaks(as_prompts([wrong]), evaluation) == ()
+    assert find_leaks(as_prompts([wrong]), evaluation) == []
     (same,) = find_leaks([Prompt(f"  {record['prompt'].upper()}. ")], evaluation)
     assert same.same_text
     assert sentence([same], 1).startswith(
@@ -269,7 +271,7 @@ def test_a_training_mix_holds_no_evaluation_prompt_in_either_order():
         seed=0,
         exclude=evaluation_texts(),
     )
-    assert find_leaks(as_prompts(mix), as_prompts(geneval_prompts())) == ()
+    assert find_leaks(as_prompts(mix), as_prompts(geneval_prompts())) == []
 
 
 @pytest.mark.parametrize(
@@ -289,22 +291,3 @@ def test_a_wrong_prompts_recipe_is_refused(fields, message):
     with pytest.raises(ValidationError) as caught:
         PromptsConfig.model_validate(fields)
     assert message in str(caught.value)
-
-
-def test_every_kind_is_built_from_its_path(compbench, tmp_path):
-    written(tmp_path, "o.txt", 'a "b"\n')
-    written(tmp_path, "d.csv", "Prompts,Category\na,b\n")
-    written(tmp_path, "photo.json", '["a"]')
-    written(tmp_path, "r.jsonl", json.dumps({**R1, "spatial_info": PLACE}))
-    kinds = {
-        "t2i_r1": {"path": str(tmp_path / "r.jsonl")},
-        "t2i_compbench": {"path": str(compbench), "categories": ["color"]},
-        "ocr": {"path": str(tmp_path / "o.txt")},
-        "drawbench": {"path": str(tmp_path / "d.csv")},
-        "hps": {"path": str(tmp_path / "photo.json")},
-        "file": {"path": str(tmp_path / "o.txt")},
-    }
-    for kind, fields in kinds.items():
-        config = PromptsConfig.model_validate({"kind": kind, **fields})
-        assert config.kind == kind
-        assert config.build()[0].text

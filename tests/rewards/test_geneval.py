@@ -5,14 +5,14 @@ import pytest
 import torch
 
 from stage_rl.errors import InputError
-from stage_rl.prompts.geneval import counting_record, position_record, single_object_record
+from stage_rl.prompts.geneval import make_record
 from stage_rl.rewards.base import Detection, DetectorConfig
 from stage_rl.rewards.geneval import GenEvalReward, GenEvalRewardConfig, judge, relative_position
 from stage_rl.types import Prompt
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "data/geneval/golden_scoring.json").read_text())
 CASES = GOLDEN["geneval"]
-DOG, TWO = single_object_record("dog"), counting_record("dog", 2)
+DOG, TWO = make_record("single_object", "dog"), make_record("counting", "dog", 2)
 BOX = (0.0, 0.0, 9.0, 9.0)
 
 
@@ -121,14 +121,14 @@ def test_keys_with_none_are_absent_in_both_forms():
 
 
 def test_the_reason_names_what_was_wanted_and_found():
-    three = counting_record("dog", 3)
+    three = make_record("counting", "dog", 3)
     assert judge(dogs(0.95, 0.95), three).why == (
         "wanted 3 dogs, found 2 (count 0.67); not correct: dog: 2 of 3"
     )
     assert judge(dogs(*[0.95] * 5), three).why == (
         "wanted 3 dogs, found 5 (count 0.33); not correct: 5 dogs, fewer than 4 wanted"
     )
-    below = position_record("car", "below", "dog")
+    below = make_record("position", "car", "dog", "below")
     found = [Detection("dog", 0.9, (20, 0, 30, 10)), Detection("car", 0.9, (0, 0, 10, 10))]
     assert judge(found, below).why.endswith(
         "wanted car below dog, found left of (position 0.00); not correct: car: not below dog"

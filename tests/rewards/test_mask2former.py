@@ -6,7 +6,7 @@ from tiny_models import noise, tiny_mask2former
 
 from stage_rl.config import load_reward
 from stage_rl.errors import WeightsError
-from stage_rl.prompts.geneval import CLASSES, COLORS, colors_record, single_object_record
+from stage_rl.prompts.geneval import CLASSES, COLORS, make_record
 from stage_rl.rewards.base import Detection
 from stage_rl.rewards.clip import CLIP_L14
 from stage_rl.rewards.geneval import GenEvalReward
@@ -39,7 +39,7 @@ def build(saved):
 
 
 def prompts(num=3):
-    record = single_object_record("cat")
+    record = make_record("single_object", "cat")
     return [Prompt(record["prompt"], i, record) for i in range(num)]
 
 
@@ -71,7 +71,7 @@ def test_swapped_channels_are_those_of_a_swapped_image(build):
 def test_colours_are_told_only_for_classes_that_the_prompt_gives_a_colour(build):
     detector = build()
     name = detector(noise(1), prompts(1))[0][0].label
-    asked, other = colors_record("red", name), single_object_record(name)
+    asked, other = make_record("colors", name, "red"), make_record("single_object", name)
     colored, plain = (
         detector(noise(1), [Prompt(record["prompt"], 0, record)])[0] for record in (asked, other)
     )
@@ -83,7 +83,7 @@ def test_colours_are_told_only_for_classes_that_the_prompt_gives_a_colour(build)
 def test_a_prompt_for_what_is_never_found_is_told_before_training():
     reward = load_reward("geneval")
     assert reward.detector == Mask2FormerConfig()
-    circle = {**single_object_record("cat"), "include": [{"class": "circle", "count": 1}]}
+    circle = {**make_record("single_object", "cat"), "include": [{"class": "circle", "count": 1}]}
     assert reward.unsupported_reason(prompts()[0]) is None
     assert reward.unsupported_reason(Prompt("a photo of a circle", 0, circle)) == (
         "finds the 80 classes of GenEval, not 'circle'"

@@ -60,7 +60,7 @@ def test_training_by_reward_asks_for_nothing_held_out_in_other_words_or_the_same
     held_out = [record for record in evaluation_records() if record["tag"] != "single_object"]
     for _, records in held_out_sets():
         held_out += records
-    assert find_leaks(as_prompts(training), as_prompts(held_out)) == ()
+    assert find_leaks(as_prompts(training), as_prompts(held_out)) == []
 
 
 def test_unseen_pairs_are_in_neither_training(training, pretraining):
@@ -81,7 +81,7 @@ def test_every_prompt_is_valid_metadata_in_known_words(training, pretraining):
     sets = [*evaluation_records(), *(r for _, records in held_out_sets() for r in records)]
     for record in [*sets, *training[:200], *pretraining[:300]]:
         where = record["prompt"]
-        validate_metadata(record, where=where, vocabulary=VOCABULARY)
+        validate_metadata(record, where, VOCABULARY)
         assert set(where.split()) <= set(WORDS), where
 
 

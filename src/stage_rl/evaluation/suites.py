@@ -21,7 +21,13 @@ from stage_rl.evaluation.smoke import smoke_prompts
 from stage_rl.policies.base import Policy
 from stage_rl.prompts.files import as_prompts
 from stage_rl.prompts.geneval import geneval_prompts
-from stage_rl.prompts.sets import NOUN_LIST, load_drawbench, load_hps, load_ocr, load_t2i_compbench
+from stage_rl.prompts.sets import (
+    NOUN_LIST,
+    DrawBenchPromptsConfig,
+    HpsPromptsConfig,
+    OcrPromptsConfig,
+    T2ICompBenchPromptsConfig,
+)
 from stage_rl.rewards.base import RewardConfig, Score
 from stage_rl.settings import BUILT_IN, near_or_all, resolve
 from stage_rl.types import Prompt, Rollout
@@ -196,7 +202,7 @@ T2I_COMPBENCH = Suite(
     name="t2i-compbench",
     prompt_set=PromptSet(
         "t2i_compbench",
-        load_t2i_compbench,
+        lambda path: T2ICompBenchPromptsConfig(path=str(path)).build(),
         where="t2i_compbench",
         is_set=lambda path: (path / NOUN_LIST).exists(),
         first_index=100_000,
@@ -244,7 +250,7 @@ HPS = Suite(
     name="hps",
     prompt_set=PromptSet(
         "hps",
-        load_hps,
+        lambda path: HpsPromptsConfig(path=str(path)).build(),
         where="hps",
         is_set=lambda path: (path / "anime.json").exists() or path.suffix == ".json",
         first_index=200_000,
@@ -260,7 +266,7 @@ DRAWBENCH = Suite(
     name="drawbench",
     prompt_set=PromptSet(
         "drawbench",
-        load_drawbench,
+        lambda path: DrawBenchPromptsConfig(path=str(path)).build(),
         where="drawbench/prompts.csv",
         is_set=lambda path: path.suffix == ".csv",
         first_index=300_000,
@@ -279,7 +285,7 @@ OCR = Suite(
     name="ocr",
     prompt_set=PromptSet(
         "ocr",
-        load_ocr,
+        lambda path: OcrPromptsConfig(path=str(path)).build(),
         where="ocr/test.txt",
         is_set=lambda path: (
             (path.is_file() and path.suffix != ".csv") or path.name == "length_buckets.csv"

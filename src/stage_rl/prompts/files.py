@@ -27,9 +27,6 @@ from stage_rl.types import Prompt
 Record = dict[str, Any]
 """What a file says of one prompt."""
 
-JSON_ENDINGS = (".jsonl", ".json")
-"""File endings read as JSON: one record per line, or one array of records."""
-
 
 class PromptsConfig(Component):
     """Base of the prompt sets."""
@@ -62,31 +59,18 @@ def as_prompts(records: Iterable[Record]) -> tuple[Prompt, ...]:
     return tuple(Prompt(record["prompt"], i, record) for i, record in enumerate(records))
 
 
-def prompts_of_step(
-    prompts: Sequence[Prompt], *, step: int, prompts_per_step: int, seed: int
-) -> tuple[Prompt, ...]:
-    """The prompts of a step (from 0) in an endless row of epochs, each in an order of its own.
+def read_prompts(path: Path, column: str = "prompt") -> Iterator[tuple[str, str, Record]]:
+    """The place, text and record of each prompt of a file; none at all is an `InputError`.
 
-    A pure function, so that a resumed run goes on where it stopped. An epoch has as many full steps
-    as fit; the few prompts left over differ from epoch to epoch. So no step holds a prompt twice:
-    its images would be drawn from the same random streams.
+    A file is JSON lines or one JSON array (.jsonl, .json), a table with a header (.csv), or else
+    plain text with one prompt per line, whose records are empty.
     """
-    if prompts_per_step > len(prompts):
-        raise RecipeError(
-            f"a step takes {prompts_per_step} prompts but the set has {len(prompts)}; "
-            f"write at most {len(prompts)}"
-        )
-    epoch, place = divmod(step, len(prompts) // prompts_per_step)
-    order = prompt_order(len(prompts), epoch=epoch, seed=seed)
-    first = place * prompts_per_step
-    return tuple(prompts[i] for i in order[first : first + prompts_per_step])
-
-
-def prompt_order(num_prompts: int, *, epoch: int, seed: int) -> NDArray[np.int64]:
-    """A permutation of the prompts' places, keyed by (seed, epoch)."""
-    # The counter's last word keeps these numbers apart from the streams that images are drawn with.
-    bits = np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, 1 << 63])
-    return np.random.Generator(bits).permutation(num_prompts)
+    if path.suffix not in (".csv", ".jsonl", ".json"):
+        yield from ((where, line, {}) for where, line in read_lines(path))
+        return
+    rows = read_table(path, (column,)) if path.suffix == ".csv" else read_records(path)
+    for where, record in rows:
+        yield where, text_of(record, where, column), record
 
 
 def read_lines(path: Path) -> list[tuple[str, str]]:
@@ -124,10 +108,11 @@ def read_records(path: Path) -> Iterator[tuple[str, Record]]:
         yield where, value
 
 
-def read_table(path: Path, columns: Collection[str]) -> Iterator[tuple[str, Record]]:
+def read_table(path: Path, columns: Collection[str]) -> list[tuple[str, Record]]:
     """The place and cells of each row of a CSV file with these columns; empty cells left out."""
     # csv splits the lines itself: a quoted cell may hold a newline.
     rows = csv.DictReader(io.StringIO(_read_text(path), newline=""), strict=True)
+    placed: list[tuple[str, Record]] = []
     try:
         for column in columns:
             if column not in (rows.fieldnames or ()):
@@ -137,9 +122,12 @@ def read_table(path: Path, columns: Collection[str]) -> Iterator[tuple[str, Reco
             where = f"{path}:{rows.line_num}"
             if None in row or None in row.values():
                 raise InputError(f"{where}: not as many cells as columns; quote a comma in a text")
-            yield where, {key: cell.strip() for key, cell in row.items() if cell.strip()}
+            placed.append((where, {k: cell.strip() for k, cell in row.items() if cell.strip()}))
     except csv.Error as error:
         raise InputError(f"{path}:{rows.line_num}: not CSV: {error}") from error
+    if not placed:
+        raise InputError(f"{path}: holds no prompts")
+    return placed
 
 
 def _read_text(path: Path) -> str:
@@ -185,20 +173,14 @@ def text_of(record: Mapping[str, Any], where: str, key: str = "prompt") -> str:
     return text.strip()
 
 
-def count_of(value: Any, where: str) -> int:
-    """A whole number from 1, also from a string of digits."""
-    count = whole(value, where)
-    if count < 1:
-        raise InputError(f"{where}: {count}; write 1 or more")
-    return count
-
-
-def whole(value: Any, where: str) -> int:
+def whole(value: Any, where: str, *, least: int | None = None) -> int:
     """A whole number, also from a string of digits."""
     if isinstance(value, str) and re.fullmatch(r"-?\d{1,9}", value.strip()):
-        return int(value)
+        value = int(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise InputError(f"{where}: {value!r} is not a whole number")
+    if least is not None and value < least:
+        raise InputError(f"{where}: {value}; write {least} or more")
     return value
 
 
@@ -214,3 +196,30 @@ def known(value: Any, allowed: Collection[str], where: str) -> str:
     if isinstance(value, str) and value in allowed:
         return value
     raise InputError(f"{where}: unknown {value!r}; {near_or_all(str(value), allowed)}")
+
+
+def prompts_of_step(
+    prompts: Sequence[Prompt], *, step: int, prompts_per_step: int, seed: int
+) -> tuple[Prompt, ...]:
+    """The prompts of a step (from 0) in an endless row of epochs, each in an order of its own.
+
+    A pure function, so that a resumed run goes on where it stopped. An epoch has as many full steps
+    as fit; the few prompts left over differ from epoch to epoch. So no step holds a prompt twice:
+    its images would be drawn from the same random streams.
+    """
+    if prompts_per_step > len(prompts):
+        raise RecipeError(
+            f"a step takes {prompts_per_step} prompts but the set has {len(prompts)}; "
+            f"write at most {len(prompts)}"
+        )
+    epoch, place = divmod(step, len(prompts) // prompts_per_step)
+    order = prompt_order(len(prompts), epoch=epoch, seed=seed)
+    first = place * prompts_per_step
+    return tuple(prompts[i] for i in order[first : first + prompts_per_step])
+
+
+def prompt_order(num_prompts: int, *, epoch: int, seed: int) -> NDArray[np.int64]:
+    """A permutation of the prompts' places, keyed by (seed, epoch)."""
+    # The counter's last word keeps these numbers apart from the streams that images are drawn with.
+    bits = np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, 1 << 63])
+    return np.random.Generator(bits).permutation(num_prompts)

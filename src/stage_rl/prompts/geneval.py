@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -18,20 +18,16 @@ from pydantic import Field, model_validator
 
 from stage_rl.errors import InputError, RecipeError
 from stage_rl.prompts.files import (
-    JSON_ENDINGS,
     OneSourceConfig,
     Record,
     as_prompts,
-    count_of,
     drop_none,
     known,
-    read_lines,
-    read_records,
-    text_of,
+    read_prompts,
     whole,
     word,
 )
-from stage_rl.settings import Count, NonNegative, Settings, complaint, near_or_all
+from stage_rl.settings import Count, NonNegative, Settings, complaint
 from stage_rl.types import Prompt
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -104,66 +100,40 @@ class Vocabulary:
 GENEVAL = Vocabulary(CLASSES, uncolored="person")
 
 
-def make_record(task: str, chosen: Sequence[Any]) -> Record:
-    """The record of a task from its `Vocabulary.choices`, one after the other."""
+def make_record(task: str, *chosen: Any) -> Record:
+    """The record of a task from its `Vocabulary.choices`, in the official builder's wording.
+
+    One more of a counted class is excluded. Of a position "A left of B" the clause of B comes
+    first, that of A points to it.
+    """
+
+    def thing(name: str, **more: Any) -> dict[str, Any]:
+        return {"class": name, "count": 1, **more}
+
     match task, chosen:
         case "single_object", (name,):
-            return single_object_record(name)
+            return photo_record(task, [thing(name)], with_article(name))
         case "two_object", (a, b):
-            return two_object_record(a, b)
+            words = f"{with_article(a)} and {with_article(b)}"
+            return photo_record(task, [thing(a), thing(b)], words)
         case "counting", (name, count):
-            return counting_record(name, count)
+            words = f"{NUMBERS[count]} {plural(name)}"
+            exclude = [{"class": name, "count": count + 1}]
+            return photo_record(task, [thing(name, count=count)], words, exclude=exclude)
         case "colors", (name, color):
-            return colors_record(color, name)
+            return photo_record(task, [thing(name, color=color)], f"{with_article(color)} {name}")
         case "position", (a, b, relation):
-            return position_record(a, relation, b)
+            words = f"{with_article(a)} {relation} {with_article(b)}"
+            return photo_record(task, [thing(b), thing(a, position=[relation, 0])], words)
         case "color_attr", (a, b, color_a, color_b):
-            return color_attr_record((color_a, a), (color_b, b))
+            words = f"{with_article(color_a)} {a} and {with_article(color_b)} {b}"
+            return photo_record(task, [thing(a, color=color_a), thing(b, color=color_b)], words)
     raise AssertionError(task)
 
 
-def single_object_record(name: str) -> Record:
-    """A photo of a NAME."""
-    return photo_record("single_object", [{"class": name, "count": 1}], with_article(name))
-
-
-def two_object_record(a: str, b: str) -> Record:
-    """A photo of an A and a B."""
-    include = [{"class": a, "count": 1}, {"class": b, "count": 1}]
-    return photo_record("two_object", include, f"{with_article(a)} and {with_article(b)}")
-
-
-def counting_record(name: str, count: int) -> Record:
-    """A photo of COUNT (2 to 10) NAMEs; one more is excluded."""
-    assert 2 <= count < len(NUMBERS)
-    include = [{"class": name, "count": count}]
-    record = photo_record("counting", include, f"{NUMBERS[count]} {plural(name)}")
-    prompt = record.pop("prompt")
-    return {**record, "exclude": [{"class": name, "count": count + 1}], "prompt": prompt}
-
-
-def colors_record(color: str, name: str) -> Record:
-    """A photo of a COLOR NAME."""
-    include = [{"class": name, "count": 1, "color": color}]
-    return photo_record("colors", include, f"{with_article(color)} {name}")
-
-
-def position_record(a: str, relation: str, b: str) -> Record:
-    """A photo of an A RELATION a B; the clause of B comes first, that of A points to it."""
-    include = [{"class": b, "count": 1}, {"class": a, "count": 1, "position": [relation, 0]}]
-    return photo_record("position", include, f"{with_article(a)} {relation} {with_article(b)}")
-
-
-def color_attr_record(first: tuple[str, str], second: tuple[str, str]) -> Record:
-    """A photo of a COLOR NAME and a COLOR NAME; each argument is (color, name)."""
-    include = [{"class": name, "count": 1, "color": color} for color, name in (first, second)]
-    words = [f"{with_article(color)} {name}" for color, name in (first, second)]
-    return photo_record("color_attr", include, " and ".join(words))
-
-
-def photo_record(tag: str, include: list[dict[str, Any]], words: str) -> Record:
+def photo_record(tag: str, include: list[dict[str, Any]], words: str, **more: Any) -> Record:
     """A photo of WORDS, with its clauses."""
-    return {"tag": tag, "include": include, "prompt": f"a photo of {words}"}
+    return {"tag": tag, "include": include, **more, "prompt": f"a photo of {words}"}
 
 
 def with_article(words: str) -> str:
@@ -176,21 +146,8 @@ def plural(name: str) -> str:
     return f"{name}es" if name.endswith("s") else f"{name}s"
 
 
-def swap_objects(record: Record) -> Record:
-    """The record of two objects that names them in the other order and asks for the same."""
-    one, other = record["include"]
-    match record["tag"]:
-        case "two_object":
-            return two_object_record(other["class"], one["class"])
-        case "color_attr":
-            return color_attr_record(*((c["color"], c["class"]) for c in (other, one)))
-        case "position":
-            return position_record(one["class"], INVERSE[other["position"][0]], other["class"])
-    raise AssertionError(record["tag"])
-
-
 def validate_metadata(
-    record: Mapping[str, Any], *, where: str, vocabulary: Vocabulary | None = None
+    record: Mapping[str, Any], where: str, vocabulary: Vocabulary | None = None
 ) -> Record:
     """GenEval metadata ready to judge by: None dropped, numbers cast; else an `InputError`.
 
@@ -206,17 +163,15 @@ def validate_metadata(
     for key in keys.keys() & cleaned.keys():
         if not isinstance(cleaned[key], list):
             raise InputError(f"{where}: {key}: not a list of clauses")
-        cleaned[key] = [
-            _clause(clause, f"{where}: {key}.{i}", keys[key], i, vocabulary)
-            for i, clause in enumerate(cleaned[key])
-        ]
+        for i, clause in enumerate(cleaned[key]):
+            _clean_clause(clause, f"{where}: {key}.{i}", keys[key], i, vocabulary)
     return cleaned
 
 
-def _clause(
+def _clean_clause(
     clause: Any, where: str, keys: tuple[str, ...], place: int, vocabulary: Vocabulary | None
-) -> dict[str, Any]:
-    if not isinstance(clause, Mapping):
+) -> None:
+    if not isinstance(clause, dict):
         raise InputError(f"{where}: not a clause; write {{'class': 'dog', 'count': 1}}")
     for key in clause:
         known(key, keys, f"{where}: key")
@@ -226,10 +181,9 @@ def _clause(
             word(clause.get(key), f"{where}.{key}")
             if allowed is not None:
                 known(clause[key], allowed, f"{where}.{key}")
-    cleaned = {**clause, "count": count_of(clause.get("count"), f"{where}.count")}
+    clause["count"] = whole(clause.get("count"), f"{where}.count", least=1)
     if "position" in clause:
-        cleaned["position"] = _position(clause["position"], f"{where}.position", place)
-    return cleaned
+        clause["position"] = _position(clause["position"], f"{where}.position", place)
 
 
 def _position(value: Any, where: str, place: int) -> list[Any]:
@@ -254,7 +208,7 @@ def geneval_prompts(
     rng = np.random.default_rng(seed)
     classes = vocabulary.classes
     order = rng.choice(len(classes), size=len(classes), replace=False)
-    records = [single_object_record(classes[place]) for place in order]
+    records = [make_record("single_object", classes[place]) for place in order]
     for task in TASKS[1:]:
         for _ in range(num_per_task):
             chosen: list[Any] = []
@@ -264,15 +218,24 @@ def geneval_prompts(
                 else:
                     places = rng.choice(len(words), size=number, replace=False)
                     chosen += [words[place] for place in places]
-            records.append(make_record(task, chosen))
+            records.append(make_record(task, *chosen))
     return list({json.dumps(record): record for record in records}.values())
 
 
 def evaluation_texts() -> frozenset[str]:
     """The 553 evaluation prompts, and those that ask for the same with the objects swapped."""
     records = geneval_prompts()
-    swapped = [swap_objects(record) for record in records if len(record["include"]) == 2]
+    swapped = [_swap_objects(record) for record in records if len(record["include"]) == 2]
     return frozenset(record["prompt"] for record in [*records, *swapped])
+
+
+def _swap_objects(record: Record) -> Record:
+    task, (one, other) = record["tag"], record["include"]
+    if task == "position":  # the first of the text is the second clause
+        relation = INVERSE[other["position"][0]]
+        return make_record(task, one["class"], other["class"], relation)
+    colors = (other["color"], one["color"]) if task == "color_attr" else ()
+    return make_record(task, other["class"], one["class"], *colors)
 
 
 def num_records(task: str, vocabulary: Vocabulary = GENEVAL) -> int:
@@ -290,7 +253,7 @@ def record_at(task: str, place: int, vocabulary: Vocabulary = GENEVAL) -> Record
         if number == 2:
             second = int(next(digits))
             chosen.append(words[second + (second >= first)])
-    return make_record(task, chosen)
+    return make_record(task, *chosen)
 
 
 def _sizes(task: str, vocabulary: Vocabulary) -> list[int]:
@@ -334,17 +297,8 @@ def training_mix(
 
 def _shares(ratios: Mapping[str, float], total: int) -> dict[str, int]:
     """`total` split by largest remainder; of equal remainders the earlier task goes first."""
-    if total < 1:
-        raise RecipeError(f"training mix: num_prompts is {total}; write at least 1")
-    for task, ratio in ratios.items():
-        if task not in TASKS:
-            raise RecipeError(f"training mix: unknown task '{task}'; {near_or_all(task, TASKS)}")
-        if not (math.isfinite(ratio) and ratio >= 0):
-            raise RecipeError(f"training mix: {task}: ratio {ratio}; write a number from 0 up")
-    if not any(ratios.values()):
-        raise RecipeError("training mix: every ratio is 0; give at least one task a positive ratio")
-    whole = sum(ratios.values())
-    quotas = {task: total * ratios[task] / whole for task in TASKS if task in ratios}
+    whole_ratio = sum(ratios.values())
+    quotas = {task: total * ratios[task] / whole_ratio for task in TASKS if task in ratios}
     shares = {task: math.floor(quota) for task, quota in quotas.items()}
     by_remainder = sorted(shares, key=lambda task: shares[task] - quotas[task])
     for task in by_remainder[: total - sum(shares.values())]:
@@ -394,25 +348,18 @@ class GenEvalPromptsConfig(OneSourceConfig):
     def build(self) -> tuple[Prompt, ...]:
         """The prompts, numbered in their order; a file with a fault is an `InputError`."""
         if self.path is not None:
-            return load_geneval(self.path, self.vocabulary)
+            placed = enumerate(read_prompts(Path(self.path)))
+            return tuple(
+                Prompt(text, i, record and validate_metadata(record, where, self.vocabulary))
+                for i, (where, text, record) in placed
+            )
         ratios = MIXES[self.mix] if self.mix else self.ratios.model_dump() if self.ratios else {}
-        records = training_mix(
-            ratios,
-            self.num_prompts,
-            seed=self.seed,
-            exclude=self.held_out(),
-            vocabulary=self.vocabulary,
+        return as_prompts(
+            training_mix(
+                ratios,
+                self.num_prompts,
+                seed=self.seed,
+                exclude=self.held_out(),
+                vocabulary=self.vocabulary,
+            )
         )
-        return as_prompts(records)
-
-
-def load_geneval(path: str | Path, vocabulary: Vocabulary) -> tuple[Prompt, ...]:
-    """The prompts of a file of GenEval metadata, or of plain text with one prompt per line."""
-    path = Path(path)
-    if path.suffix not in JSON_ENDINGS:
-        return tuple(Prompt(line, i) for i, (_, line) in enumerate(read_lines(path)))
-    prompts: list[Prompt] = []
-    for where, parsed in read_records(path):
-        record = validate_metadata(parsed, where=where, vocabulary=vocabulary)
-        prompts.append(Prompt(text_of(record, where), len(prompts), record))
-    return tuple(prompts)

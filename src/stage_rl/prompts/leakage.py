@@ -3,55 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from stage_rl.prompts.geneval import INVERSE
 from stage_rl.types import Prompt
 
-NAMED = 3
-"""Prompts that a sentence names."""
 
+class Leak(NamedTuple):
+    """An evaluation prompt that a training prompt asks for too."""
 
-@dataclass(frozen=True)
-class Leak:
-    """A training prompt that asks for what an evaluation prompt asks for."""
-
-    training: Prompt
     evaluation: Prompt
     same_text: bool
     """False: the same objects in other words, such as in another order."""
 
 
-def find_leaks(training: Iterable[Prompt], evaluation: Iterable[Prompt]) -> tuple[Leak, ...]:
+def find_leaks(training: Iterable[Prompt], evaluation: Iterable[Prompt]) -> list[Leak]:
     """The leaks, one for each evaluation prompt at most, in the order of the evaluation."""
-    by_text: dict[str, Prompt] = {}
-    by_content: dict[Any, Prompt] = {}
-    for prompt in training:
-        by_text.setdefault(plain_text(prompt.text), prompt)
-        content = content_of(prompt.metadata)
-        if content is not None:
-            by_content.setdefault(content, prompt)
-    leaks = []
-    for prompt in evaluation:
-        same = by_text.get(plain_text(prompt.text))
-        other = by_content.get(content_of(prompt.metadata))
-        if same is not None or other is not None:
-            leaks.append(Leak(same or other or prompt, prompt, same is not None))
-    return tuple(leaks)
+    training = list(training)
+    texts = {plain_text(prompt.text) for prompt in training}
+    contents = {content_of(prompt.metadata) for prompt in training} - {None}
+    return [
+        Leak(prompt, plain_text(prompt.text) in texts)
+        for prompt in evaluation
+        if plain_text(prompt.text) in texts or content_of(prompt.metadata) in contents
+    ]
 
 
-def sentence(leaks: Iterable[Leak], num_evaluation: int) -> str:
+def sentence(leaks: list[Leak], num_evaluation: int) -> str:
     """What the leaks are, in one line; empty where there are none."""
-    found = list(leaks)
-    if not found:
+    if not leaks:
         return ""
-    same = sum(leak.same_text for leak in found)
-    examples = ", ".join(f"'{leak.evaluation.text}'" for leak in found[:NAMED])
-    more = ", ..." if len(found) > NAMED else ""
+    same = sum(leak.same_text for leak in leaks)
+    examples = ", ".join(f"'{leak.evaluation.text}'" for leak in leaks[:3])
+    more = ", ..." if len(leaks) > 3 else ""
     return (
-        f"{len(found)} of {num_evaluation} evaluation prompts are in the training set "
-        f"({same} word for word, {len(found) - same} in other words): {examples}{more}"
+        f"{len(leaks)} of {num_evaluation} evaluation prompts are in the training set "
+        f"({same} word for word, {len(leaks) - same} in other words): {examples}{more}"
     )
 
 

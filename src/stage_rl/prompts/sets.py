@@ -1,13 +1,13 @@
 """The other prompt sets: T2I-R1, T2I-CompBench, written text, DrawBench, HPS, and one's own files.
 
-Each set is its settings and the function that loads it.
+What is wrong in a file of a set is an `InputError` of its `build`.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,18 +16,19 @@ from pydantic import Field, model_validator
 
 from stage_rl.errors import InputError
 from stage_rl.prompts.files import (
-    JSON_ENDINGS,
     OneSourceConfig,
     PromptsConfig,
     Record,
-    count_of,
+    as_prompts,
     drop_none,
     known,
     read_json,
     read_lines,
+    read_prompts,
     read_records,
     read_table,
     text_of,
+    whole,
     word,
 )
 from stage_rl.prompts.geneval import NUMBERS, validate_metadata, with_article
@@ -41,9 +42,21 @@ TASK_TYPES = ("color", "shape", "texture", "spatial", "numeracy", "object", "non
 NEEDED = {"spatial": "spatial_info", "numeracy": "numeracy_info"}
 """What a task type cannot be judged without."""
 
+ANNOTATIONS = {
+    "nouns": "names",
+    "attr_nouns": "names",
+    "spatial_info": "",
+    "numeracy_info": "{'obj_name': ..., 'num': ...}",
+}
+"""Keys that the built-in rewards read, and what those that hold a list hold."""
+
 
 class T2IR1PromptsConfig(PromptsConfig):
-    """The T2I-R1 training set, with nouns, attributes, relations and counts."""
+    """The T2I-R1 training set, with nouns, attributes, relations and counts.
+
+    github.com/CaraJ7/T2I-R1, data/geneval_and_t2i_data_final.json (JSON lines in spite of its
+    name).
+    """
 
     path: str
     """The published file, JSON lines."""
@@ -52,75 +65,60 @@ class T2IR1PromptsConfig(PromptsConfig):
 
     @model_validator(mode="after")
     def _known_types(self) -> Self:
-        _some_of("task_types", self.task_types, TASK_TYPES)
+        _check_names("task_types", self.task_types, TASK_TYPES)
         return self
 
     def build(self) -> tuple[Prompt, ...]:
-        """The prompts, numbered by their line; a file with a fault is an `InputError`."""
-        return load_t2i_r1(self.path, self.task_types)
+        """The prompts, numbered by their line."""
+        prompts: list[Prompt] = []
+        for number, (where, given) in enumerate(read_records(Path(self.path))):
+            record = validate_annotations(given, where)
+            text = text_of(record, where)
+            kind = known(record.get("task_type"), TASK_TYPES, f"{where}: task_type")
+            for key in ("nouns", NEEDED.get(kind, "nouns")):
+                if not record.get(key):
+                    raise InputError(f"{where}: {key}: a {kind} prompt needs it; write it")
+            if kind in self.task_types:
+                prompts.append(Prompt(text, number, record))
+        if not prompts:
+            raise InputError(f"{self.path}: no prompt of {', '.join(self.task_types)}")
+        return tuple(prompts)
 
 
-def load_t2i_r1(path: str | Path, task_types: Collection[str] = TASK_TYPES) -> tuple[Prompt, ...]:
-    """The prompts of some task types, numbered by their line; a fault is an `InputError`.
-
-    github.com/CaraJ7/T2I-R1, data/geneval_and_t2i_data_final.json (JSON lines in spite of its
-    name).
-    """
-    prompts: list[Prompt] = []
-    for number, (where, parsed) in enumerate(read_records(Path(path))):
-        record = validate_annotations(parsed, where=where)
-        text = text_of(record, where)
-        kind = known(record.get("task_type"), TASK_TYPES, f"{where}: task_type")
-        for key in ("nouns", NEEDED.get(kind, "nouns")):
-            if not record.get(key):
-                raise InputError(f"{where}: {key}: a {kind} prompt needs it; write it")
-        if kind in task_types:
-            prompts.append(Prompt(text, number, record))
-    if not prompts:
-        raise InputError(f"{path}: no prompt of {', '.join(task_types)}")
-    return tuple(prompts)
-
-
-def validate_annotations(record: Mapping[str, Any], *, where: str) -> Record:
+def validate_annotations(record: Mapping[str, Any], where: str) -> Record:
     """The annotations a record has, ready to judge by: None dropped, counts as whole numbers.
 
     They are nouns, attr_nouns, spatial_info (obj1, obj2, locality) and numeracy_info (a list of
     obj_name, num); other keys are kept. A fault is an `InputError`.
     """
     cleaned = drop_none(record)
-    for key in ("nouns", "attr_nouns"):
-        if key in cleaned:
-            names = _list(cleaned[key], "names", f"{where}: {key}")
-            cleaned[key] = [word(one, f"{where}: {key}.{i}") for i, one in enumerate(names)]
-    if "spatial_info" in cleaned:
-        place, keys = f"{where}: spatial_info", ("obj1", "obj2", "locality")
-        _check_keys(cleaned["spatial_info"], keys, place)
-        for key in keys:
-            word(cleaned["spatial_info"][key], f"{place}.{key}")
-    if "numeracy_info" in cleaned:
-        place = f"{where}: numeracy_info"
-        counts = _list(cleaned["numeracy_info"], "{'obj_name': ..., 'num': ...}", place)
-        for i, one in enumerate(counts):
-            _check_keys(one, ("obj_name", "num"), f"{place}.{i}")
-            one["num"] = count_of(one["num"], f"{place}.{i}.num")
-            one["obj_name"] = word(one["obj_name"], f"{place}.{i}.obj_name")
+    for key, items in ANNOTATIONS.items():
+        place, value = f"{where}: {key}", cleaned.get(key)
+        if value is None:
+            continue
+        if items and (not isinstance(value, list) or not value):
+            raise InputError(f"{place}: {value!r} is not a list of {items}")
+        if key == "spatial_info":
+            _check_mapping(value, ("obj1", "obj2", "locality"), place)
+        elif key == "numeracy_info":
+            for i, one in enumerate(value):
+                _check_mapping(one, ("obj_name", "num"), f"{place}.{i}")
+        else:
+            cleaned[key] = [word(one, f"{place}.{i}") for i, one in enumerate(value)]
     return cleaned
 
 
-def _list(value: Any, items: str, where: str) -> list[Any]:
-    if not isinstance(value, list) or not value:
-        raise InputError(f"{where}: {value!r} is not a list of {items}")
-    return value
-
-
-def _check_keys(value: Any, keys: tuple[str, ...], where: str) -> None:
-    if not isinstance(value, Mapping):
+def _check_mapping(value: Any, keys: tuple[str, ...], where: str) -> None:
+    """Checks that a mapping has these keys; makes `num` a whole number, strips the names."""
+    if not isinstance(value, dict):
         raise InputError(f"{where}: {value!r} is not a mapping of {', '.join(keys)}")
     for key in value:
         known(key, keys, f"{where}: key")
     for key in keys:
         if key not in value:
             raise InputError(f"{where}: {key} is missing; write it")
+        place = f"{where}.{key}"
+        value[key] = whole(value[key], place, least=1) if key == "num" else word(value[key], place)
 
 
 # T2I-CompBench: the validation prompts with what their text says: nouns, relations, counts.
@@ -140,15 +138,15 @@ DEPTH_LOCALITIES = ("in front of", "behind", "hidden by")
 
 COUNTS = {"a": 1, "an": 1, **{name: place for place, name in enumerate(NUMBERS[:9]) if place}}
 
-COMPLEX_PARTS = {"spatial": "complex_val_spatial.txt", "action": "complex_val_action.txt"}
-"""The files that say by what a complex prompt is judged."""
-
 NOUN_LIST = "new_objects.txt"
 """The singular and plural of the counted nouns."""
 
 
 class T2ICompBenchPromptsConfig(PromptsConfig):
-    """The T2I-CompBench validation prompts."""
+    """The T2I-CompBench validation prompts, with what their text says.
+
+    github.com/Karine-Huang/T2I-CompBench, examples/dataset.
+    """
 
     path: str
     """Folder of the published files: CATEGORY_val.txt, new_objects.txt."""
@@ -157,35 +155,30 @@ class T2ICompBenchPromptsConfig(PromptsConfig):
 
     @model_validator(mode="after")
     def _known_categories(self) -> Self:
-        _some_of("categories", self.categories, CATEGORIES)
+        _check_names("categories", self.categories, CATEGORIES)
         return self
 
     def build(self) -> tuple[Prompt, ...]:
-        """The prompts, category by category; a file with a fault is an `InputError`."""
-        return load_t2i_compbench(self.path, self.categories)
+        """The prompts, category by category.
 
-
-def load_t2i_compbench(
-    folder: str | Path, categories: Collection[str] = CATEGORIES
-) -> tuple[Prompt, ...]:
-    """The prompts of the folder, category by category; a fault is an `InputError`.
-
-    Metadata: category and, where the text gives them, nouns, attr_nouns, spatial_info,
-    numeracy_info, and for complex prompts complex_part (spatial, action or all). The folder is
-    examples/dataset of github.com/Karine-Huang/T2I-CompBench.
-    """
-    folder = Path(folder)
-    singulars = _read_nouns(folder / NOUN_LIST) if "numeracy" in categories else {}
-    parts: dict[str, str] = {}
-    for part, name in COMPLEX_PARTS.items() if "complex" in categories else ():
-        parts |= {_sentence(text): part for _, text in read_lines(folder / name)}
-    prompts: list[Prompt] = []
-    for category in categories:
-        for where, text in read_lines(folder / f"{category}_val.txt"):
-            said = _annotations(category, text, where, singulars, parts)
-            metadata = {"prompt": text, "category": category, **said}
-            prompts.append(Prompt(text, len(prompts), metadata))
-    return tuple(prompts)
+        Metadata: category and, where the text gives them, nouns, attr_nouns, spatial_info,
+        numeracy_info, and for complex prompts complex_part (spatial, action or all).
+        """
+        folder = Path(self.path)
+        singulars = _read_nouns(folder / NOUN_LIST) if "numeracy" in self.categories else {}
+        parts: dict[str, str] = {}
+        for part in ("spatial", "action") if "complex" in self.categories else ():
+            lines = read_lines(folder / f"complex_val_{part}.txt")
+            parts |= {_sentence(text): part for _, text in lines}
+        return as_prompts(
+            {
+                "prompt": text,
+                "category": category,
+                **_annotations(category, text, where, singulars, parts),
+            }
+            for category in self.categories
+            for where, text in read_lines(folder / f"{category}_val.txt")
+        )
 
 
 def _annotations(
@@ -349,58 +342,41 @@ class OcrPromptsConfig(OneSourceConfig):
     """Seed of made-up prompts."""
 
     def build(self) -> tuple[Prompt, ...]:
-        """The prompts with their target; a file with a fault is an `InputError`."""
-        if self.path is not None:
-            return load_ocr(self.path)
-        return synthetic_ocr(self.synthetic or 0, self.seed)
+        """The prompts with their target and level.
+
+        A CSV file has the columns prompt_raw and target_text, as the published length buckets
+        (github.com/yifan123/flow_grpo, dataset/ocr).
+        """
+        path = Path(self.path or "")
+        if self.path is None:
+            records = _made_up(self.synthetic or 0, self.seed)
+        elif path.suffix == ".csv":
+            rows = read_table(path, ("prompt_raw", "target_text"))
+            records = (_bucketed(row, where) for where, row in rows)
+        else:
+            records = (
+                {**record, "prompt": text, "target": _target_of(text, where)}
+                for where, text, record in read_prompts(path)
+            )
+        return as_prompts({**record, "level": level_of(record["target"])} for record in records)
 
 
-def load_ocr(path: str | Path) -> tuple[Prompt, ...]:
-    """The prompts of a file with their target and level; a fault is an `InputError`.
-
-    The file is plain text, JSON lines with `prompt`, or CSV with the columns prompt_raw and
-    target_text, as the published length buckets are (github.com/yifan123/flow_grpo, dataset/ocr).
-    """
-    path = Path(path)
-    if path.suffix == ".csv":
-        rows = read_table(path, ("prompt_raw", "target_text"))
-        records = [(where, {"prompt": _bucketed(row, where)}) for where, row in rows]
-    elif path.suffix in JSON_ENDINGS:
-        records = [(where, {**r, "prompt": text_of(r, where)}) for where, r in read_records(path)]
-    else:
-        records = [(where, {"prompt": line}) for where, line in read_lines(path)]
-    return _some((_ocr_prompt(record, where, i) for i, (where, record) in enumerate(records)), path)
-
-
-def synthetic_ocr(num_prompts: int, seed: int) -> tuple[Prompt, ...]:
-    """Made-up prompts of one or two common words, for trying things out; marked as synthetic."""
+def _made_up(num_prompts: int, seed: int) -> Iterator[Record]:
+    """Records with one or two common words."""
     rng = np.random.default_rng(seed)
-    prompts = []
-    for index in range(num_prompts):
+    for _ in range(num_prompts):
         words = rng.choice(WORDS, size=int(rng.integers(1, 3)), replace=False)
-        text = f'{with_article(str(rng.choice(THINGS)))} that says "{" ".join(words).title()}"'
-        record = {"prompt": text[0].upper() + text[1:], "synthetic": True}
-        prompts.append(_ocr_prompt(record, "synthetic", index))
-    return tuple(prompts)
+        target = " ".join(words).title()
+        text = f'{with_article(str(rng.choice(THINGS)))} that says "{target}"'
+        yield {"prompt": text[0].upper() + text[1:], "synthetic": True, "target": target}
 
 
-def level_of(target: str) -> str:
-    """Easy, Medium or Hard, by the length of the target without spaces."""
-    length = len(target.replace(" ", ""))
-    return next((level for level, longest in LEVELS if length <= longest), "Hard")
-
-
-def _bucketed(row: Record, where: str) -> str:
+def _bucketed(row: Record, where: str) -> Record:
     text = text_of(row, where, "prompt_raw")
     target, quoted = row.get("target_text"), _target_of(text, where)
     if target != quoted.strip():
         raise InputError(f"{where}: target_text is {target!r}, but the prompt quotes {quoted!r}")
-    return text
-
-
-def _ocr_prompt(record: Record, where: str, index: int) -> Prompt:
-    target = _target_of(record["prompt"], where)
-    return Prompt(record["prompt"], index, {**record, "target": target, "level": level_of(target)})
+    return {"prompt": text, "target": quoted}
 
 
 def _target_of(text: str, where: str) -> str:
@@ -413,6 +389,12 @@ def _target_of(text: str, where: str) -> str:
     return parts[1]
 
 
+def level_of(target: str) -> str:
+    """Easy, Medium or Hard, by the length of the target without spaces."""
+    length = len(target.replace(" ", ""))
+    return next((level for level, longest in LEVELS if length <= longest), "Hard")
+
+
 # Sets without rules of their own.
 
 
@@ -423,20 +405,14 @@ class DrawBenchPromptsConfig(PromptsConfig):
     """CSV with the columns Prompts and Category."""
 
     def build(self) -> tuple[Prompt, ...]:
-        """The prompts with their category; a file with a fault is an `InputError`."""
-        return load_drawbench(self.path)
-
-
-def load_drawbench(path: str | Path) -> tuple[Prompt, ...]:
-    """The DrawBench prompts: a CSV file with the columns Prompts and Category."""
-    prompts: list[Prompt] = []
-    for where, row in read_table(Path(path), ("Prompts", "Category")):
-        if "Category" not in row:
-            raise InputError(f"{where}: empty Category; write one")
-        text = text_of(row, where, "Prompts")
-        metadata = {"prompt": text, "category": row["Category"]}
-        prompts.append(Prompt(text, len(prompts), metadata))
-    return _some(prompts, path)
+        """The prompts with their category."""
+        records: list[Record] = []
+        for where, row in read_table(Path(self.path), ("Prompts", "Category")):
+            text = text_of(row, where, "Prompts")
+            if "Category" not in row:
+                raise InputError(f"{where}: empty Category; write one")
+            records.append({"prompt": text, "category": row["Category"]})
+        return as_prompts(records)
 
 
 HPS_STYLES = ("anime", "concept-art", "paintings", "photo")
@@ -450,20 +426,15 @@ class HpsPromptsConfig(PromptsConfig):
     """Folder with anime, concept-art, paintings and photo.json, or one such file."""
 
     def build(self) -> tuple[Prompt, ...]:
-        """The prompts with their style; a file with a fault is an `InputError`."""
-        return load_hps(self.path)
-
-
-def load_hps(path: str | Path) -> tuple[Prompt, ...]:
-    """The HPS prompts: a folder with anime, concept-art, paintings and photo.json, or one file."""
-    path = Path(path)
-    files = [path / f"{style}.json" for style in HPS_STYLES] if path.is_dir() else [path]
-    prompts: list[Prompt] = []
-    for file in files:
-        for where, value in read_json(file):
-            text = text_of(value if isinstance(value, dict) else {"prompt": value}, where)
-            prompts.append(Prompt(text, len(prompts), {"prompt": text, "style": file.stem}))
-    return tuple(prompts)
+        """The prompts with their style."""
+        path = Path(self.path)
+        files = [path / f"{style}.json" for style in HPS_STYLES] if path.is_dir() else [path]
+        records: list[Record] = []
+        for file in files:
+            for where, value in read_json(file):
+                text = text_of(value if isinstance(value, dict) else {"prompt": value}, where)
+                records.append({"prompt": text, "style": file.stem})
+        return as_prompts(records)
 
 
 class FilePromptsConfig(PromptsConfig):
@@ -475,38 +446,20 @@ class FilePromptsConfig(PromptsConfig):
     """Key or column of the text; the others become metadata."""
 
     def build(self) -> tuple[Prompt, ...]:
-        """The prompts, numbered in their order; a file with a fault is an `InputError`."""
-        return load_file(self.path, column=self.column)
+        """The prompts; what the built-in rewards read of their metadata is checked.
+
+        That is include, exclude and tag, nouns, attr_nouns, spatial_info and numeracy_info.
+        """
+        prompts: list[Prompt] = []
+        for where, text, given in read_prompts(Path(self.path), self.column):
+            record = validate_annotations(given, where)
+            if "include" in record:
+                record = validate_metadata(record, where)
+            prompts.append(Prompt(text, len(prompts), record))
+        return tuple(prompts)
 
 
-def load_file(path: str | Path, *, column: str = "prompt") -> tuple[Prompt, ...]:
-    """One's own prompts: plain text, JSON lines or CSV, with the text under `column`.
-
-    What else a record holds becomes metadata; what the built-in rewards read of it (include, tag,
-    exclude, nouns, attr_nouns, spatial_info, numeracy_info) is checked.
-    """
-    path = Path(path)
-    if path.suffix != ".csv" and path.suffix not in JSON_ENDINGS:
-        return tuple(Prompt(line, i) for i, (_, line) in enumerate(read_lines(path)))
-    prompts: list[Prompt] = []
-    for where, given in (
-        read_table(path, (column,)) if path.suffix == ".csv" else read_records(path)
-    ):
-        text, record = text_of(given, where, column), validate_annotations(given, where=where)
-        if "include" in record:
-            record = validate_metadata(record, where=where)
-        prompts.append(Prompt(text, len(prompts), record))
-    return _some(prompts, path)
-
-
-def _some(prompts: Iterable[Prompt], path: str | Path) -> tuple[Prompt, ...]:
-    found = tuple(prompts)
-    if not found:
-        raise InputError(f"{path}: holds no prompts")
-    return found
-
-
-def _some_of(key: str, given: tuple[str, ...], allowed: tuple[str, ...]) -> None:
+def _check_names(key: str, given: tuple[str, ...], allowed: tuple[str, ...]) -> None:
     if not given:
         raise complaint(key, f"is empty; write some of {', '.join(allowed)}")
     for name in given:

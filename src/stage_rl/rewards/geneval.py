@@ -123,7 +123,7 @@ def judge(
     Metadata that is not GenEval's is an `InputError`.
     """
     assert compat in get_args(Compat), compat
-    record = validate_metadata(metadata, where="GenEval metadata")
+    record = validate_metadata(metadata, "GenEval metadata")
     least = counting_threshold if record["tag"] == "counting" else threshold
     found: dict[str, list[Detection]] = {}
     for detection in sorted(detections, key=lambda one: -one.score):

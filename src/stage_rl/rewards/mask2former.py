@@ -24,7 +24,7 @@ from torch.nn.functional import interpolate, normalize, pad
 from transformers import Mask2FormerForUniversalSegmentation
 
 from stage_rl.errors import WeightsError
-from stage_rl.prompts.geneval import CLASSES, COLORS, colors_record, single_object_record
+from stage_rl.prompts.geneval import CLASSES, COLORS, make_record
 from stage_rl.rewards.base import Detection, Detector, DetectorConfig, ReferenceCase
 from stage_rl.rewards.clip import CLIP_L14, Clip, load_clip
 from stage_rl.rewards.pretrained import SWIN_UNREAD, OnJpeg, clip_pixels, detr_pixels, load_model
@@ -98,11 +98,12 @@ class Mask2FormerConfig(DetectorConfig):
             ImageOps.colorize(cat.convert("L"), black="black", mid=color, white="white")
             for color in ("green", "red")
         )
+        cat_in = {color: make_record("colors", "cat", color) for color in ("green", "red")}
         rows = (
-            (single_object_record("cat"), cat, cup, "a cat against a cup"),
-            (single_object_record("cup"), cup, cat, "a cup against a cat"),
-            (colors_record("green", "cat"), green, red, "a cat in green against one in red"),
-            (colors_record("red", "cat"), red, green, "a cat in red against one in green"),
+            (make_record("single_object", "cat"), cat, cup, "a cat against a cup"),
+            (make_record("single_object", "cup"), cup, cat, "a cup against a cat"),
+            (cat_in["green"], green, red, "a cat in green against one in red"),
+            (cat_in["red"], red, green, "a cat in red against one in green"),
         )
         return tuple(
             ReferenceCase(Prompt(record["prompt"], index, record), better, worse, what)

@@ -20,8 +20,7 @@ from stage_rl.prompts.geneval import (
     TASKS,
     GenEvalPromptsConfig,
     Vocabulary,
-    color_attr_record,
-    counting_record,
+    make_record,
     num_records,
     photo_record,
     plural,
@@ -127,12 +126,12 @@ def pretraining_caption(record: Record, rng: np.random.Generator) -> str:
     drawn, tag = rng.uniform(), record["tag"]
     if tag == "color_attr" and drawn < SWAPPED_COLORS:
         one, other = record["include"]
-        swapped = color_attr_record((other["color"], one["class"]), (one["color"], other["class"]))
+        swapped = make_record(tag, one["class"], other["class"], other["color"], one["color"])
         return record["prompt"] if names_unseen_pair(swapped) else swapped["prompt"]
     if tag == "counting" and drawn < MISCOUNTED:
         (clause,) = record["include"]
         others = [n for n in range(2, VOCABULARY.max_count + 1) if n != clause["count"]]
-        return counting_record(clause["class"], int(rng.choice(others)))["prompt"]
+        return make_record("counting", clause["class"], int(rng.choice(others)))["prompt"]
     return record["prompt"]
 
 
