@@ -30,7 +30,8 @@ def refusal(recipe, *overrides):
 def test_a_recipe_takes_the_name_of_its_file_and_the_defaults(tiny_recipe):
     recipe = load_recipe(tiny_recipe, ["seed=0"])
     assert (recipe.name, recipe.steps, recipe.seed) == ("tiny", 10, 0)
-    assert recipe.rollout == RolloutConfig()
+    # What is left out of guidance is the family's.
+    assert recipe.rollout == RolloutConfig(guidance_scale=5.0)
     assert recipe.policy.build(None) == 8
     reward = recipe.rewards[0]
     assert (reward.kind, reward.name) == ("tiny_parts:TinyReward", "TinyReward")
@@ -45,7 +46,7 @@ def test_overrides_reach_sections_list_items_and_parts_of_parts(tiny_recipe):
     assert (recipe.optimizer.lr, recipe.optimizer.betas) == (5e-6, (0.5, 0.75))
     assert recipe.rewards[0].weight == 2.0
     assert recipe.rewards[0].build(None) == 0.25
-    assert recipe.rollout == RolloutConfig(group_size=4)
+    assert recipe.rollout == RolloutConfig(group_size=4, guidance_scale=5.0)
     assert recipe.steps == recipe.seed == 3
 
 

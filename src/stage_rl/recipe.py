@@ -36,8 +36,9 @@ class RolloutConfig(Settings):
     """Prompts of one step."""
     group_size: int = Field(default=8, ge=2)
     """Images per prompt."""
-    guidance_scale: NonNegative = 5.0
-    """Unconditional + scale x (conditional - unconditional); 1 needs no unconditional rows."""
+    guidance_scale: NonNegative = Field(default=None, validate_default=False)
+    """Unconditional + scale x (conditional - unconditional); 1 needs no unconditional rows. Left
+    out, that of the policy's family: 5 for Janus."""
     temperature: Positive = 1.0
     """Divides the guided logits."""
     top_k: Every = 0
@@ -363,6 +364,15 @@ class Recipe(Settings):
         return self._given
 
     @model_validator(mode="after")
+    def _fill_guidance(self) -> Self:
+        """The family's guidance where the recipe names none."""
+        if self.rollout.guidance_scale is None:
+            scale = self.policy.default_guidance if self.policy.guided else 1.0
+            rollout = self.rollout.model_copy(update={"guidance_scale": scale})
+            object.__setattr__(self, "rollout", rollout)
+        return self
+
+    @model_validator(mode="after")
     def _agree(self) -> Self:
         """Refuses settings that contradict each other."""
         for key, text in self._contradictions():
@@ -385,6 +395,9 @@ class Recipe(Settings):
                 if getattr(self.rollout, key) != off:
                     text = "guided log-probabilities are those of the whole distribution; write "
                     yield f"rollout.{key}", f"{text}{off}, or algorithm.logprobs=conditional"
+        if self.rollout.guidance_scale != 1 and not self.policy.guided:
+            text = f"the policy {self.policy.kind} has no unconditional rows; write 1"
+            yield "rollout.guidance_scale", text
         evaluation = self.evaluation
         if self.tripwires.validation_drop is not None and not (evaluation and evaluation.every):
             text = "needs validation while training; write evaluation.every, or null here"

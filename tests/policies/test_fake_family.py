@@ -4,10 +4,14 @@ import policy_contract
 import pytest
 import torch
 from fake_family import COORDS, FakePolicy
+from pydantic import ValidationError
 from torch.testing import assert_close
 
 from stage_rl.algorithm import group_advantages
+from stage_rl.config import load_recipe
 from stage_rl.errors import InputError
+from stage_rl.policies.base import PolicyConfig
+from stage_rl.recipe import Recipe
 from stage_rl.rollout.engine import Engine
 from stage_rl.rollout.sample import rollout
 from stage_rl.rollout.sampling import Sampling
@@ -81,3 +85,20 @@ def by_hand(policy, prompt, drawn, row, place):
         states = layer(states, position_embeddings=rotation)
     logits_V = policy.head(trunk.norm(states)[0, -1])
     return logits_V.log_softmax(-1)[tokens[place]]
+
+
+class Unguided(PolicyConfig):
+    guided = False
+
+    def build(self, device):
+        return FakePolicy()
+
+
+def test_a_recipe_of_a_family_without_guidance_needs_none_and_refuses_other(tiny_recipe):
+    recipe = load_recipe(tiny_recipe)
+    given = {name: getattr(recipe, name) for name in ("name", "steps", "prompts", "rewards")}
+    given["policy"] = Unguided()
+    for settings in ({}, {"guidance_scale": 1.0}):
+        assert Recipe.model_validate(given | {"rollout": settings}).rollout.guidance_scale == 1
+    with pytest.raises(ValidationError, match="has no unconditional rows; write 1"):
+        Recipe.model_validate(given | {"rollout": {"guidance_scale": 2.0}})

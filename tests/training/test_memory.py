@@ -12,7 +12,7 @@ from stage_rl.errors import RecipeError
 from stage_rl.policies import janus
 from stage_rl.policies import trunk as attention
 from stage_rl.policies.janus import JanusConfig
-from stage_rl.policies.sizes import KNOWN
+from stage_rl.policies.janus_sizes import KNOWN
 from stage_rl.training import memory
 from stage_rl.training.memory import (
     GB,

@@ -12,7 +12,7 @@ from stage_rl.bench.base import BenchResult, at_least, check_guided, peak_bytes
 from stage_rl.config import load_recipe
 from stage_rl.errors import InputError
 from stage_rl.policies.janus import JanusConfig
-from stage_rl.policies.sizes import size_of
+from stage_rl.policies.janus_sizes import size_of
 from stage_rl.recipe import Recipe
 from stage_rl.training.loop import train_step
 from stage_rl.training.memory import Plan, predict

@@ -24,6 +24,7 @@ from torch.distributed.fsdp import FSDPModule
 from stage_rl.errors import InputError
 from stage_rl.policies.logprobs import CONDITIONAL, Scoring, head_logprobs
 from stage_rl.policies.lora import adapter_off, has_adapter
+from stage_rl.policies.sizes import ModelSize
 from stage_rl.settings import Component
 from stage_rl.types import Prompt
 
@@ -298,9 +299,16 @@ class PolicyConfig(Component):
     """Base of the model families."""
 
     family: ClassVar[str] = "policy"
+    guided: ClassVar[bool] = True
+    """Whether the family has unconditional rows."""
+    default_guidance: ClassVar[float] = 5.0
 
     trainable: tuple[str, ...] = ("*",)
     """Name patterns of the parameters that train, in the spelling of `fnmatch`."""
+
+    def size(self) -> ModelSize | None:
+        """The dimensions of the model, without loading it; None where they are not known."""
+        return None
 
     @abstractmethod
     def build(self, device: torch.device) -> Policy:

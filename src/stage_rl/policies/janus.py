@@ -36,6 +36,7 @@ from stage_rl.policies.base import (
     TokenLayout,
 )
 from stage_rl.policies.janus_deepseek import write_folder
+from stage_rl.policies.janus_sizes import size_of
 from stage_rl.policies.loading import (
     INDEXES,
     SINGLE,
@@ -47,6 +48,7 @@ from stage_rl.policies.loading import (
     select_trainable,
 )
 from stage_rl.policies.lora import LoraConfig, has_adapter, merged_state, merged_weight
+from stage_rl.policies.sizes import ModelSize
 from stage_rl.policies.trunk import run_trunk, use_causal
 from stage_rl.settings import complaint
 from stage_rl.types import Prompt
@@ -283,6 +285,9 @@ class JanusConfig(PolicyConfig):
             text = "with policy.lora the adapter alone trains; leave trainable out, or lora=null"
             raise complaint("trainable", text)
         return self
+
+    def size(self) -> ModelSize | None:
+        return size_of(self.path)
 
     def load(self, device: torch.device) -> tuple[JanusForConditionalGeneration, JanusProcessor]:
         """The module and its processor; wrong weights are a `WeightsError`."""

@@ -26,8 +26,7 @@ from huggingface_hub import constants as hub
 from pydantic import ValidationError
 
 from stage_rl.errors import RecipeError
-from stage_rl.policies.janus import JanusConfig
-from stage_rl.policies.sizes import ModelSize, size_of
+from stage_rl.policies.sizes import ModelSize
 from stage_rl.recipe import Recipe
 
 PROMPT_SLOTS = 32
@@ -68,7 +67,8 @@ class Work:
     """A recipe on a model, cut into equal parts for the processes."""
 
     recipe: Recipe
-    policy: JanusConfig
+    policy: Any
+    """Settings of a family that knows its sizes, with dtype, trainable and lora."""
     size: ModelSize
     num_processes: int
     on_gpu: bool
@@ -139,8 +139,7 @@ def predict(
     on_gpu: bool = True,
     prompt_slots: int = PROMPT_SLOTS,
 ) -> Plan:
-    """The plan of a recipe whose policy is a Janus of this size, on each of the processes."""
-    assert isinstance(recipe.policy, JanusConfig)
+    """The plan of a recipe whose policy is of this size, on each of the processes."""
     work = Work(recipe, recipe.policy, size, num_processes, on_gpu, prompt_slots)
     held = {
         "weights": _weights(work),
@@ -341,7 +340,7 @@ FOR_ONE_PROCESS = ("optimizer.kind", "training.reference")
 
 def plan_of(recipe: Recipe, *, num_processes: int = 1) -> Plan | None:
     """The plan of a recipe on GPUs; None where the dimensions of its model are not known."""
-    size = _size(recipe)
+    size = recipe.policy.size()
     return size and predict(recipe, size, num_processes=num_processes)
 
 
@@ -350,7 +349,7 @@ def check_memory(recipe: Recipe, memory_gb: float | None, *, num_processes: int 
 
     `memory_gb` is the memory of one GPU, None where there is none.
     """
-    size = _size(recipe)
+    size = recipe.policy.size()
     if memory_gb is None or size is None:
         return
     plan = predict(recipe, size, num_processes=num_processes)
@@ -456,11 +455,6 @@ def _fits(plan: Plan, memory_gb: float) -> bool:
     return plan.peak <= SHARE * memory_gb * GB
 
 
-def _size(recipe: Recipe) -> ModelSize | None:
-    policy = recipe.policy
-    return size_of(policy.path) if isinstance(policy, JanusConfig) else None
-
-
 def report(recipe: Recipe, memory_gb: float | None, *, num_processes: int = 1) -> list[str]:
     """What `--dry-run` says of downloads and memory."""
     lines = _downloads(recipe)
@@ -487,7 +481,7 @@ def report(recipe: Recipe, memory_gb: float | None, *, num_processes: int = 1) -
 def _downloads(recipe: Recipe) -> list[str]:
     """The hub ids that a run reads and does not find in the local cache."""
     lines = []
-    size = _size(recipe)
+    size = recipe.policy.size()
     for path in dict.fromkeys(_paths(recipe.model_dump(mode="json"))):
         if Path(path).expanduser().exists() or _is_cached(path):
             continue

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from stage_rl.policies.janus import JanusConfig as JanusPolicyConfig
-from stage_rl.policies.sizes import KNOWN, size_of
+from stage_rl.policies.janus_sizes import KNOWN, size_of
 
 
 @pytest.mark.parametrize(("name", "stored"), [("1B", 2.08e9), ("7B", 7.41e9)])
@@ -23,7 +23,7 @@ def test_a_known_size_is_that_of_transformers_module(name, stored):
     width = size.width
     config = JanusConfig(
         text_config=LlamaConfig(
-            vocab_size=size.vocabulary,
+            vocab_size=size.parameters["model.language_model.embed_tokens.weight"] // size.width,
             hidden_size=width,
             intermediate_size=size.mlp,
             num_hidden_layers=size.layers,
@@ -42,7 +42,7 @@ def test_a_known_size_is_that_of_transformers_module(name, stored):
     for part, count in mine.items():
         assert count == sum(p.numel() for p in parts[part].parameters())
     others = [m for part, m in parts.items() if part not in mine]
-    text_head = width * size.vocabulary
+    text_head = width * size.parameters["model.language_model.embed_tokens.weight"] // size.width
     counted = sum(p.numel() for m in others for p in m.parameters())
     assert size.others == counted + text_head
     assert size.total == pytest.approx(stored, rel=2e-3)
@@ -92,6 +92,6 @@ def test_nothing_is_known_of_other_ids_and_layouts(tmp_path):
 
 
 def test_a_size_needs_no_torch():
-    code = "import sys; from stage_rl.policies.sizes import size_of; size_of('shapes'); "
+    code = "import sys; from stage_rl.policies.janus_sizes import size_of; size_of('shapes'); "
     code += "assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
