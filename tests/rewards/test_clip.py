@@ -110,16 +110,14 @@ def checkpoint(tmp_path):
 
 
 def test_vectors_have_length_1_and_do_not_depend_on_the_batch(tiny, saved):
-    clip, singly = tiny, load_clip(saved("clip"), batch_size=1)
-    images_ND, texts_MD = clip.images_ND(noise()), clip.texts_MD(TEXTS)
-    assert images_ND.norm(dim=-1).tolist() == pytest.approx([1.0] * 3)
-    assert texts_MD.norm(dim=-1).tolist() == pytest.approx([1.0] * 3)
+    singly = load_clip(saved("clip"), batch_size=1)
+    images_ND, texts_MD = tiny.images_ND(noise()), tiny.texts_MD(TEXTS)
+    for vectors in (images_ND, texts_MD):
+        assert vectors.norm(dim=-1).tolist() == pytest.approx([1.0] * 3)
     assert torch.allclose(singly.images_ND(noise()), images_ND, atol=1e-6)
     assert torch.allclose(singly.texts_MD(TEXTS), texts_MD, atol=1e-6)
-
-
-def test_each_image_meets_its_own_text(tiny):
-    table_NM = tiny.images_ND(noise()) @ tiny.texts_MD(TEXTS).T
+    # Each image meets its own text.
+    table_NM = images_ND @ texts_MD.T
     assert torch.allclose(tiny.cosines_N(noise(), TEXTS), table_NM.diagonal(), atol=1e-6)
 
 
@@ -170,52 +168,44 @@ def test_open_clip_weights_that_do_not_fit_are_named(base, checkpoint, edit, mes
         load_open_clip(checkpoint(tensors), file="HPS_v2.1_compressed.pt", base=base)
 
 
-def test_a_file_that_would_run_code_is_refused(base, tmp_path):
-    torch.save({"state_dict": {"x": print}}, tmp_path / "evil.pt")
-    with pytest.raises(WeightsError, match="holds no tensors that can be read"):
-        load_open_clip(str(tmp_path), file="evil.pt", base=base)
-
-
-def test_a_file_without_weights_says_so(base, tmp_path):
-    torch.save({"model": {}}, tmp_path / "other.pt")
-    with pytest.raises(WeightsError, match="has no 'state_dict'"):
-        load_open_clip(str(tmp_path), file="other.pt", base=base)
-    with pytest.raises(WeightsError, match=r"cannot load 'none\.pt'"):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"state_dict": {"x": print}}, "holds no tensors that can be read"),  # would run code
+        ({"model": {}}, "has no 'state_dict'"),
+        ({"state_dict": {"epoch": 3}}, "holds more than named tensors"),
+        (None, r"cannot load 'none\.pt'"),
+    ],
+)
+def test_a_file_without_weights_says_so(base, tmp_path, content, message):
+    if content:
+        torch.save(content, tmp_path / "none.pt")
+    with pytest.raises(WeightsError, match=message):
         load_open_clip(str(tmp_path), file="none.pt", base=base)
-    torch.save({"state_dict": {"epoch": 3}}, tmp_path / "number.pt")
-    with pytest.raises(WeightsError, match="holds more than named tensors"):
-        load_open_clip(str(tmp_path), file="number.pt", base=base)
 
 
 def test_fitted_pixels_stand_in_the_middle_of_black():
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (CLIP_MEAN, CLIP_STD))
     # 10 wide and 20 high at 40: 20 wide and 40 high, 10 columns of black on either side
-    pixels = fitted_pixels(torch.full((1, 20, 10, 3), 255, dtype=torch.uint8), 40)
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (CLIP_MEAN, CLIP_STD))
-    plain = pixels[0] * std + mean
-    assert plain.shape == (3, 40, 40)
-    assert torch.allclose(plain[:, :, 10:30], torch.ones(3, 40, 20), atol=1e-5)
-    assert torch.allclose(plain[:, :, :10], torch.zeros(3, 40, 10), atol=1e-6)
-    assert torch.allclose(plain[:, :, 30:], torch.zeros(3, 40, 10), atol=1e-6)
-
-
-def test_fitted_pixels_of_the_right_length_are_only_padded():
-    images = noise(1, 40, 31)
-    pixels = fitted_pixels(images, 40)
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (CLIP_MEAN, CLIP_STD))
+    white = torch.full((1, 20, 10, 3), 255, dtype=torch.uint8)
+    plain = fitted_pixels(white, 40)[0] * std + mean
+    wanted = torch.zeros(3, 40, 40)
+    wanted[:, :, 10:30] = 1
+    assert torch.allclose(plain, wanted, atol=1e-5)
     # 9 columns are missing: 4 left, 5 right
-    inner = (pixels[0] * std + mean)[:, :, 4:35]
+    images = noise(1, 40, 31)
+    inner = (fitted_pixels(images, 40)[0] * std + mean)[:, :, 4:35]
     assert torch.allclose(inner, images[0].permute(2, 0, 1) / 255, atol=1e-5)
 
 
-def test_the_kinds_differ_in_pixels_and_factor(base, checkpoint):
-    folder = checkpoint(foreign_tensors())
+def values(kind, *settings):
+    reward = load_reward(kind, settings).build(CPU)
     prompts = [Prompt(text, i) for i, text in enumerate(TEXTS)]
+    return [score.value for score in reward(noise(), prompts)]
 
-    def values(kind, *settings):
-        reward = load_reward(kind, list(settings)).build(CPU)
-        return [score.value for score in reward(noise(), prompts)]
 
-    clip = load_clip(base)
+def test_the_kinds_differ_in_pixels_and_factor(base, checkpoint):
+    folder, clip = checkpoint(foreign_tensors()), load_clip(base)
     plain = clip.cosines_N(noise(), TEXTS).tolist()
     fitted = clip.cosines_N(noise(), TEXTS, fitted_pixels).tolist()
     assert values("clip_score", f"path={base}") == pytest.approx(plain, abs=1e-6)
@@ -224,21 +214,9 @@ def test_the_kinds_differ_in_pixels_and_factor(base, checkpoint):
     found = values("pickscore", f"path={base}", f"tokenizer={base}")
     assert found == pytest.approx(scaled, abs=1e-4)
     assert plain != pytest.approx(fitted, abs=1e-3)
-
-
-def test_half_precision_is_float16_and_bfloat16_is_refused(base):
-    prompts = [Prompt(text, i) for i, text in enumerate(TEXTS)]
-    exact, half = (
-        [
-            score.value
-            for score in load_reward("clip_score", [f"path={base}", f"dtype={dtype}"]).build(CPU)(
-                noise(), prompts
-            )
-        ]
-        for dtype in ("float32", "float16")
-    )
-    assert half == pytest.approx(exact, abs=5e-3)
-    assert half != exact
+    half = values("clip_score", f"path={base}", "dtype=float16")
+    assert half == pytest.approx(plain, abs=5e-3)
+    assert half != plain
     with pytest.raises(RecipeError, match="dtype: unknown value 'bfloat16'"):
         load_reward("hps", ["dtype=bfloat16"])
 
@@ -278,30 +256,30 @@ def test_variety_is_the_mean_over_pairs_within_a_prompt(saved):
     assert alone.value is None
 
 
-PLACES = (0, 2, 4, 6, 7)
-WIDTHS = (32, 1024, 128, 64, 16, 1)
+PLACES, WIDTHS = (0, 2, 4, 6, 7), (1024, 128, 64, 16, 1)
 
 
 def published_head(width=32):
     """Each layer takes the mean of its inputs and adds a tenth of its place."""
-    widths = (width, *WIDTHS[1:])
     tensors = {}
-    for i, place in enumerate(PLACES):
-        tensors[f"layers.{place}.weight"] = torch.full((widths[i + 1], widths[i]), 1 / widths[i])
-        tensors[f"layers.{place}.bias"] = torch.full((widths[i + 1],), place / 10)
+    for place, size, outputs in zip(PLACES, (width, *WIDTHS), WIDTHS, strict=False):
+        tensors[f"layers.{place}.weight"] = torch.full((outputs, size), 1 / size)
+        tensors[f"layers.{place}.bias"] = torch.full((outputs,), place / 10)
     return tensors
 
 
 def test_the_head_is_the_composition_of_its_layers(tmp_path):
     torch.save(published_head(), tmp_path / "head.pth")
     head = load_head(str(tmp_path / "head.pth"), width=32)
-    # f(0) = 0 + 0.2 + 0.4 + 0.6 + 0.7 = 1.9; the first unit vector adds its mean 1 / 32
-    vectors = torch.zeros(2, 32)
-    vectors[1, 0] = 1
-    assert head(vectors).tolist() == pytest.approx([1.9, 1.9 + 1 / 32], abs=1e-5)
-    # affine: f(x + y) = f(x) + f(y) - f(0)
-    x, y = torch.randn(2, 1, 32, generator=torch.Generator().manual_seed(1))
-    assert head(x + y).item() == pytest.approx(head(x).item() + head(y).item() - 1.9, abs=1e-4)
+    # f(0) = 0 + 0.2 + 0.4 + 0.6 + 0.7 = 1.9; an affine map of means: a vector adds its own mean
+    vectors = torch.randn(3, 32, generator=torch.Generator().manual_seed(1))
+    vectors[0] = 0
+    assert torch.allclose(head(vectors), 1.9 + vectors.mean(-1), atol=1e-5)
+    # The published one: inputs and bias times outputs, layer by layer.
+    published = AffineHead(768)
+    assert set(published.state_dict()) == set(published_head())
+    wanted = 769 * 1024 + 1025 * 128 + 129 * 64 + 65 * 16 + 17
+    assert sum(p.numel() for p in published.parameters()) == wanted
 
 
 def test_the_rating_is_the_heads_word_on_the_unit_vector_whatever_the_prompt(tiny, saved, tmp_path):
@@ -315,30 +293,20 @@ def test_the_rating_is_the_heads_word_on_the_unit_vector_whatever_the_prompt(tin
     assert scores[0].why == f"rated {wanted[0]:.2f} of 10"
 
 
-def test_a_head_for_other_vectors_is_refused(tmp_path):
-    torch.save(published_head(width=16), tmp_path / "head.pth")
-    with pytest.raises(WeightsError, match=r"of another shape: layers\.0\.weight"):
-        load_head(str(tmp_path / "head.pth"), width=32)
-    tensors = published_head()
-    del tensors["layers.6.bias"]
-    torch.save(tensors, tmp_path / "head.pth")
-    with pytest.raises(WeightsError, match=r"missing: layers\.6\.bias"):
-        load_head(str(tmp_path / "head.pth"), width=32)
-
-
-def test_a_head_that_is_not_there_says_where_it_is_published(tmp_path):
+def test_a_head_for_other_vectors_or_that_is_not_there_is_refused(tmp_path):
+    file = tmp_path / "head.pth"
     with pytest.raises(WeightsError, match="no such file; write the path of sac"):
-        load_head(str(tmp_path / "none.pth"), width=32)
+        load_head(str(file), width=32)
     with pytest.raises(RecipeError, match="aesthetic: head: is required"):
         load_reward("aesthetic")
-
-
-def test_the_published_head_has_the_tensors_of_ours():
-    # inputs and bias times outputs, layer by layer
-    head = AffineHead(768)
-    assert set(head.state_dict()) == set(published_head())
-    wanted = 769 * 1024 + 1025 * 128 + 129 * 64 + 65 * 16 + 17
-    assert sum(p.numel() for p in head.parameters()) == wanted
+    torch.save(published_head(width=16), file)
+    with pytest.raises(WeightsError, match=r"of another shape: layers\.0\.weight"):
+        load_head(str(file), width=32)
+    tensors = published_head()
+    del tensors["layers.6.bias"]
+    torch.save(tensors, file)
+    with pytest.raises(WeightsError, match=r"missing: layers\.6\.bias"):
+        load_head(str(file), width=32)
 
 
 @pytest.mark.skipif("STAGE_AESTHETIC_HEAD" not in os.environ, reason="names the published file")
@@ -350,10 +318,8 @@ def test_the_published_head_rates_three_vectors_as_its_authors_code_does():
 
 def test_the_aesthetic_self_test_is_a_photograph_against_noise():
     cases = load_reward("aesthetic", ["head=head.pth"]).reference_cases()
-    assert [case.what for case in cases] == [
-        "a photograph of a cat against noise",
-        "a photograph of a cup against noise",
-    ]
+    whats = [f"a photograph of a {thing} against noise" for thing in ("cat", "cup")]
+    assert [case.what for case in cases] == whats
     # neighbouring pixels of a photograph are alike, those of noise are not
     for case in cases:
         steps = case.images_NHWC().float().diff(dim=2).abs().mean((1, 2, 3))

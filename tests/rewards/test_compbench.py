@@ -33,45 +33,46 @@ def plane(found, info=LEFT, *, trusted=False, size=SIZE, threshold=0.5, compat="
     return plane_score(found, info, rules, size=size).value
 
 
-def test_a_relation_in_the_plane_has_the_published_score():
-    # 0.25 x 0.9 + 0.25 x 0.8 + 1 / 2
-    assert plane(dog_and_cat((0, 0, 50, 50), (100, 0, 150, 50))) == pytest.approx(0.925)
-    # Two boxes of width 80 that share 60: overlap 60 / 100, so 0.425 + (0.1 / 0.6) / 2.
-    assert plane(dog_and_cat((0, 0, 80, 50), (20, 0, 100, 50))) == pytest.approx(0.5083, abs=1e-4)
-    # The wrong way round: 0.425, which is below a half.
-    assert plane(dog_and_cat((100, 0, 150, 50), (0, 0, 50, 50))) == 0
-    # One object: 0.25 x 0.99.
-    assert plane([Detection("dog", 0.99, (0, 0, 9, 9))]) == 0
+LEFTMOST, NEXT = (0, 0, 50, 50), (100, 0, 150, 50)
+ON_TOP = {**LEFT, "locality": "on top of"}
+NEAR = {**LEFT, "locality": "next to"}
+WEAK = {"scores": (0.4, 0.35), "trusted": True}
 
 
-def test_on_top_of_is_a_relation_in_the_fixed_form_alone():
+@pytest.mark.parametrize(
+    ("dog", "cat", "settings", "score"),
+    [
+        (LEFTMOST, NEXT, {}, 0.925),  # 0.25 x 0.9 + 0.25 x 0.8 + 1 / 2
+        # Two boxes of width 80 that share 60: overlap 60 / 100, so 0.425 + (0.1 / 0.6) / 2.
+        ((0, 0, 80, 50), (20, 0, 100, 50), {}, 0.50833),
+        (NEXT, LEFTMOST, {}, 0),  # the wrong way round: 0.425, which is below a half
+        # Centres 300 apart both ways: near is 150 / 300 of a half, 0.425 + 0.25.
+        ((0, 0, 10, 10), (300, 300, 310, 310), {"info": NEAR}, 0.675),
+        ((0, 0, 10, 10), (300, 100, 310, 110), {"info": NEAR}, 0.925),
+        # At half the size the same places are half as far in pixels and as far apart to the rule.
+        ((0, 0, 5, 5), (150, 150, 155, 155), {"info": NEAR, "size": (239.5, 300)}, 0.675),
+        # On top of is a relation in the fixed form alone.
+        (LEFTMOST, (0, 100, 50, 150), {"info": ON_TOP}, 0.925),
+        (LEFTMOST, (0, 100, 50, 150), {"info": ON_TOP, "compat": "release"}, 0),
+        # A trusted detector counts what it finds in full.
+        (LEFTMOST, NEXT, {**WEAK, "threshold": 0.3}, 1),
+        (NEXT, LEFTMOST, {**WEAK, "threshold": 0.3}, 0),
+        (LEFTMOST, NEXT, {**WEAK, "threshold": 0.4}, 0),  # neither is above it
+    ],
+)
+def test_a_relation_in_the_plane_has_the_published_score(dog, cat, settings, score):
+    settings = dict(settings)
+    found = dog_and_cat(dog, cat, scores=settings.pop("scores", (0.9, 0.8)))
+    assert plane(found, **settings) == pytest.approx(score, abs=1e-5)
+
+
+def test_the_released_form_knows_on_the_top_of_and_one_object_is_worth_nothing():
     above = dog_and_cat((0, 0, 50, 50), (0, 100, 50, 150))
-    for locality, fixed, released in (
-        ("on the top of", 0.925, 0.925),
-        ("on top of", 0.925, 0.0),  # 0.425, which is below a half
-    ):
-        info = {**LEFT, "locality": locality}
-        assert plane(above, info) == pytest.approx(fixed)
-        assert plane(above, info, compat="release") == pytest.approx(released)
-
-
-def test_near_is_150_pixels_of_an_image_of_479():
-    near = {**LEFT, "locality": "next to"}
-    # Centres 300 apart both ways: 150 / 300 of a half, 0.425 + 0.25.
-    far = dog_and_cat((0, 0, 10, 10), (300, 300, 310, 310))
-    assert plane(far, near) == pytest.approx(0.675)
-    assert plane(dog_and_cat((0, 0, 10, 10), (300, 100, 310, 110)), near) == pytest.approx(0.925)
-    # At half the size the same places are half as far in pixels and as far apart to the rule.
-    half = dog_and_cat((0, 0, 5, 5), (150, 150, 155, 155))
-    assert plane(half, near, size=(239.5, 300)) == pytest.approx(0.675)
-
-
-def test_a_trusted_detector_counts_what_it_finds_in_full():
-    right = dog_and_cat((0, 0, 50, 50), (100, 0, 150, 50), scores=(0.4, 0.35))
-    assert plane(right, trusted=True, threshold=0.3) == 1
-    wrong = dog_and_cat((100, 0, 150, 50), (0, 0, 50, 50), scores=(0.4, 0.35))
-    assert plane(wrong, trusted=True, threshold=0.3) == 0
-    assert plane(right, trusted=True, threshold=0.4) == 0  # neither is above it
+    info = {**LEFT, "locality": "on the top of"}
+    for compat in ("fixed", "release"):
+        assert plane(above, info, compat=compat) == pytest.approx(0.925)
+    # 0.25 x 0.99, below a half.
+    assert plane([Detection("dog", 0.99, (0, 0, 9, 9))]) == 0
 
 
 def test_depth_counts_order_and_overlap():
@@ -124,10 +125,16 @@ def test_numbers_count_half_for_presence_and_half_for_the_exact_count():
     assert score.why == "2 of 2 dog, 2 of 3 cat"
 
 
-def test_a_box_within_another_is_no_further_object():
-    assert len(distinct_boxes([(0, 0, 99, 99), (10, 10, 20, 20), (200, 0, 299, 99)])) == 2
-    assert len(distinct_boxes([(10, 10, 20, 20), (0, 0, 99, 99)])) == 1
-    assert len(distinct_boxes([(0, 0, 9, 9), (8, 8, 17, 17)])) == 2
+@pytest.mark.parametrize(
+    ("boxes", "count"),
+    [
+        ([(0, 0, 99, 99), (10, 10, 20, 20), (200, 0, 299, 99)], 2),
+        ([(10, 10, 20, 20), (0, 0, 99, 99)], 1),
+        ([(0, 0, 9, 9), (8, 8, 17, 17)], 2),
+    ],
+)
+def test_a_box_within_another_is_no_further_object(boxes, count):
+    assert len(distinct_boxes(boxes)) == count
 
 
 def test_attributes_multiply():

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from tiny_models import noise, tiny_grounding_dino, tiny_scene_tokenizer
+from tiny_models import noise, tiny_scene_tokenizer
 
-from stage_rl.errors import RewardError, WeightsError
+from stage_rl.errors import RewardError
 from stage_rl.rewards.grounding_dino import (
     caption_of,
-    corners,
     load_grounding_dino,
     token_weights,
 )
@@ -19,10 +18,6 @@ SMALL = {"shortest_side": 96, "longest_side": 128, "min_score": 0.3}
 
 def images(count, height=48, width=48):
     return noise(count, height, width)
-
-
-def asking(*nouns):
-    return Prompt("a scene", 0, {"task_type": "object", "nouns": list(nouns)})
 
 
 @pytest.fixture(scope="module")
@@ -46,44 +41,33 @@ def test_a_caption_names_the_nouns_and_where_they_stand(nouns, caption, spans):
     assert caption_of(nouns) == (caption, spans)
 
 
-def test_a_noun_is_the_mean_of_its_tokens():
-    nouns = ["ab", "c de"]
-    caption, spans = caption_of(nouns)
-    assert caption == "ab . c de."
+@pytest.mark.parametrize(
+    ("nouns", "caption", "wanted"),
+    [
+        # One token a letter: [CLS] a b . c d e . [SEP]
+        (
+            *(["ab", "c de"], "ab . c de."),
+            [[0, 0.5, 0.5, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, *[1 / 3] * 3, 0, 0]],
+        ),
+        # The middle of a noun of three words is left out: [CLS] a b c . [SEP]
+        (["a b c"], "a b c.", [[0, 0.5, 0, 0.5, 0, 0]]),
+    ],
+)
+def test_a_noun_is_the_mean_of_its_tokens(nouns, caption, wanted):
+    found, spans = caption_of(nouns)
+    assert found == caption
     text = tiny_scene_tokenizer()(caption, return_tensors="pt")
-    # One token a letter: [CLS] a b . c d e . [SEP]
     weights = token_weights(text, spans, nouns)
-    assert weights.shape == (2, 9)
-    assert weights[0].tolist() == pytest.approx([0, 0.5, 0.5, 0, 0, 0, 0, 0, 0], abs=1e-5)
-    assert weights[1].tolist() == pytest.approx([0, 0, 0, 0, *[1 / 3] * 3, 0, 0], abs=1e-5)
+    assert torch.allclose(weights, torch.tensor(wanted), atol=1e-5)
 
 
-def test_the_middle_of_a_noun_of_three_words_is_left_out():
-    caption, spans = caption_of(["a b c"])
-    text = tiny_scene_tokenizer()(caption, return_tensors="pt")
-    # [CLS] a b c . [SEP]
-    weights = token_weights(text, spans, ["a b c"])
-    assert weights[0].tolist() == pytest.approx([0, 0.5, 0, 0.5, 0, 0], abs=1e-5)
-
-
-def test_a_noun_without_tokens_is_refused_by_name(detector):
+def test_what_cannot_be_looked_for_is_refused(detector):
     with pytest.raises(RewardError, match="'\x00' holds no word"):
         detector.detect(images(1), ["cat", "\x00"])
-
-
-def test_a_caption_beyond_the_model_is_refused(detector):
     with pytest.raises(RewardError, match="longer than 256 tokens"):
         detector.detect(images(1), ["x"] * 130)  # a token each, and one for every stop
-
-
-def test_a_prompt_without_nouns_is_refused(detector):
     with pytest.raises(RewardError, match="looks for 'nouns', which prompt 3 lacks"):
         detector(images(1), [Prompt("a", 3, {"tag": "counting"})])
-
-
-def test_corners_are_half_a_size_from_the_centre():
-    boxes = torch.tensor([[0.5, 0.25, 0.2, 0.1]])
-    assert corners(boxes)[0].tolist() == pytest.approx([0.4, 0.2, 0.6, 0.3])
 
 
 def test_detections_are_the_models_boxes_in_pixels_most_confident_first(detector):
@@ -113,10 +97,10 @@ def test_detections_are_the_models_boxes_in_pixels_most_confident_first(detector
 
 def test_a_batch_gives_what_each_image_gives_alone(detector, saved):
     pictures = images(5)
-    prompts = [asking(*nouns) for nouns in (("cat",), ("red dog", "cat"), ("cat",), (), ("cat",))]
-    together = load_grounding_dino(saved("grounding_dino"), **SMALL, batch_size=2)(
-        pictures, prompts
-    )
+    asked = (["cat"], ["red dog", "cat"], ["cat"], [], ["cat"])
+    prompts = [Prompt("a scene", 0, {"task_type": "object", "nouns": nouns}) for nouns in asked]
+    batched = load_grounding_dino(saved("grounding_dino"), **SMALL, batch_size=2)
+    together = batched(pictures, prompts)
     assert together[3] == []
     for i, prompt in enumerate(prompts):
         (alone,) = detector(pictures[i : i + 1], [prompt])
@@ -133,9 +117,3 @@ def test_a_gpu_finds_what_the_cpu_finds(detector, saved):
         assert there[0].label == here[0].label
         assert there[0].score == pytest.approx(here[0].score, abs=1e-2)
         assert there[0].box == pytest.approx(here[0].box, abs=0.5)
-
-
-def test_weights_without_a_tokenizer_are_refused(tmp_path):
-    tiny_grounding_dino().save_pretrained(tmp_path)
-    with pytest.raises(WeightsError, match="no tokenizer there"):
-        load_grounding_dino(str(tmp_path), **SMALL)

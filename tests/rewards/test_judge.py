@@ -45,6 +45,7 @@ def test_a_reward_that_skips_one_image_drops_out_for_its_whole_group():
     judged = judge(("a", 1.0, skips_image_1), ("b", 10.0, number))
     # group 0: only b; group 1: a + 10 b
     assert judged.rewards_PG.tolist() == [[0, 10], [22, 33]]
+    assert judged.columns["a_share"].tolist() == [[0, 0], [pytest.approx(1 / 11)] * 2]
     assert math.isnan(judged.columns["a"][0, 1])
     assert judged.valid_P.all()
 
@@ -69,18 +70,6 @@ def test_a_group_without_spread_or_that_failed_has_no_shares():
     assert judged.valid_P.tolist() == [False, True]
     assert judged.columns["a_share"].isnan().all()
     assert judged.columns["b_share"].isnan().all()
-
-
-def test_a_reward_that_skips_a_group_has_no_share_of_it():
-    def skips(images, prompts):
-        return [Score(None if s.value == 1 else s.value, "") for s in number(images, prompts)]
-
-    judged = judge(("a", 1.0, skips), ("b", 1.0, number))
-    assert judged.columns["a_share"].tolist() == [[0, 0], [0.5, 0.5]]
-
-
-def test_one_reward_alone_has_no_share_to_log():
-    assert list(judge(("a", 1.0, number)).columns) == ["a"]
 
 
 def test_a_failing_image_takes_only_its_group_out_of_the_step():
@@ -113,30 +102,24 @@ def test_a_reward_that_fails_once_is_asked_again():
     assert judge(("a", 1.0, fails_first)).rewards_PG.tolist() == [[0, 1], [2, 3]]
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -1e39, 10**400])
-def test_a_score_that_is_no_number_is_a_failure_and_not_a_zero(value):
+@pytest.mark.parametrize(
+    ("value", "weight"), [(math.nan, 1), (math.inf, 1), (-1e39, 1), (10**400, 1), (3e38, 10)]
+)
+def test_a_score_that_is_no_number_in_fp32_is_a_failure_and_not_a_zero(value, weight):
     def broken(images, prompts):
         return [Score(value if s.value == 3 else s.value, s.why) for s in number(images, prompts)]
 
-    judged = judge(("a", 1.0, broken))
+    judged = judge(("a", weight, broken))
+    assert list(judged.columns) == ["a"]  # one reward alone has no share
     assert judged.valid_P.tolist() == [True, False]
     assert "a failed" in judged.reasons[3]
-
-
-def test_a_weight_that_takes_a_score_out_of_fp32_is_a_failure():
-    judged = judge(("a", 10.0, lambda images, prompts: [Score(3e38, "")] * len(images)))
-    assert judged.valid_P.tolist() == [False, False]
-
-
-def test_too_few_scores_are_an_error():
-    with pytest.raises(RewardError, match="1 scores for 4 images"):
-        judge(("a", 1.0, lambda images, prompts: [Score(1.0, "")]))
 
 
 @pytest.mark.parametrize(
     ("returned", "words"),
     [
         (None, r"returned NoneType; return a list with one Score\(value, why\) per image"),
+        ([Score(1.0, "")], "1 scores for 4 images"),
         ([0.5] * 4, r"returned a list of float; return a list with one Score"),
         ([None] * 4, r"returned a list of NoneType; return a list with one Score"),
         ([Score("0.5", "")] * 4, r"a score holds '0\.5', of type str; write a float"),

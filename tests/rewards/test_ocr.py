@@ -1,6 +1,5 @@
 """The OCR reward: its formula with no engine, then a real one on drawn text."""
 
-import functools
 import importlib
 import os
 import signal
@@ -17,6 +16,7 @@ import torch
 
 from stage_rl.errors import InputError
 from stage_rl.rewards import ocr
+from stage_rl.rewards.base import Score
 from stage_rl.rewards.ocr import (
     Line,
     OcrReward,
@@ -24,7 +24,6 @@ from stage_rl.rewards.ocr import (
     PaddleOcr,
     ParallelReader,
     RapidOcr,
-    edit_distance,
     garbled,
     similarity,
     target_of,
@@ -62,35 +61,14 @@ def test_the_score_is_the_published_one(text, released, paper):
     assert similarity(text, "Hello World", allow_more=False) == pytest.approx(paper)
 
 
-def test_edit_distance_counts_insertions_deletions_and_replacements():
-    # kitten: k -> s, e -> i, + g
-    assert edit_distance("kitten", "sitting") == 3
-    assert edit_distance("", "abc") == edit_distance("abc", "") == 3
-
-
-@pytest.mark.parametrize(
-    ("prompt", "target"),
-    [
-        (Prompt('a sign "Open" on a "door"'), "Open"),
-        (Prompt('a sign "Open"', 0, {"target": "Shut"}), "Shut"),
-    ],
-)
-def test_the_target_is_that_of_the_metadata_else_the_first_quoted_text(prompt, target):
-    assert target_of(prompt) == target
-
-
-@pytest.mark.parametrize(
-    ("text", "unsupported_reason"),
-    [
-        ("a sign", "double quotes"),
-        ('a sign "Open', "double quotes"),
-        ('a sign " "', "is empty"),
-        ('a sign "Open"', None),
-    ],
-)
-def test_a_prompt_without_a_target_is_told_before_training(text, unsupported_reason):
-    said = OcrRewardConfig().unsupported_reason(Prompt(text))
-    assert (unsupported_reason in said) if unsupported_reason else said is None
+def test_the_target_is_that_of_the_metadata_else_the_first_quoted_text():
+    assert target_of(Prompt('a sign "Open" on a "door"')) == "Open"
+    assert target_of(Prompt('a sign "Open"', 0, {"target": "Shut"})) == "Shut"
+    reason = OcrRewardConfig().unsupported_reason
+    assert reason(Prompt('a sign "Open"')) is None
+    for text in ("a sign", 'a sign "Open'):
+        assert "double quotes" in reason(Prompt(text))
+    assert "is empty" in reason(Prompt('a sign " "'))
 
 
 def test_lines_count_above_the_confidence_and_in_order():
@@ -99,23 +77,18 @@ def test_lines_count_above_the_confidence_and_in_order():
     assert text_of(lines, 0.4) == "B"
 
 
-class Recorder:
-    def __init__(self):
-        self.pictures = []
-
-    def read(self, pictures):
-        self.pictures += pictures
-        return [[Line("Open", 1.0)] for _ in pictures]
-
-
 @pytest.mark.parametrize(("compat", "pixel"), [("fixed", [0, 0, 255]), ("release", [255, 0, 0])])
 def test_engines_get_blue_first_in_the_fixed_form_alone(compat, pixel):
+    seen = []
+
+    def read(pictures):
+        seen.extend(pictures)
+        return [[Line("Open", 1.0)] for _ in pictures]
+
     red = torch.tensor([255, 0, 0], dtype=torch.uint8).expand(1, 2, 2, 3)
-    recorder = Recorder()
-    (score,) = OcrReward(recorder, compat)(red, [Prompt('"open"')])
-    assert recorder.pictures[0][0, 0].tolist() == pixel
-    assert score.value == 1
-    assert score.why == "reads 'Open' for 'open'"
+    (score,) = OcrReward(SimpleNamespace(read=read), compat)(red, [Prompt('"open"')])
+    assert seen[0][0, 0].tolist() == pixel
+    assert score == Score(1.0, "reads 'Open' for 'open'")
 
 
 @pytest.fixture
@@ -143,23 +116,14 @@ def test_drawn_words_are_read_without_a_network_and_their_strokes_in_disorder_ar
     assert max(score.value for score in disordered) <= 0.3, disordered
 
 
-def test_a_letter_too_few_costs_its_share(reader):
-    images = stacked([text_image("Hello World"), text_image("Helo World")])
-    scores = OcrReward(reader)(images, [Prompt('"Hello World"')] * 2)
-    assert [score.value for score in scores] == [1.0, 0.9]
-
-
-def test_an_image_without_text_scores_0(reader):
-    blank = torch.full((1, 384, 384, 3), 255, dtype=torch.uint8)
-    (score,) = OcrReward(reader)(blank, [Prompt('"Open"')])
-    assert score.value == 0
-    assert score.why == "reads '' for 'Open'"
-
-
-def test_the_reference_images_are_in_order(reader):
+def test_a_letter_too_few_costs_its_share_and_no_text_is_worth_0(reader):
+    drawn = [text_image("Hello World"), text_image("Helo World")]
+    blank = np.full_like(np.asarray(drawn[0]), 255)
+    scores = OcrReward(reader)(stacked([*drawn, blank]), [Prompt('"Hello World"')] * 3)
+    assert [score.value for score in scores] == [1.0, 0.9, 0.0]
+    assert scores[2].why == "reads '' for 'Hello World'"
     outcomes = check_reward(OcrRewardConfig(), OcrReward(reader))
-    assert len(outcomes) == 2
-    assert all(outcome.is_right for outcome in outcomes)
+    assert [outcome.is_right for outcome in outcomes] == [True, True]
 
 
 def test_a_missing_engine_says_what_to_install(monkeypatch):
@@ -269,8 +233,27 @@ def test_processes_with_a_real_engine_read_what_one_reads(reader):
         reward.reader.close()
 
 
-def paddle(version, monkeypatch, **answers):
-    """PaddleOCR as its two versions answer; it keeps what it was called with."""
+PAGES = iter([[[[[0, 0]], ("Open", 0.9)], [[[0, 1]], ("now", 0.8)]], None])
+
+
+@pytest.mark.parametrize(
+    ("version", "answers", "device", "pages"),
+    [
+        (
+            *("2.9.1", {"ocr": lambda picture, cls: [next(PAGES)]}, {"use_gpu": False}),
+            [[Line("Open", 0.9), Line("now", 0.8)], []],
+        ),
+        (
+            "3.7.0",
+            {"predict": lambda picture: [{"rec_texts": ["Open"], "rec_scores": [0.9]}]},
+            {"device": "cpu"},
+            [[Line("Open", 0.9)]] * 2,
+        ),
+    ],
+)
+def test_each_version_of_paddleocr_is_asked_as_it_wants(
+    monkeypatch, version, answers, device, pages
+):
     calls = []
 
     def build(**options):
@@ -280,20 +263,5 @@ def paddle(version, monkeypatch, **answers):
     monkeypatch.setitem(sys.modules, "paddleocr", SimpleNamespace(PaddleOCR=build))
     monkeypatch.setattr(ocr.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(ocr.importlib.metadata, "version", lambda name: version)
-    return calls
-
-
-def test_paddleocr_2_is_asked_as_it_wants(monkeypatch):
-    pages = iter([[[[[0, 0]], ("Open", 0.9)], [[[0, 1]], ("now", 0.8)]], None])
-    calls = paddle("2.9.1", monkeypatch, ocr=lambda picture, cls: [next(pages)])
-    reader = PaddleOcr()
-    assert calls[0]["use_gpu"] is False
-    assert reader.read(PICTURES[:2]) == [[Line("Open", 0.9), Line("now", 0.8)], []]
-
-
-def test_paddleocr_3_is_asked_as_it_wants(monkeypatch):
-    page = {"rec_texts": ["Open"], "rec_scores": [0.9]}
-    calls = paddle("3.7.0", monkeypatch, predict=lambda picture: [page])
-    reader = functools.partial(PaddleOcr, language="en")()
-    assert calls[0]["device"] == "cpu"
-    assert reader.read(PICTURES[:1]) == [[Line("Open", 0.9)]]
+    assert PaddleOcr(language="en").read(PICTURES[:2]) == pages
+    assert device.items() <= calls[0].items()

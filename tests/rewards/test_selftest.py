@@ -17,9 +17,8 @@ class ColourConfig(RewardConfig):
         return redness_where_red_is_asked_for
 
     def reference_cases(self):
-        return shape_cases(
-            (("red", "square", "blue", "square"), ("blue", "circle", "red", "circle"))
-        )
+        red, blue = ("red", "square", "blue", "square"), ("blue", "circle", "red", "circle")
+        return shape_cases((red, blue))
 
 
 def redness_where_red_is_asked_for(images_NHWC, prompts):
@@ -29,10 +28,11 @@ def redness_where_red_is_asked_for(images_NHWC, prompts):
     return [Score(sign * red, "") for sign, red in zip(signs, red_N, strict=True)]
 
 
-def test_a_reward_in_the_right_order_passes():
+def test_a_reward_in_the_right_order_or_without_cases_passes():
     outcomes = check_reward(ColourConfig(), redness_where_red_is_asked_for)
     assert [outcome.is_right for outcome in outcomes] == [True, True]
     require_order(ColourConfig(), redness_where_red_is_asked_for)
+    require_order(GenEvalRewardConfig(detector=ShapesDetectorConfig()), None)
 
 
 def test_a_reward_that_overlooks_the_prompt_is_refused_with_the_pair_and_the_way_out():
@@ -51,11 +51,6 @@ def test_a_reward_that_overlooks_the_prompt_is_refused_with_the_pair_and_the_way
 def test_equal_absent_and_undefined_scores_are_the_wrong_order(value):
     outcomes = check_reward(ColourConfig(), lambda images, prompts: [Score(value, "why")] * 2)
     assert [outcome.is_right for outcome in outcomes] == [False, False]
-
-
-def test_a_reward_without_cases_passes_unasked():
-    config = GenEvalRewardConfig(detector=ShapesDetectorConfig())
-    require_order(config, None)
 
 
 def test_shapes_cover_the_middle_of_a_white_image():
