@@ -21,18 +21,6 @@ from stage_rl.types import Prompt
 SETS = (*TASKS, "retention", "transfer")
 
 
-@pytest.fixture(scope="module")
-def few():
-    """Only the first two prompts of each set, so that a test takes a second."""
-    by_task = {task: [] for task in SETS}
-    for prompt in benchmark_prompts():
-        by_task[SHAPES_GENEVAL.task_of(prompt)].append(prompt)
-    prompts = [prompt for some in by_task.values() for prompt in some[:2]]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PromptSet, "prompts", lambda *_args, **_options: prompts)
-        yield
-
-
 def evaluate(policy, **options):
     return run_suite(policy, "shapes-geneval", Request(**options))
 

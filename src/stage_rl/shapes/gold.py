@@ -9,6 +9,7 @@ Shape suffixes: N images, H x W pixels, C colour channels, M pieces, K shifted o
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,7 +60,7 @@ _PALETTE = np.asarray(list(COLORS.values()), np.float32)
 
 _TONES = np.asarray(list(TONES.values()), np.float32)
 
-_HALF = TEMPLATE_SIZE // 2
+_WINDOW = TEMPLATE_SIZE + 2
 
 _IN_PLANE = np.pad(ndimage.generate_binary_structure(2, 1)[None], ((1, 1), (0, 0), (0, 0)))
 """Neighbours within an image, none across images."""
@@ -80,7 +81,6 @@ class Part:
     purity: float
     """Share of its pixels that have the colour."""
     box: tuple[float, float, float, float]
-    area: int
 
     @property
     def is_object(self) -> bool:
@@ -124,13 +124,10 @@ def inspect(images_NHWC: NDArray[np.uint8]) -> list[Inspection]:
     pieces = list(_pieces(images, foreground_NHW))
     parts: list[list[Part]] = [[] for _ in images]
     rest_NHW = np.ones_like(foreground_NHW)
-    if pieces:
-        fit = fit_outlines(np.stack([piece.window_HW for piece in pieces]))
-        for m, piece in enumerate(pieces):
-            part = _part(piece, fit, m)
-            parts[piece.image].append(part)
-            if part.is_object:
-                rest_NHW[piece.image][piece.region] &= ~piece.mask_HW
+    for piece, part in zip(pieces, _parts(pieces), strict=True):
+        parts[piece.image].append(part)
+        if part.is_object:
+            rest_NHW[piece.image][piece.region] &= ~piece.mask_HW
     return [
         Inspection(
             tuple(found), foreground, float((~foreground[rest]).mean()) if rest.any() else 0.0
@@ -226,160 +223,114 @@ def _foreground(images: NDArray[np.float32]) -> NDArray[np.bool_]:
     return (squared.min(1) > FOREGROUND**2).reshape(images.shape[:-1])
 
 
-def _background(image: NDArray[np.float32], foreground: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """The colour that the objects of an image stand on."""
-    for empty in (~_grown(foreground), ~foreground):
-        if empty.any():
-            return np.median(image[empty], axis=0)
-    return _TONES[0]  # nothing is background: no part can be an object either
-
-
-def _grown(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """A mask (its last two axes) with the pixels beside it."""
-    grown = mask.copy()
-    grown[..., 1:, :] |= mask[..., :-1, :]
-    grown[..., :-1, :] |= mask[..., 1:, :]
-    grown[..., 1:] |= mask[..., :-1]
-    grown[..., :-1] |= mask[..., 1:]
-    return grown
-
-
 @dataclass(frozen=True)
 class _Piece:
-    """A connected thing before its outline is told: its box and RIM pixels around it."""
+    """A connected thing before its outline is told."""
 
     image: int
+    box: tuple[slice, slice]
+    """Rows and columns that hold its pixels."""
     region: tuple[slice, slice]
+    """Its box with RIM pixels around it."""
     mask_HW: NDArray[np.bool_]
     """Its pixels within the region."""
     color: int
     purity: float
     window_HW: NDArray[np.float32]
-    """The coverage that its outline is told from."""
-    inside: float
-    """Share of the coverage that lies within the window."""
+    """The coverage around its middle, which its outline is told from."""
+    coverage: float
+    """All of its coverage, also outside the window."""
 
 
 def _pieces(images: NDArray[np.float32], foreground_NHW: NDArray[np.bool_]) -> Iterator[_Piece]:
     """The connected things of all images, image by image."""
     backgrounds = [_background(*pair) for pair in zip(images, foreground_NHW, strict=True)]
     labelled: Any = ndimage.label(foreground_NHW, _IN_PLANE)
-    labels = labelled[0]
-    boxes: Sequence[Any] = ndimage.find_objects(labels)
-    for label, (image, *box) in enumerate(boxes, 1):
-        n = image.start
+    for label, (n, *box) in enumerate(ndimage.find_objects(labelled[0]), 1):
         region = tuple(slice(max(side.start - RIM, 0), side.stop + RIM) for side in box)
-        nearby = labels[n][region]
+        nearby, pixels = labelled[0][n.start][region], images[n.start][region]
         mask = nearby == label
-        if mask.sum() >= MIN_AREA:
-            others = (nearby > 0) & ~mask
-            yield _look(n, region, mask, others, images[n][region], backgrounds[n])
+        if mask.sum() < MIN_AREA:
+            continue
+        color, along, alpha = _coverage(pixels, mask, nearby, backgrounds[n.start])
+        rest = pixels[mask] - backgrounds[n.start] - alpha[mask][:, None] * along
+        padded = np.pad(alpha, _WINDOW)
+        y, x = (
+            (side.start + side.stop - 1) // 2 - around.start - _WINDOW // 2 + _WINDOW
+            for side, around in zip(box, region, strict=True)
+        )
+        yield _Piece(
+            image=n.start,
+            box=(box[0], box[1]),
+            region=(region[0], region[1]),
+            mask_HW=mask,
+            color=color,
+            purity=float(((rest * rest).sum(1) < PURE**2).mean()),
+            window_HW=padded[y : y + _WINDOW, x : x + _WINDOW].copy(),
+            coverage=float(alpha.sum()),
+        )
 
 
-def _look(
-    image: int,
-    region: tuple[slice, ...],
-    mask: NDArray[np.bool_],
-    others: NDArray[np.bool_],
+def _background(image: NDArray[np.float32], foreground: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """The colour that the objects of an image stand on."""
+    for empty in (~ndimage.binary_dilation(foreground), ~foreground):
+        if empty.any():
+            return np.median(image[empty], axis=0)
+    return _TONES[0]  # nothing is background: no part can be an object either
+
+
+def _coverage(
     pixels: NDArray[np.float32],
+    mask: NDArray[np.bool_],
+    nearby: NDArray[np.int32],
     background: NDArray[np.float32],
-) -> _Piece:
-    """The piece of these pixels of a region, in which `others` belong to its neighbours."""
+) -> tuple[int, NDArray[np.float32], NDArray[np.float32]]:
+    """The colour of a piece, its difference to the background, and its share of every pixel.
+
+    More than the mask, for the faint rim of an object is still its own: RIM pixels around it, but
+    for its neighbours and what lies beside these and not beside itself.
+    """
     nearest = (2 * pixels[mask] @ _PALETTE.T - (_PALETTE * _PALETTE).sum(1)).argmax(1)
     color = int(np.bincount(nearest, minlength=len(_PALETTE)).argmax())
     along = _PALETTE[color] - background
     alpha = np.clip(((pixels - background) @ along) / (along @ along), 0, 1)
-    # More than the mask, for the faint rim of an object is still its own: RIM pixels around it, but
-    # for its neighbours and what lies beside these and not beside itself.
-    beside = _grown(mask)
-    reach = beside
-    for _ in range(RIM - 1):
-        reach = _grown(reach)
-    alpha = np.where(reach & (beside | ~_grown(others)), alpha, 0)
-    rest = pixels[mask] - background - alpha[mask][:, None] * along
-    window = _window(alpha, mask)
-    return _Piece(
-        image=image,
-        region=(region[0], region[1]),
-        mask_HW=mask,
-        color=color,
-        purity=float(((rest * rest).sum(1) < PURE**2).mean()),
-        window_HW=window,
-        inside=float(window.sum() / max(alpha.sum(), 1e-6)),
-    )
+    beside = ndimage.binary_dilation(mask)
+    reach = ndimage.binary_dilation(mask, iterations=RIM)
+    others = ndimage.binary_dilation((nearby > 0) & ~mask)
+    return color, along, np.where(reach & (beside | ~others), alpha, 0)
 
 
-def _window(alpha_HW: NDArray[np.float32], mask_HW: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """A square of TEMPLATE_SIZE + 2 around the middle of a piece, zero outside its region."""
-    size = TEMPLATE_SIZE + 2
-    window = np.zeros((size, size), np.float32)
-    source, target = [], []
-    for pixels, side in zip(mask_HW.shape, _box(mask_HW), strict=True):
-        start = (side.start + side.stop - 1) // 2 - _HALF - 1
-        first, last = max(start, 0), min(start + size, pixels)
-        source.append(slice(first, last))
-        target.append(slice(first - start, last - start))
-    window[*target] = alpha_HW[*source]
-    return window
-
-
-def _box(mask_HW: NDArray[np.bool_]) -> tuple[slice, slice]:
-    """The rows and columns of a piece within its region."""
-    rows, columns = (np.flatnonzero(mask_HW.any(axis)) for axis in (1, 0))
-    return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
-
-
-def _part(piece: _Piece, fit: Fit, m: int) -> Part:
-    rows, columns = _box(piece.mask_HW)
-    y, x = (side.start for side in piece.region)
-    # What the window cuts off still counts against the fit.
-    cut_off = float(piece.window_HW.sum()) * (1 / max(piece.inside, 1e-6) - 1)
-    box = (x + columns.start, y + rows.start, x + columns.stop, y + rows.stop)
-    return Part(
-        shape=SHAPES[fit.shape_M[m]],
-        outline=float(fit.outline_M[m]) * piece.inside,
-        edge_error=float((fit.mismatch_M[m] + cut_off) / fit.perimeter_M[m]),
-        sharpness=float(fit.sharpness_M[m]),
-        color=list(COLORS)[piece.color],
-        purity=piece.purity,
-        box=(float(box[0]), float(box[1]), float(box[2]), float(box[3])),
-        area=int(piece.mask_HW.sum()),
-    )
-
-
-@dataclass(frozen=True)
-class Fit:
-    """The whole shape that overlaps most with each coverage."""
-
-    shape_M: NDArray[np.intp]
-    outline_M: NDArray[np.float32]
-    """Soft intersection over union."""
-    mismatch_M: NDArray[np.float32]
-    """Coverage of one that the other lacks, pixels."""
-    perimeter_M: NDArray[np.float32]
-    """Length of that shape's outline, pixels."""
-    sharpness_M: NDArray[np.float32]
-    """Edge energy relative to that shape's, along the axis where it is less."""
-
-
-def fit_outlines(windows_MHW: NDArray[np.float32]) -> Fit:
-    """Finds the shape of each coverage by its largest overlap."""
-    flat = windows_MHW.reshape(len(windows_MHW), -1)
+def _parts(pieces: Sequence[_Piece]) -> list[Part]:
+    """The pieces with the whole shape that overlaps most with each."""
+    if not pieces:
+        return []
+    windows_MHW = np.stack([piece.window_HW for piece in pieces])
+    flat = windows_MHW.reshape(len(pieces), -1)
     bank, shape_of = _outlines()  # K shifted outlines
     inner_MK = flat @ bank.T
-    squares_M, norms_K = (flat * flat).sum(1), (bank * bank).sum(1)
-    union_MK = squares_M[:, None] + norms_K - inner_MK
-    overlap_MK = inner_MK / union_MK
-    best = overlap_MK.argmax(1)
-    row = np.arange(len(best))
+    union_MK = (flat * flat).sum(1)[:, None] + (bank * bank).sum(1) - inner_MK
+    best = (inner_MK / union_MK).argmax(1)
     whole_MHW = bank[best].reshape(windows_MHW.shape)
-    return Fit(
-        shape_M=shape_of[best],
-        outline_M=overlap_MK[row, best],
-        mismatch_M=union_MK[row, best] - inner_MK[row, best],
-        perimeter_M=_perimeter(whole_MHW),
-        sharpness_M=(_edge_energy(windows_MHW) / _edge_energy(whole_MHW)).min(0),
-    )
+    perimeter_M = perimeter(whole_MHW)
+    sharpness_M = (_edge_energy(windows_MHW) / _edge_energy(whole_MHW)).min(0)
+    parts: list[Part] = []
+    for m, piece in enumerate(pieces):
+        inner, union = inner_MK[m, best[m]], union_MK[m, best[m]]
+        # What the window cuts off still counts against the fit.
+        inside = float(piece.window_HW.sum() / max(piece.coverage, 1e-6))
+        cut_off = float(piece.window_HW.sum()) * (1 / max(inside, 1e-6) - 1)
+        rows, columns = piece.box
+        part = Part(
+            shape=SHAPES[shape_of[best[m]]],
+            outline=float(inner / union) * inside,
+            edge_error=float((union - inner + cut_off) / perimeter_M[m]),
+            sharpness=float(sharpness_M[m]),
+            color=list(COLORS)[piece.color],
+            purity=piece.purity,
+            box=(float(columns.start), float(rows.start), float(columns.stop), float(rows.stop)),
+        )
+        parts.append(part)
+    return parts
 
 
 @functools.cache
@@ -388,18 +339,17 @@ def _outlines() -> tuple[NDArray[np.float32], NDArray[np.intp]]:
     rows, shapes = [], []
     for index, shape in enumerate(SHAPES):
         for radius in RADII:
-            padded = np.pad(_centred(template(shape, radius)), 1)
-            shifts = [np.roll(padded, (y, x), (0, 1)) for y in (-1, 0, 1) for x in (-1, 0, 1)]
-            rows += [shifted.ravel() for shifted in shifts]
-            shapes += [index] * len(shifts)
+            drawn = template(shape, radius)
+            # The middle of its box, not of its circle, comes to the middle.
+            y, x = (
+                TEMPLATE_SIZE // 2 - (int(line.min()) + int(line.max())) // 2
+                for line in np.nonzero(drawn > 0.4)
+            )
+            padded = np.pad(np.roll(drawn, (y, x), (0, 1)), 1)
+            shifts = itertools.product((-1, 0, 1), repeat=2)
+            rows += [np.roll(padded, shift, (0, 1)).ravel() for shift in shifts]
+            shapes += [index] * 9
     return np.stack(rows), np.asarray(shapes)
-
-
-def _centred(shape_HW: NDArray[np.float32]) -> NDArray[np.float32]:
-    """A template with the middle of its box, not of its circle, in the middle."""
-    rows, columns = np.nonzero(shape_HW > 0.4)
-    shift = [_HALF - (int(line.min()) + int(line.max())) // 2 for line in (rows, columns)]
-    return np.roll(shape_HW, shift, (0, 1))
 
 
 def _edge_energy(windows_MHW: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -411,7 +361,7 @@ def _edge_energy(windows_MHW: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.stack([(step * step).sum((1, 2)) for step in steps])
 
 
-def _perimeter(outlines_MHW: NDArray[np.float32]) -> NDArray[np.float32]:
+def perimeter(outlines_MHW: NDArray[np.float32]) -> NDArray[np.float32]:
     """Length of outlines in pixels.
 
     The steps of coverage along rows and columns add up to |cos| + |sin| of the direction for each

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,14 +32,12 @@ from stage_rl.rollout.engine import Engine
 from stage_rl.rollout.sample import rollout
 from stage_rl.rollout.sampling import Sampling
 from stage_rl.shapes.detector import ShapesDetector
-from stage_rl.shapes.gold import gold_detections, inspect, matches_scene
+from stage_rl.shapes.gold import inspect, matches_scene
 from stage_rl.shapes.pretrain_tokenizer import tokenize
 from stage_rl.shapes.prompts import ShapesPromptsConfig
 from stage_rl.shapes.scenes import Scene, random_scene, render
 from stage_rl.shapes.suite import SHAPES_GENEVAL
 from stage_rl.types import Prompt, Rollout
-
-HARD_TASKS = ("counting", "position", "color_attr")
 
 LOOK_ALIKE = 0.8
 """Cosine from which two codes look alike."""
@@ -59,8 +56,7 @@ STEP = 1
 """Keys the streams, apart from those of benchmarks (step 0)."""
 
 
-@dataclass(frozen=True)
-class Figure:
+class Figure(NamedTuple):
     """A number beside its target."""
 
     name: str
@@ -72,10 +68,8 @@ class Figure:
     @property
     def missed(self) -> bool:
         """Whether the number lies outside its target."""
-        if self.value is None:
-            return False
-        below = self.low is not None and self.value < self.low
-        return below or (self.high is not None and self.value > self.high)
+        low, high = self.low or -math.inf, self.high or math.inf
+        return self.value is not None and not low <= self.value <= high
 
     def line(self) -> str:
         """Name, number, target, and `missed` where it is."""
@@ -109,13 +103,17 @@ def main(
     the regime. --images-per-task, --regime-images, --renders: how many images each part is measured
     on. --json: a file for all figures.
     """
-    file = Path(json_) if json_ else None
+    file = Path(json_)
+    if not file.parent.is_dir():
+        raise InputError(f"--json {file}: no folder '{file.parent}'; name a folder that is")
     counts = {"images-per-task": images_per_task, "regime-images": regime_images}
-    _check(file, {**counts, "renders": renders})
+    for name, value in {**counts, "renders": renders}.items():
+        if value < 1:
+            raise InputError(f"--{name}: {value} is out of range; write at least 1")
     sampling = Sampling(guidance_scale=training_guidance)
     policy = load(model)
     tokenizer = measure_tokenizer(policy, renders, seed=seed)
-    _section(f"tokenizer, {renders} renders", tokenizer_figures(tokenizer))
+    _section(f"tokenizer, {renders} renders", tokenizer)
     results = {
         scale: run_suite(
             policy,
@@ -125,61 +123,38 @@ def main(
         for scale in sorted({*guidance_scales, guidance_scale})
     }
     print(geneval_tables(results))
-    geneval = geneval_figures(results[guidance_scale])
+    gold = results[guidance_scale].summary("gold")
+    hard = ("counting", "position", "color_attr")
+    geneval = [
+        Figure("overall", gold.overall.mean, 0.45, 0.8),
+        *(Figure(task, gold.tasks[task].mean, 0.25) for task in hard),
+    ]
     _section(f"base policy at guidance {guidance_scale:g}, gold judge", geneval)
     with progress("regime", regime_images) as advance:
         regime = measure_regime(
             policy, regime_images, sampling=sampling, seed=seed, dtype=dtype, advance=advance
         )
-    figures = regime_figures(regime)
-    _section(f"regime at guidance {training_guidance:g}, {regime_images} images", figures)
-    if file is not None:
-        shown = [*tokenizer_figures(tokenizer), *geneval, *figures]
-        _write(
-            file,
-            {
-                "model": model,
-                "tokenizer": asdict(tokenizer),
-                "geneval": {
-                    f"{scale:g}": {name: one.summary(name).to_json() for name in one.scores}
-                    for scale, one in results.items()
-                },
-                "regime": asdict(regime),
-                "missed": [figure.name for figure in shown if figure.missed],
-            },
-        )
+    _section(f"regime at guidance {training_guidance:g}, {regime_images} images", regime)
+    if json_:
+        scores = {
+            f"{scale:g}": {name: one.summary(name).to_json() for name in one.scores}
+            for scale, one in results.items()
+        }
+        record = {
+            "model": model,
+            "tokenizer": {figure.name: figure.value for figure in tokenizer},
+            "geneval": scores,
+            "regime": {figure.name: figure.value for figure in regime},
+            "missed": [one.name for one in (*tokenizer, *geneval, *regime) if one.missed],
+        }
+        try:
+            file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise StageError(f"--json {file}: {error.strerror}; name another file") from error
 
 
-def tokenizer_figures(seen: TokenizerFigures) -> list[Figure]:
-    """The tokenizer beside its targets."""
-    return [
-        Figure("gold judge right on renders", seen.gold_on_renders, 0.99),
-        Figure("renders that stay right after encode and decode", seen.kept, 0.97),
-        Figure("codes in use", seen.codes_used),
-        Figure("pairs of different codes with cosine >= 0.8", seen.lookalike_pairs),
-        Figure("used codes with such a look-alike", seen.lookalike_codes),
-    ]
-
-
-def geneval_figures(results: Results) -> list[Figure]:
-    """The gold scores beside their targets."""
-    gold = results.summary("gold")
-    hard = [Figure(task, gold.tasks[task].mean, 0.25) for task in HARD_TASKS]
-    return [Figure("overall", gold.overall.mean, 0.45, 0.8), *hard]
-
-
-def regime_figures(seen: RegimeFigures) -> list[Figure]:
-    """The regime beside its targets."""
-    return [
-        Figure("entropy / ln V", seen.entropy, 0.35, 0.65),
-        Figure("entropy / ln V, background tokens", seen.entropy_background, 0.2),
-        Figure("entropy / ln V, object tokens", seen.entropy_objects),
-        Figure("mean similarity to opposite-sign samples", seen.similarity, 0.3, 0.6),
-        Figure("groups of 8 with equal rewards", seen.equal_reward_groups, 0.2, 0.45),
-        Figure("pass@1 by the reward detector", seen.pass_at_1),
-        Figure("pass@8 - pass@1", seen.headroom, 0.25),
-        Figure("agreement of detector and gold judge", seen.agreement, 0.85, 0.93),
-    ]
+def _section(title: str, figures: Sequence[Figure]) -> None:
+    print("\n".join([title, *(f"  {figure.line()}" for figure in figures), ""]), flush=True)
 
 
 def geneval_tables(results: dict[float, Results]) -> str:
@@ -201,43 +176,8 @@ def geneval_tables(results: dict[float, Results]) -> str:
     return "\n\n".join([*blocks, "\n".join(others)]) + "\n"
 
 
-def _check(file: Path | None, counts: dict[str, int]) -> None:
-    if file is not None and not file.parent.is_dir():
-        raise InputError(f"--json {file}: no folder '{file.parent}'; name a folder that is")
-    for name, value in counts.items():
-        if value < 1:
-            raise InputError(f"--{name}: {value} is out of range; write at least 1")
-
-
-def _section(title: str, figures: Sequence[Figure]) -> None:
-    print("\n".join([title, *(f"  {figure.line()}" for figure in figures), ""]), flush=True)
-
-
-def _write(file: Path, figures: dict[str, Any]) -> None:
-    try:
-        file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise StageError(f"--json {file}: {error.strerror}; name another file") from error
-
-
-@dataclass(frozen=True)
-class TokenizerFigures:
-    """Shares, in [0, 1]."""
-
-    gold_on_renders: float
-    """Renders in which the gold judge finds exactly the objects of the scene."""
-    kept: float
-    """Renders in which it does so after encoding and decoding."""
-    codes_used: float
-    """Codes that occur in the renders."""
-    lookalike_pairs: float
-    """Pairs of different codes that look alike."""
-    lookalike_codes: float
-    """Used codes with at least one look-alike."""
-
-
-def measure_tokenizer(policy: Policy, num_renders: int, *, seed: int) -> TokenizerFigures:
-    """Encodes and decodes scenes that no training has seen."""
+def measure_tokenizer(policy: Policy, num_renders: int, *, seed: int) -> list[Figure]:
+    """Encodes and decodes scenes that no training has seen; shares in [0, 1]."""
     rng = np.random.Generator(np.random.Philox(key=[seed, _KEY]))
     scenes = [random_scene(rng) for _ in range(num_renders)]
     images_NHWC = render(scenes)
@@ -245,67 +185,45 @@ def measure_tokenizer(policy: Policy, num_renders: int, *, seed: int) -> Tokeniz
     parts = [images_NHWC[i : i + CHUNK] for i in range(0, num_renders, CHUNK)]
     tokens_NT = torch.cat([tokenize(module.model.vqmodel, part) for part in parts])
     rebuilt_NHWC = policy.images([Prompt("a scene")] * num_renders, tokens_NT).numpy()
-    alike_VV = _look_alikes(policy)
+    codes_VC = policy.codes(torch.arange(policy.codebook_size, device=policy.device)).cpu()
+    unit_VC = torch.nn.functional.normalize(codes_VC, dim=1)
+    alike_VV = (unit_VC @ unit_VC.T >= LOOK_ALIKE).fill_diagonal_(False)
     used = tokens_NT.unique().cpu()
-    num_codes = len(alike_VV)
-    return TokenizerFigures(
-        gold_on_renders=_share_right(images_NHWC, scenes),
-        kept=_share_right(rebuilt_NHWC, scenes),
-        codes_used=len(used) / num_codes,
-        lookalike_pairs=float(alike_VV.sum()) / (num_codes * (num_codes - 1)),
-        lookalike_codes=float(alike_VV[used].any(1).float().mean()),
-    )
+    size = policy.codebook_size
+    return [
+        Figure("gold judge right on renders", _share_right(images_NHWC, scenes), 0.99),
+        Figure(
+            "renders that stay right after encode and decode",
+            _share_right(rebuilt_NHWC, scenes),
+            0.97,
+        ),
+        Figure("codes in use", len(used) / size),
+        Figure(
+            "pairs of different codes with cosine >= 0.8",
+            float(alike_VV.sum()) / (size * (size - 1)),
+        ),
+        Figure("used codes with such a look-alike", float(alike_VV[used].any(1).float().mean())),
+    ]
 
 
 def _share_right(images_NHWC: NDArray[np.uint8], scenes: Sequence[Scene]) -> float:
     """The share of images that hold exactly the objects of their scenes."""
-    found = gold_detections(images_NHWC)
-    pairs = zip(found, scenes, strict=True)
-    return float(np.mean([matches_scene(objects, scene.objects) for objects, scene in pairs]))
-
-
-def _look_alikes(policy: Policy) -> torch.Tensor:
-    """Which codes look alike, VV (bool); no code is its own look-alike."""
-    codes_VC = policy.codes(torch.arange(policy.codebook_size, device=policy.device))
-    unit_VC = torch.nn.functional.normalize(codes_VC.cpu(), dim=1)
-    return (unit_VC @ unit_VC.T >= LOOK_ALIKE).fill_diagonal_(False)
-
-
-@dataclass(frozen=True)
-class RegimeFigures:
-    """Means over all groups, None where there is nothing to average.
-
-    Entropies are those of the conditional distribution, divided by ln V.
-    """
-
-    entropy: float
-    entropy_background: float | None
-    entropy_objects: float | None
-    similarity: float | None
-    """To samples of the opposite sign, in groups whose rewards differ."""
-    equal_reward_groups: float
-    pass_at_1: float
-    """Share of images that the reward's detector calls correct."""
-    pass_at_8: float
-    """Share of groups with at least one such image."""
-    agreement: float
-    """Share of images on which the detector's and the strict gold verdict agree."""
-
-    @property
-    def headroom(self) -> float:
-        """pass@8 - pass@1."""
-        return self.pass_at_8 - self.pass_at_1
+    pairs = zip(inspect(images_NHWC), scenes, strict=True)
+    return float(np.mean([matches_scene(one.detections, scene.objects) for one, scene in pairs]))
 
 
 class RegimeSamples(NamedTuple):
-    """What the figures are means of."""
+    """What the figures of a regime are means of."""
 
     entropy_NT: Tensor
     object_NT: Tensor
     similarity_PGT: Tensor
+    """To samples of the opposite sign."""
     equal_P: Tensor
     correct_PG: Tensor
+    """By the reward's detector."""
     strict_PG: Tensor
+    """By the gold judge."""
 
 
 def measure_regime(
@@ -316,7 +234,7 @@ def measure_regime(
     seed: int,
     dtype: str = "mixed",
     advance: Callable[[int], None] = lambda _: None,
-) -> RegimeFigures:
+) -> list[Figure]:
     """Draws groups of eight for prompts of the training mix and judges them as training does."""
     num_prompts = -(-num_images // GROUP_SIZE)
     prompts = ShapesPromptsConfig(num_prompts=num_prompts, seed=seed).build()
@@ -331,15 +249,17 @@ def measure_regime(
         passes.append(_see(policy, drawn, reward))
         advance(len(drawn.tokens_NT))
     seen = RegimeSamples(*(torch.cat(parts) for parts in zip(*passes, strict=True)))
-    return figures_of(seen, policy.codebook_size)
+    return regime_figures(seen, policy.codebook_size)
 
 
 def _see(policy: Policy, drawn: Rollout, reward: GenEvalReward) -> RegimeSamples:
+    def by_group(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values).view(-1, GROUP_SIZE)
+
     prompts = [prompt for prompt in drawn.prompts for _ in range(drawn.group_size)]
     scores = reward(drawn.images_NHWC, prompts)
-    rewards_PG = _by_group([score.value or 0.0 for score in scores])
-    codes_NTC = policy.codes(drawn.tokens_NT).cpu()
-    codes_PGTC = codes_NTC.unflatten(0, (-1, GROUP_SIZE))
+    rewards_PG = by_group([score.value or 0.0 for score in scores])
+    codes_PGTC = policy.codes(drawn.tokens_NT).cpu().unflatten(0, (-1, GROUP_SIZE))
     inspections = inspect(drawn.images_NHWC.numpy())
     foreground_NHW = np.stack([one.foreground_HW for one in inspections])
     pairs = zip(inspections, prompts, strict=True)
@@ -350,29 +270,31 @@ def _see(policy: Policy, drawn: Rollout, reward: GenEvalReward) -> RegimeSamples
         object_NT=object_cells(foreground_NHW, policy.layout.grid),
         similarity_PGT=opposing_similarity(codes_PGTC, group_advantages(rewards_PG)),
         equal_P=equal_reward_groups(rewards_PG),
-        correct_PG=_by_group([score.extras["correct"] for score in scores]),
-        strict_PG=_by_group(strict),
+        correct_PG=by_group([score.extras["correct"] for score in scores]),
+        strict_PG=by_group(strict),
     )
 
 
-def figures_of(seen: RegimeSamples, codebook_size: int) -> RegimeFigures:
-    """The means of what was seen."""
+def regime_figures(seen: RegimeSamples, codebook_size: int) -> list[Figure]:
+    """The means of what was seen; entropies are conditional, divided by ln V."""
+
+    def mean(values: Tensor) -> float | None:
+        return float(values.float().mean()) if values.numel() else None
+
     entropy_NT = seen.entropy_NT / math.log(codebook_size)
-    return RegimeFigures(
-        entropy=float(entropy_NT.mean()),
-        entropy_background=_mean(entropy_NT[~seen.object_NT]),
-        entropy_objects=_mean(entropy_NT[seen.object_NT]),
-        similarity=_mean(seen.similarity_PGT[~seen.equal_P]),
-        equal_reward_groups=float(seen.equal_P.float().mean()),
-        pass_at_1=float(seen.correct_PG.mean()),
-        pass_at_8=float(seen.correct_PG.amax(1).mean()),
-        agreement=float((seen.correct_PG == seen.strict_PG).float().mean()),
+    pass_at_1, pass_at_8 = (
+        float(share.mean()) for share in (seen.correct_PG, seen.correct_PG.amax(1))
     )
-
-
-def _mean(values: Tensor) -> float | None:
-    return float(values.mean()) if values.numel() else None
-
-
-def _by_group(values: Sequence[float]) -> Tensor:
-    return torch.tensor(values).view(-1, GROUP_SIZE)
+    # Similarity is of groups whose rewards differ: the others have no opposite signs.
+    similarity = mean(seen.similarity_PGT[~seen.equal_P])
+    agreement = mean(seen.correct_PG == seen.strict_PG)
+    return [
+        Figure("entropy / ln V", mean(entropy_NT), 0.35, 0.65),
+        Figure("entropy / ln V, background tokens", mean(entropy_NT[~seen.object_NT]), 0.2),
+        Figure("entropy / ln V, object tokens", mean(entropy_NT[seen.object_NT])),
+        Figure("mean similarity to opposite-sign samples", similarity, 0.3, 0.6),
+        Figure("groups of 8 with equal rewards", mean(seen.equal_P), 0.2, 0.45),
+        Figure("pass@1 by the reward detector", pass_at_1),
+        Figure("pass@8 - pass@1", pass_at_8 - pass_at_1, 0.25),
+        Figure("agreement of detector and gold judge", agreement, 0.85, 0.93),
+    ]
