@@ -90,7 +90,7 @@ class FakePolicy(Policy):
             head=[(self.module["head"].weight, None)],
         )
 
-    def save(self, folder):
+    def save(self, folder, *, layout="transformers", base=""):
         torch.save(self.module.state_dict(), f"{folder}/weights.pt")
 
 

@@ -21,7 +21,7 @@ from stage_rl.errors import InputError
 from stage_rl.evaluation.results import Comparison, Results
 from stage_rl.evaluation.run import Request, run_suites
 from stage_rl.policies.base import Policy, PolicyConfig, base_digest
-from stage_rl.policies.janus import JanusConfig
+from stage_rl.policies.loading import policy_config
 from stage_rl.rollout.engine import Engine
 from stage_rl.rollout.sample import rollout
 from stage_rl.rollout.sampling import Sampling
@@ -198,7 +198,7 @@ def find_source(name: str) -> Source:
         return Source(policy, run, _find_checkpoint(name, run / "checkpoints", step))
     if step and run.is_dir():
         raise InputError(f"{name}: {run} is no run folder; write the folder without @{step}")
-    return Source(JanusConfig(path=name))
+    return Source(policy_config(name))
 
 
 def _find_checkpoint(name: str, root: Path, step: str) -> Checkpoint:

@@ -166,6 +166,9 @@ BUILT_IN = {
 }
 
 
+MODEL_TYPES = {"janus": "janus", "multi_modality": "janus"}
+"""Built-in policy by the model_type of a checkpoint's config.json."""
+
 SHIPPED_MODELS = {"shapes": "shapes/checkpoint"}
 """Weights that come with the package: short name and folder in it."""
 

@@ -295,10 +295,10 @@ def test_a_recipe_may_name_the_prompt_format_and_an_export_keeps_it(
     tokenizer = policy.processor.tokenizer
     ids = policy.prompt_ids(Prompt(" a star ", 0))
     assert tokenizer.decode(ids[1:-1]) == "User: a star\n\nAssistant:"
-    for number, like in enumerate((original_janus_folder, None)):
+    for number, like in enumerate((original_janus_folder, "")):
         folder = tmp_path / str(number)
         folder.mkdir()
-        policy.save(folder, layout="deepseek", like=like)
+        policy.save(folder, layout="deepseek", base=like)
         assert load(folder, trainable=()).prompt_ids(Prompt("a star", 0)) == ids
 
 
@@ -332,7 +332,7 @@ def test_a_round_trip_through_its_own_layout_changes_no_bit_and_no_file(
     original_janus_folder, tmp_path
 ):
     policy = load(original_janus_folder, trainable=(), dtype="bfloat16")
-    policy.save(tmp_path, layout="deepseek", like=original_janus_folder)
+    policy.save(tmp_path, layout="deepseek", base=original_janus_folder)
     before, after = read_tensors(original_janus_folder), read_tensors(tmp_path)
     # 222 tensors of transformers less 2 x 2 x 2 parts of qkv, 14 that no forward pass reads.
     assert before.keys() == after.keys()

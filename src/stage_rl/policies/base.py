@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -150,6 +150,8 @@ class Policy(nn.Module):
     """V."""
     layout: TokenLayout
     """The token grid, the same for all prompts."""
+    folder_layouts: ClassVar[tuple[str, ...]] = ("transformers",)
+    """Of the folders that `save` can write."""
 
     def __init__(self, module: nn.Module, processor: Any) -> None:
         super().__init__()
@@ -250,8 +252,13 @@ class Policy(nn.Module):
         """The weights the engine copies once per step; layers may be shards (`DTensor`)."""
 
     @abstractmethod
-    def save(self, folder: str | Path) -> None:
-        """Writes the model in the layout it was loaded from; an adapter is merged."""
+    def save(
+        self, folder: str | Path, *, layout: str = "transformers", base: str | Path = ""
+    ) -> None:
+        """Writes the model in one of `folder_layouts`; an adapter is merged into the weights.
+
+        `base` names the weights it began with, whose other files may come along.
+        """
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
@@ -302,6 +309,10 @@ class PolicyConfig(Component):
     guided: ClassVar[bool] = True
     """Whether the family has unconditional rows."""
     default_guidance: ClassVar[float] = 5.0
+    tags: ClassVar[tuple[str, ...]] = ()
+    """Of a model card."""
+    loading_code: ClassVar[Mapping[str, str]] = {}
+    """How a model card loads a folder, by its layout; `adapter`: an adapter on its BASE."""
 
     trainable: tuple[str, ...] = ("*",)
     """Name patterns of the parameters that train, in the spelling of `fnmatch`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -47,7 +47,14 @@ from stage_rl.policies.loading import (
     read_tensors,
     select_trainable,
 )
-from stage_rl.policies.lora import LoraConfig, has_adapter, merged_state, merged_weight
+from stage_rl.policies.lora import (
+    PATTERN,
+    LoraConfig,
+    add_adapter,
+    has_adapter,
+    merged_state,
+    merged_weight,
+)
 from stage_rl.policies.sizes import ModelSize
 from stage_rl.policies.trunk import run_trunk, use_causal
 from stage_rl.settings import complaint
@@ -65,6 +72,8 @@ class JanusPolicy(Policy):
     Only the parameters whose names match a trainable pattern require a gradient; a pattern that
     matches none is a `RecipeError`.
     """
+
+    folder_layouts = ("transformers", "deepseek")
 
     def __init__(
         self,
@@ -201,20 +210,15 @@ class JanusPolicy(Policy):
             yield LayerWeights(**{name: w.to(self.device) for name, w in weights.items()})
 
     def save(
-        self,
-        folder: str | Path,
-        *,
-        layout: Literal["transformers", "deepseek"] = "transformers",
-        like: Path | None = None,
+        self, folder: str | Path, *, layout: str = "transformers", base: str | Path = ""
     ) -> None:
         """Writes weights, configurations, tokenizer and processor; an adapter is merged into them.
 
-        `like` is the folder in DeepSeek's layout that the policy was loaded from, if it was; see
-        `stage_rl.policies.janus_deepseek.write_folder`.
+        Of a `base` in DeepSeek's layout, what no forward pass reads comes along into that layout.
         """
         state = merged_state(self.module) if has_adapter(self.module) else self.module.state_dict()
         if layout == "deepseek":
-            pad = self._ids["pad"]
+            like, pad = original_folder(base) if base else None, self._ids["pad"]
             parts = (self.module, self.processor, Path(folder))
             write_folder(*parts, state=state, pad_id=pad, like=like)
             return
@@ -259,11 +263,22 @@ def _first(*values: int | None) -> Any:
     return next((value for value in values if value is not None), None)
 
 
-# What a recipe may say of a policy; free of torch.
-
-
 class JanusConfig(PolicyConfig):
     """Janus and Janus-Pro of any size, in transformers' layout or DeepSeek's own."""
+
+    tags = ("janus",)
+    loading_code: ClassVar = {
+        "transformers": """from transformers import JanusForConditionalGeneration, JanusProcessor
+model = JanusForConditionalGeneration.from_pretrained(FOLDER)
+processor = JanusProcessor.from_pretrained(FOLDER)""",
+        "deepseek": """from janus.models import MultiModalityCausalLM, VLChatProcessor
+processor = VLChatProcessor.from_pretrained(FOLDER)
+model = MultiModalityCausalLM.from_pretrained(FOLDER)""",
+        "adapter": """from peft import PeftModel
+from transformers import JanusForConditionalGeneration
+model = JanusForConditionalGeneration.from_pretrained(BASE)
+model = PeftModel.from_pretrained(model, FOLDER)""",
+    }
 
     path: str = "shapes"
     """Folder of the weights, or hub id: OWNER/NAME, OWNER/NAME/FOLDER, with @REVISION or without;
@@ -291,25 +306,17 @@ class JanusConfig(PolicyConfig):
 
     def load(self, device: torch.device) -> tuple[JanusForConditionalGeneration, JanusProcessor]:
         """The module and its processor; wrong weights are a `WeightsError`."""
-
         module, processor = load_janus(self.path, dtype=self.dtype, device=device)
         if self.prompt_format != "checkpoint":
-            from stage_rl.policies.janus_deepseek import set_prompt_format
-
-            set_prompt_format(processor, self.prompt_format)
+            deepseek.set_prompt_format(processor, self.prompt_format)
         return module, processor
 
     def build(self, device: torch.device) -> JanusPolicy:
         """The policy; wrong weights are a `WeightsError`, wrong patterns a `RecipeError`."""
-
         module, processor = self.load(device)
         trainable = self.trainable
         if self.lora:
-            from stage_rl.policies.lora import PATTERN, add_adapter
-
-            lora = self.lora
-            trunk = module.model.language_model
-            add_adapter(trunk, rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
+            add_adapter(module.model.language_model, self.lora)
             module.model.generation_head.float()  # log-probabilities are fp32
             trainable = (PATTERN,)
         return JanusPolicy(module, processor, trainable=trainable)

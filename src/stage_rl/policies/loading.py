@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logs
 
 from stage_rl.errors import RecipeError, WeightsError
-from stage_rl.settings import SHIPPED_MODELS
+from stage_rl.policies.base import PolicyConfig
+from stage_rl.settings import MODEL_TYPES, SHIPPED_MODELS
 
 EXAMPLE = "deepseek-community/Janus-Pro-1B"
 
@@ -126,6 +127,19 @@ def find(path: str | Path) -> Source:
         )
     hub = HubFolder(name, match[1], match[2].strip("/"), match[3])
     return Source(name, hub.download(DESCRIPTIONS), hub)
+
+
+def policy_config(path: str) -> PolicyConfig:
+    """The settings of a model's family, which its config.json names; of an unknown one Janus's,
+    whose loader says what is wrong.
+    """
+    file = find(path).folder / "config.json"
+    try:
+        model_type = json.loads(file.read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        model_type = None
+    kind = MODEL_TYPES.get(model_type, "janus")
+    return PolicyConfig.model_validate({"kind": kind, "path": path})
 
 
 def one_line(error: Exception) -> str:

@@ -6,7 +6,7 @@ reference.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,25 +26,42 @@ PATTERN = f"*.lora_[AB].{NAME}.weight"
 """The parameters of an adapter, in the spelling of `fnmatch`."""
 
 
-def add_adapter(
-    trunk: nn.Module, *, rank: int, alpha: float, targets: Sequence[str], seed: int = 0
-) -> None:
+class LoraConfig(Settings):
+    """A low-rank adapter on the decoder layers; it alone trains, in fp32 (PEFT; `[lora]`)."""
+
+    rank: Count = 64
+    """Rank of the product that is added to each weight."""
+    alpha: Positive = 64.0
+    """The product is multiplied by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, le=0)
+    """0: with dropout no two passes would give one log-probability."""
+    targets: tuple[str, ...] = Field(
+        default=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        min_length=1,
+    )
+    """Names of the linear layers that get an adapter, in every decoder layer."""
+
+
+def add_adapter(trunk: nn.Module, settings: LoraConfig) -> None:
     """Puts an adapter with fp32 parameters on linear layers of a decoder, in place.
 
-    It changes no output yet: B is 0. A is drawn from the seed, the same on every device. A target
+    It changes no output yet: B is 0. A is drawn on the host, the same for every device. A target
     that names no linear layer is a RecipeError, and so is a missing PEFT.
     """
     peft = _peft()
     known = sorted({n.rpartition(".")[2] for n, m in trunk.named_modules() if _is_linear(m)})
-    for target in targets:
+    for target in settings.targets:
         if target not in known:
             names = ", ".join(known)
             raise RecipeError(f"policy.lora.targets: no layer '{target}'; write of: {names}")
-    settings = peft.LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(targets)
+    theirs = peft.LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=list(settings.targets),
     )
-    peft.inject_adapter_in_model(settings, trunk, NAME)
-    generator = torch.Generator().manual_seed(seed)
+    peft.inject_adapter_in_model(theirs, trunk, NAME)
+    generator = torch.Generator().manual_seed(0)
     for layer in _adapted(trunk):
         for parts in (layer.lora_A, layer.lora_B):
             parts.float()
@@ -143,19 +160,3 @@ def _peft() -> Any:
             "policy.lora: needs PEFT, which is not installed; pip install 'stage-rl[lora]'"
         ) from error
     return peft
-
-
-class LoraConfig(Settings):
-    """A low-rank adapter on the decoder layers; it alone trains, in fp32 (PEFT; `[lora]`)."""
-
-    rank: Count = 64
-    """Rank of the product that is added to each weight."""
-    alpha: Positive = 64.0
-    """The product is multiplied by alpha / rank."""
-    dropout: float = Field(default=0.0, ge=0, le=0)
-    """0: with dropout no two passes would give one log-probability."""
-    targets: tuple[str, ...] = Field(
-        default=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-        min_length=1,
-    )
-    """Names of the linear layers that get an adapter, in every decoder layer."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,6 @@ from torch import nn
 from stage_rl.config import load_recipe, resolved_json
 from stage_rl.errors import InputError, StageError
 from stage_rl.policies.base import Policy
-from stage_rl.policies.janus import DTYPES, JanusPolicy, original_folder
 from stage_rl.policies.loading import HUB_ID, find, quiet
 from stage_rl.policies.lora import has_adapter, save_adapter
 from stage_rl.recipe import Recipe
@@ -45,7 +45,7 @@ def export(
     adapter = has_adapter(policy.module) and not merge
     _check_form(policy, layout=layout, adapter=adapter, dtype=dtype)
     if dtype is not None:
-        _hold_in(policy.module, DTYPES[dtype])
+        _hold_in(policy.module, getattr(torch, dtype))
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -72,8 +72,9 @@ def check_free(out: Path) -> None:
 
 
 def _check_form(policy: Policy, *, layout: Layout, adapter: bool, dtype: str | None) -> None:
-    if layout == "deepseek" and not isinstance(policy, JanusPolicy):
-        raise InputError("--layout deepseek: is for Janus; write --layout transformers")
+    if layout not in policy.folder_layouts:
+        known = " or ".join(policy.folder_layouts)
+        raise InputError(f"--layout {layout}: is not for this family; write --layout {known}")
     if adapter and layout == "deepseek":
         raise InputError("--layout deepseek: has no form for an adapter; add --merge")
     if adapter and dtype is not None:
@@ -94,10 +95,8 @@ def _write(policy: Policy, folder: Path, *, base: str, layout: Layout, adapter: 
             local = base in SHIPPED_MODELS or Path(base).expanduser().is_dir()
             known = str(find(base).folder.absolute()) if local else base
             save_adapter(policy.module, folder, base=known)
-        elif isinstance(policy, JanusPolicy) and layout == "deepseek":
-            policy.save(folder, layout=layout, like=original_folder(base))
         else:
-            policy.save(folder)
+            policy.save(folder, layout=layout, base=base)
 
 
 # The model card of a run, from its folder alone.
@@ -118,30 +117,18 @@ SHOWN = (
 WINDOW = 10
 """Steps that the figures are averaged over."""
 
-LOADING = {
-    "transformers": """from transformers import JanusForConditionalGeneration, JanusProcessor
-model = JanusForConditionalGeneration.from_pretrained(FOLDER)
-processor = JanusProcessor.from_pretrained(FOLDER)""",
-    "deepseek": """from janus.models import MultiModalityCausalLM, VLChatProcessor
-processor = VLChatProcessor.from_pretrained(FOLDER)
-model = MultiModalityCausalLM.from_pretrained(FOLDER)""",
-    "adapter": """from peft import PeftModel
-from transformers import JanusForConditionalGeneration
-model = JanusForConditionalGeneration.from_pretrained(BASE)
-model = PeftModel.from_pretrained(model, FOLDER)""",
-}
-
 
 def model_card(run: Path, step: int, *, layout: str, adapter: bool) -> str:
     """The text of README.md for the checkpoint of a run after `step` steps."""
     recipe = load_recipe(run / "recipe.json")
     base = str(getattr(recipe.policy, "path", recipe.policy.kind))
+    code = recipe.policy.loading_code.get("adapter" if adapter else layout, "")
     parts = [
-        _front_matter(base, adapter=adapter),
+        _front_matter(base, recipe.policy.tags, adapter=adapter),
         f"# {recipe.name}",
         f"{'An adapter for' if adapter else 'Trained from'} `{base}` for {step} steps with "
         "[stage-rl](https://arxiv.org/abs/2509.25027). The weights keep the licence of their base.",
-        "## Load\n\n```python\n" + LOADING["adapter" if adapter else layout] + "\n```",
+        f"## Load\n\n```python\n{code}\n```",
         f"## Method\n\n{_method(recipe)}",
         f"## Data\n\n{_data(recipe)}",
         f"## Rewards\n\n{_rewards(recipe)}",
@@ -154,12 +141,12 @@ def model_card(run: Path, step: int, *, layout: str, adapter: bool) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(base: str, *, adapter: bool) -> str:
+def _front_matter(base: str, tags: Sequence[str], *, adapter: bool) -> str:
     """What the hub reads of a card."""
     fields: dict[str, Any] = {
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-to-image",
-        "tags": ["stage-rl", "grpo", "janus"],
+        "tags": ["stage-rl", "grpo", *tags],
     }
     hub = HUB_ID.fullmatch(base)
     if hub is not None and not Path(base).exists():
