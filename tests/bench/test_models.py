@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from stage_rl.bench.models import LONG_TEXT, SIZES, RandomJanusConfig, policy_of
+from stage_rl.bench.models import LONG_TEXT, SIZES, RandomConfig, policy_of
 from stage_rl.errors import RecipeError
 from stage_rl.shapes.model import build_janus
 from stage_rl.shapes.prompts import WORDS
@@ -44,7 +44,7 @@ def test_random_weights_are_finite_and_turn_as_those_built_on_the_device(tiny_pu
 
 
 def test_the_images_of_a_size_can_have_another_number_of_tokens(tiny_published):
-    config = RandomJanusConfig(path="janus-7b", image_size=24)
+    config = RandomConfig(path="janus-7b", image_size=24)
     assert config.build(CPU).layout.num_tokens == 36
 
 
@@ -52,4 +52,4 @@ def test_an_unknown_size_is_named():
     with pytest.raises(
         RecipeError, match="'janus-3b' is no size; write one of: janus-1b, janus-7b"
     ):
-        RandomJanusConfig(path="janus-3b").build(CPU)
+        RandomConfig(path="janus-3b").build(CPU)

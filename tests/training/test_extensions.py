@@ -1,8 +1,6 @@
 """Token credit and loss as functions that a recipe names: built in, and a user's own."""
 
-import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -166,16 +164,3 @@ def test_a_wrong_name_shows_when_the_recipe_is_read(methods, override, message):
 def test_what_a_function_must_return_is_said(methods, override, message):
     with pytest.raises(RecipeError, match=message):
         train(methods(f"algorithm.{override}"))
-
-
-DOCS = Path(__file__).parents[2] / "docs" / "extending.md"
-
-
-@pytest.mark.parametrize(("heading", "key"), [("Token credit", "credit"), ("A loss", "loss")])
-def test_the_example_of_the_docs_trains(recipe, tmp_path, heading, key):
-    section = DOCS.read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
-    (source,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    (setting,) = re.findall(rf'{key}: "(\w+:\w+)"', section)
-    (tmp_path / f"{setting.partition(':')[0]}.py").write_text(source)
-    lines = steps_of(train(recipe("steps=2", f"algorithm.{key}={setting}")))
-    assert all(line["grad/norm"] > 0 for line in lines)

@@ -1,21 +1,23 @@
-"""What every benchmark shares: its result, fair timing and honest peak memory.
+"""The frame of every benchmark: options, result, timing in turn, peak memory, rates of the machine.
 
-A benchmark is a module with `BAR`, the bar in words, and `run(**options) -> BenchResult`, whose
-keyword arguments are its command-line options.
+A benchmark is a module whose `run`, decorated with `benchmark(BAR)`, takes the command-line options
+as keyword arguments, measures its forms and returns a `BenchResult`.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import platform
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
@@ -23,27 +25,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from stage_rl.errors import InputError
-from stage_rl.rollout.attention import BLOCK
-from stage_rl.rollout.decoder import Decoder
 
-Setting = int | float | str | tuple[int, ...] | tuple[float, ...]
+Options = ParamSpec("Options")
 
 
 @dataclass(frozen=True)
 class BenchResult:
-    """What one benchmark measured."""
+    """What one benchmark measured; `benchmark` fills in the last three fields."""
 
-    name: str
     headline: str
     """The ratio and what it compares, in words."""
-    bar: str
     reached: bool | None
     """Whether the bar is reached; None where it is not set for these sizes."""
-    settings: Mapping[str, Setting]
     measures: Mapping[str, float]
     """Figures by name; durations and sizes carry their unit in it."""
     table: tuple[str, ...] = ()
     """Lines to print above the one line; their figures are among the measures."""
+    name: str = ""
+    bar: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def line(self) -> str:
         """The result as one line."""
@@ -52,24 +52,40 @@ class BenchResult:
 
     def to_dict(self) -> dict[str, Any]:
         """The result and the machine, ready for JSON."""
-        return {
-            "name": self.name,
-            "headline": self.headline,
-            "bar": self.bar,
-            "reached": self.reached,
-            "settings": dict(self.settings),
-            "measures": dict(self.measures),
-            "machine": machine(),
-        }
+        figures = asdict(self)
+        del figures["table"]
+        return figures | {"machine": machine()}
 
 
-def at_least(least: int, **options: int | tuple[int, ...]) -> None:
-    """Raises InputError for the first option below `least`; of a tuple, every item counts."""
-    for name, value in options.items():
-        for number in value if isinstance(value, tuple) else (value,):
-            if number < least:
-                option = f"--{name.replace('_', '-')}"
-                raise InputError(f"{option}: {number} is out of range; write at least {least}")
+def benchmark(
+    bar: str, **least: int
+) -> Callable[[Callable[Options, BenchResult]], Callable[Options, BenchResult]]:
+    """A decorator: the options are checked, and the result carries name, bar and options.
+
+    A whole number is at least 1, a seed 0, what `least` names as it says; of a tuple every item.
+    Below that it is an InputError.
+    """
+
+    def decorate(run: Callable[Options, BenchResult]) -> Callable[Options, BenchResult]:
+        @functools.wraps(run)
+        def measured(*args: Options.args, **kwargs: Options.kwargs) -> BenchResult:
+            bound = inspect.signature(run).bind(*args, **kwargs)
+            bound.apply_defaults()
+            for option, value in bound.arguments.items():
+                _check(option, value, least.get(option, 0 if option == "seed" else 1))
+            name = run.__module__.rpartition(".")[2].replace("_", "-")
+            return replace(run(*args, **kwargs), name=name, bar=bar, settings=bound.arguments)
+
+        return measured
+
+    return decorate
+
+
+def _check(option: str, value: Any, least: int) -> None:
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, int) and not isinstance(number, bool) and number < least:
+            written = f"--{option.replace('_', '-')}"
+            raise InputError(f"{written}: {number} is out of range; write at least {least}")
 
 
 def check_guided(guidance_scale: float) -> None:
@@ -79,6 +95,15 @@ def check_guided(guidance_scale: float) -> None:
             f"--guidance-scale: transformers' generate needs more than 1, not {guidance_scale}; "
             "write 3"
         )
+
+
+def columns(*rows: Sequence[str]) -> tuple[str, ...]:
+    """The lines of a table, the first column to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return tuple(
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+        for row in rows
+    )
 
 
 def machine() -> dict[str, Any]:
@@ -105,6 +130,11 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def on_h200() -> bool:
+    """Whether the bars of a GPU are set for this machine."""
+    return torch.cuda.is_available() and "H200" in torch.cuda.get_device_name()
+
+
 def interleaved(
     functions: Mapping[str, Callable[[], Any]],
     rounds: int,
@@ -112,21 +142,32 @@ def interleaved(
     calls: int = 1,
     timer: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
-    """Median seconds per call of each function over `rounds`, after one call each to warm up.
+    """Median seconds per call of each function over `rounds`, after one round to warm up.
 
-    Each round times every function once, so a change of load falls on all of them; a function far
-    below a millisecond is timed over several `calls`. For work on one CPU thread
+    A function far below a millisecond is timed over several `calls`. For work on one CPU thread
     `timer=time.thread_time` counts what the thread ran, not what it waited for others: wall time on
     a busy machine stretches the longer function more and so flatters the shorter.
     """
-    assert rounds > 0, rounds
-    for function in functions.values():
-        function()
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(rounds):
-        for name, function in functions.items():
-            times[name].append(seconds_of(function, calls, timer) / calls)
-    return {name: statistics.median(values) for name, values in times.items()}
+
+    def timed(function: Callable[[], Any]) -> dict[str, float]:
+        return {"s": seconds_of(function, calls, timer) / calls}
+
+    forms = {name: functools.partial(timed, function) for name, function in functions.items()}
+    return {name: medians["s"] for name, medians in medians_in_turn(forms, rounds).items()}
+
+
+def medians_in_turn(
+    forms: Mapping[str, Callable[[], Mapping[str, float]]], rounds: int
+) -> dict[str, dict[str, float]]:
+    """Median of every figure that a form returns, by form, after one round to warm up.
+
+    Each round has every form once, so a change of load falls on all of them.
+    """
+    seen = [{name: form() for name, form in forms.items()} for _ in range(rounds + 1)][1:]
+    return {
+        name: {key: statistics.median(round_[name][key] for round_ in seen) for key in figures}
+        for name, figures in seen[0].items()
+    }
 
 
 def seconds_of(
@@ -214,50 +255,6 @@ class _StorageWatch(TorchDispatchMode):
 
 def _storages(values: Any) -> list[torch.UntypedStorage]:
     return [leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
-
-
-# What a rollout and a training pass must move and compute, and how fast the machine can.
-#
-# Symbols of the formulas: R rows, P prompt slots, T image tokens, L layers, D width.
-
-
-PASSES_OF_A_STEP = 4
-"""Forward passes whose work a step does: reference 1, policy 1, its backward pass 2."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """The sizes of a rollout."""
-
-    num_images: int
-    prompt_slots: int
-    num_tokens: int
-    guided: bool
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of the decode."""
-        return self.num_images * (2 if self.guided else 1)
-
-    def rollout_bytes(self, decoder: Decoder) -> float:
-        """Weights once a token, and of the cache each row's live slots: T P + T (T + 1) / 2."""
-        slots = self.num_tokens * self.prompt_slots + self.num_tokens * (self.num_tokens + 1) / 2
-        slot_bytes = decoder.cache_shape.row_bytes(BLOCK) / BLOCK
-        return self.num_tokens * decoder.step_bytes + self.num_rows * slot_bytes * slots
-
-    def pass_flops(self, decoder: Decoder) -> float:
-        """One teacher-forced forward pass: 2 for each weight and slot, and causal attention."""
-        num_slots = self.prompt_slots + self.num_tokens - 1
-        layers = decoder.layers
-        weights = sum(
-            part.numel() for x in layers for part in (x.wqkv, x.wo, x.w_gate_up, x.w_down)
-        )
-        head = sum(weight.numel() for weight, _ in decoder.head_layers)
-        heads = decoder.heads
-        # Scores and mix, 2 x 2 S^2 D a layer, of which causal attention needs half.
-        attention = 2 * num_slots**2 * heads.num_heads * heads.head_dim * len(layers)
-        row = 2 * weights * num_slots + 2 * head * self.num_tokens + attention
-        return self.num_images * row
 
 
 def copy_bytes_per_s(device: torch.device, timer: Callable[[], float] = time.perf_counter) -> float:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
-from stage_rl.bench.base import BenchResult, Setting, at_least, one_thread
+from stage_rl.bench.base import BenchResult, benchmark, one_thread
+from stage_rl.bench.models import recipe_of
 from stage_rl.config import load_recipe, resolved_json
 from stage_rl.distributed import SINGLE, World, full_tensor, init_distributed
 from stage_rl.recipe import Recipe
@@ -26,19 +27,42 @@ LARGEST_DIFFERENCE = 1e-6
 STEPS = 3
 SAVED_AT = 2
 """Steps after which a checkpoint is written, for the other number of processes to go on from."""
-CPU = torch.device("cpu")
-COMMON = (
-    f"steps={STEPS}",
-    "rollout.dtype=float32",
-    "training.dtype=float32",
-    "training.device=cpu",
-    "optimizer.schedule=constant",
-    "optimizer.warmup_steps=0",
-    "probe.every=0",
+
+
+@benchmark(BAR, num_ranks=2, group_size=2)
+def run(
+    *,
+    model: str = "shapes",
+    num_ranks: int = 2,
+    num_prompts: int = 2,
+    group_size: int = 4,
+    lr: float = 1e-5,
+    seed: int = 0,
+) -> BenchResult:
+    """Three steps of the recipe shapes_geneval by one process and by several, and the last step by
+    each from the checkpoint of the other. `num_prompts` is a multiple of `num_ranks`.
+    """
     # Passes of one group have the same shapes, and so the same rounding, on any rank.
-    "training.groups_per_microbatch=1",
-    "run.log_images_every=0",
-)
+    alike = ["training.groups_per_microbatch=1", "optimizer.warmup_steps=0"]
+    recipe = recipe_of(
+        model,
+        [f"steps={STEPS}", "training.device=cpu", f"optimizer.lr={lr}", *alike],
+        num_prompts=num_prompts,
+        group_size=group_size,
+        dtype="float32",
+        seed=seed,
+    )
+    with tempfile.TemporaryDirectory() as folder, one_thread():
+        measures = compare(recipe, num_ranks, Path(folder))
+    return BenchResult(
+        f"{measures['tokens_identical']:.0%} of the tokens identical, gradients within "
+        f"{measures['gradients_relative']:.0e}, parameters within {measures['parameters']:.0e}; "
+        f"saved by {num_ranks} and resumed by 1 within {measures['parameters_many_to_one']:.0e}, "
+        f"back within {measures['parameters_one_to_many']:.0e}",
+        measures["tokens_identical"] == 1
+        and all(v <= LARGEST_DIFFERENCE for k, v in measures.items() if k != "tokens_identical"),
+        measures,
+    )
 
 
 class Trace(NamedTuple):
@@ -52,74 +76,29 @@ class Trace(NamedTuple):
     """After the last step, in one row."""
 
 
-def run(
-    *,
-    model: str = "shapes",
-    num_ranks: int = 2,
-    num_prompts: int = 2,
-    group_size: int = 4,
-    lr: float = 1e-5,
-    seed: int = 0,
-) -> BenchResult:
-    """Three steps of the recipe shapes_geneval by one process and by several, and the last step by
-    each from the checkpoint of the other. `num_prompts` is a multiple of `num_ranks`.
-    """
-    settings: dict[str, Setting] = dict(locals())
-    at_least(2, num_ranks=num_ranks, group_size=group_size)
-    at_least(0, seed=seed)
-    recipe = load_recipe(
-        "shapes_geneval",
-        [
-            f"policy.path={model}",
-            f"rollout.prompts_per_step={num_prompts}",
-            f"rollout.group_size={group_size}",
-            f"optimizer.lr={lr}",
-            f"seed={seed}",
-            *COMMON,
-        ],
-    )
-    with tempfile.TemporaryDirectory() as folder, one_thread():
-        measures = compare(recipe, num_ranks, Path(folder))
-    differences = {k: v for k, v in measures.items() if k != "tokens_identical"}
-    return BenchResult(
-        name="fsdp2",
-        headline=f"{measures['tokens_identical']:.0%} of the tokens identical, gradients within "
-        f"{measures['gradients_relative']:.0e}, parameters within {measures['parameters']:.0e}; "
-        f"saved by {num_ranks} and resumed by 1 within {measures['parameters_many_to_one']:.0e}, "
-        f"back within {measures['parameters_one_to_many']:.0e}",
-        bar=BAR,
-        reached=measures["tokens_identical"] == 1
-        and all(value <= LARGEST_DIFFERENCE for value in differences.values()),
-        settings=settings,
-        measures=measures,
-    )
-
-
 def compare(recipe: Recipe, num_ranks: int, folder: Path) -> dict[str, float]:
     """Differences of several processes from one, of unbroken and of resumed steps; `folder` takes
     the checkpoints.
     """
-    file = folder / "recipe.json"
-    file.write_text(resolved_json(recipe))
+    (folder / "recipe.json").write_text(resolved_json(recipe))
     alone = trace(recipe, SINGLE, range(STEPS), save_to=folder / "one")
     spawn(_several, (num_ranks, _free_port(), folder), nprocs=num_ranks)
     several, resumed = (Trace(*parts) for parts in torch.load(folder / "several.pt"))
     back = trace(recipe, SINGLE, range(SAVED_AT, STEPS), resume=folder / "several")
+    identical = [(a == b).float().mean() for a, b in zip(alone.tokens, several.tokens, strict=True)]
     # Later updates start from parameters that differ in their last bits.
-    pairs = [
+    gradients = [
         (alone.gradients[0], several.gradients[0]),
         (alone.gradients[-len(resumed.gradients)], resumed.gradients[0]),
     ]
+    parameters = {
+        name: (alone.parameters - other.parameters).abs().max().item()
+        for name, other in (("", several), ("_many_to_one", back), ("_one_to_many", resumed))
+    }
     return {
-        "tokens_identical": torch.stack(
-            [(a == b).float().mean() for a, b in zip(alone.tokens, several.tokens, strict=True)]
-        )
-        .mean()
-        .item(),
-        "gradients_relative": max(((a - b).norm() / a.norm()).item() for a, b in pairs),
-        "parameters": _largest(alone, several),
-        "parameters_many_to_one": _largest(alone, back),
-        "parameters_one_to_many": _largest(alone, resumed),
+        "tokens_identical": torch.stack(identical).mean().item(),
+        "gradients_relative": max(((a - b).norm() / a.norm()).item() for a, b in gradients),
+        **{f"parameters{name}": value for name, value in parameters.items()},
     }
 
 
@@ -137,32 +116,34 @@ def trace(
         saved = latest_checkpoint(resume)
         assert saved is not None
         trainer.restore(saved)
-    kept = Trace([], [], torch.empty(0))
+    tokens: list[Tensor] = []
+    gradients: list[Tensor] = []
 
     def keep_gradient(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        kept.gradients.append(_in_a_row(p.grad for p in parameters if p.grad is not None))
+        gradients.append(_in_a_row(p.grad for p in parameters if p.grad is not None))
 
     trainer.optimizer.register_step_pre_hook(keep_gradient)
     for step in steps:
-        kept.tokens.append(ranks.join(train_step(trainer, step).rollout.tokens_NT))
+        tokens.append(ranks.join(train_step(trainer, step).rollout.tokens_NT))
         if save_to is not None and step + 1 == SAVED_AT:
             trainer.save(save_to, Progress(step + 1, {}, trainer.base))
     trained = trained_parameters(trainer.policy.module)
-    return kept._replace(parameters=_in_a_row(p.detach() for p in trained.values()))
+    return Trace(tokens, gradients, _in_a_row(p.detach() for p in trained.values()))
 
 
 def _several(rank: int, num_ranks: int, port: int, folder: Path) -> None:
     """One of several processes: unbroken steps, then the last one from the other's checkpoint."""
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ |= address | {
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(num_ranks),
     }
     torch.set_num_threads(1)
     recipe = load_recipe(folder / "recipe.json")
-    with init_distributed(CPU) as ranks:
+    with init_distributed(torch.device("cpu")) as ranks:
         unbroken = trace(recipe, ranks, range(STEPS), save_to=folder / "several")
         resumed = trace(recipe, ranks, range(SAVED_AT, STEPS), resume=folder / "one")
         if ranks.first:
@@ -171,10 +152,6 @@ def _several(rank: int, num_ranks: int, port: int, folder: Path) -> None:
 
 def _in_a_row(tensors: Iterable[Tensor]) -> Tensor:
     return torch.cat([full_tensor(tensor).flatten().clone() for tensor in tensors])
-
-
-def _largest(one: Trace, other: Trace) -> float:
-    return (one.parameters - other.parameters).abs().max().item()
 
 
 def _free_port() -> int:

@@ -14,72 +14,55 @@ import math
 import torch
 from torch import Tensor
 
-from stage_rl.bench.base import BenchResult, at_least
+from stage_rl.bench.base import BenchResult, benchmark
 from stage_rl.config import load_recipe
+from stage_rl.errors import InputError
+from stage_rl.training.loop import train_step
 from stage_rl.training.trainer import Trainer, build_trainer
-from stage_rl.training.update import learn, measure_all, measure_to_learn
 
 BAR = "a cosine above 0 by two standard errors"
 MAX_COORDINATES = 4_000_000
 """Of a gradient; of a larger one, every second, third and so on is kept."""
 
 
+@benchmark(BAR, steps=2)
 def run(*, recipe: str = "shapes_geneval", steps: int = 16, overrides: str = "") -> BenchResult:
     """Takes the gradients of a recipe's first steps, all at the weights it begins with.
 
     `overrides` are settings as `stage train` takes them, with spaces between.
     """
-    at_least(2, steps=steps)
-    settings = {"recipe": recipe, "steps": steps, "overrides": overrides}
-    loaded = load_recipe(recipe, overrides.split())
+    loaded = load_recipe(recipe, ["probe.every=0", "run.log_images_every=0", *overrides.split()])
     trainer = build_trainer(loaded, loaded.prompts.build())
     gradients_SD = torch.stack([step_gradient(trainer, step) for step in range(steps)])
-    measures: dict[str, float] = {}
     # Adam divides every coordinate by its root mean square.
     scaled_SD = gradients_SD / gradients_SD.square().mean(0).sqrt().clamp_min(1e-12)
+    measures: dict[str, float] = {}
     for name, values_SD in (("plain", gradients_SD), ("scaled", scaled_SD)):
         mean, error = mean_cosine(values_SD)
         measures |= {f"{name}_cosine": mean, f"{name}_standard_error": error}
-    return BenchResult(
-        name="gradient-signal",
-        headline=headline(measures),
-        bar=BAR,
-        reached=measures["plain_cosine"] > 2 * measures["plain_standard_error"],
-        settings=settings,
-        measures=measures,
-    )
+    reached = measures["plain_cosine"] > 2 * measures["plain_standard_error"]
+    return BenchResult(headline(measures), reached, measures)
 
 
 def step_gradient(trainer: Trainer, step: int) -> Tensor:
-    """The gradient of one step, D, with the policy left as it is."""
-    rollout = trainer.sample(trainer.engine, trainer.prompts_of(step), step=step)
-    rewards = trainer.rewards.score(rollout)
-    batches = trainer.batches(rollout)
-    reference = measure_all(trainer.reference, batches, trainer.precision)
+    """The gradient of one training step, D; the policy and the optimizer stay as they are."""
     taken: list[Tensor] = []
-    hook = trainer.optimizer.register_step_pre_hook(
-        lambda optimizer, *_: taken.append(_flat_gradient(optimizer))
-    )
-    update = trainer.update(rate=0.0)
-    first = measure_to_learn(trainer.policy, batches[0], update)
-    learn(
-        trainer.policy,
-        trainer.optimizer,
-        batches,
-        first=first,
-        rewards=rewards,
-        reference=reference,
-        update=update,
-    )
-    hook.remove()
+
+    def take(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        stride = math.ceil(sum(p.numel() for p in parameters) / MAX_COORDINATES)
+        kept = [p.grad.flatten()[::stride] for p in parameters if p.grad is not None]
+        taken.append(torch.cat(kept).float().cpu())
+        optimizer.zero_grad(set_to_none=True)  # nothing is left to update with
+
+    hook = trainer.optimizer.register_step_pre_hook(take)
+    try:
+        train_step(trainer, step)
+    finally:
+        hook.remove()
+    if not taken:
+        raise InputError(f"step {step} had no group to learn from; see what the rewards say")
     return taken[0]
-
-
-def _flat_gradient(optimizer: torch.optim.Optimizer) -> Tensor:
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    stride = math.ceil(sum(p.numel() for p in parameters) / MAX_COORDINATES)
-    kept = [p.grad.flatten()[::stride] for p in parameters if p.grad is not None]
-    return torch.cat(kept).float().cpu()
 
 
 def mean_cosine(gradients_SD: Tensor) -> tuple[float, float]:

@@ -13,35 +13,17 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from stage_rl.bench.base import BenchResult, Setting, at_least, interleaved, one_thread, peak_bytes
+from stage_rl.bench.base import BenchResult, benchmark, interleaved, one_thread, peak_bytes
 from stage_rl.errors import InputError
 from stage_rl.policies.logprobs import head_logprobs
 
 BAR = "memory <= 0.40x, time <= 1.1x, fp64 difference <= 1e-12"
-
-MOST_MEMORY = 0.40
-MOST_TIME = 1.1
-LARGEST_DIFFERENCE = 1e-12
+MOST = {"memory_ratio": 0.40, "time_ratio": 1.1, "fp64_difference": 1e-12}
 
 Form = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def naive_logprobs(
-    head: nn.Module, hidden_ND: Tensor, tokens_N: Tensor, *, entropy_grad: bool = True
-) -> tuple[Tensor, Tensor]:
-    """(logprobs_N, entropy_N) through the log-softmax of all logits, by plain autograd."""
-    logprobs_NV = head(hidden_ND).log_softmax(dim=-1)
-    entropy_from_NV = logprobs_NV if entropy_grad else logprobs_NV.detach()
-    entropy_N = -(entropy_from_NV.exp() * entropy_from_NV).sum(dim=-1)
-    return logprobs_NV.gather(-1, tokens_N[:, None]).squeeze(-1), entropy_N
-
-
-def image_head(width: int, codebook_size: int) -> nn.Sequential:
-    """A frozen head of Janus's shape: linear, exact GELU, linear."""
-    head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, codebook_size))
-    return head.requires_grad_(False)
-
-
+@benchmark(BAR)
 def run(
     *,
     rows: int = 576,
@@ -59,47 +41,46 @@ def run(
     chunks save time as long as the logits are too large for the memory allocator to keep; at 1,024
     codes they need not.
     """
-    settings: dict[str, Setting] = dict(locals())
-    at_least(1, rows=rows, width=width, codebook_size=codebook_size)
-    at_least(1, chunk_rows=chunk_rows, rounds=rounds)
-    _check_device(device)
-    torch.manual_seed(0)
-    head = image_head(width, codebook_size).to(device)
-    hidden_ND = torch.randn(rows, width, device=device)
-    tokens_N = torch.randint(codebook_size, (rows,), device=device)
-    measures = {
-        **_costs(head, hidden_ND, tokens_N, chunk_rows=chunk_rows, rounds=rounds),
-        "fp64_difference": fp64_difference(head, hidden_ND, tokens_N, chunk_rows=chunk_rows),
-    }
-    return BenchResult(
-        name="logprobs",
-        headline=f"{measures['memory_ratio']:.2f}x the memory and {measures['time_ratio']:.2f}x "
-        f"the time of the naive form, fp64 difference {measures['fp64_difference']:.0e}",
-        bar=BAR,
-        reached=measures["memory_ratio"] <= MOST_MEMORY
-        and measures["time_ratio"] <= MOST_TIME
-        and measures["fp64_difference"] <= LARGEST_DIFFERENCE,
-        settings=settings,
-        measures=measures,
-    )
-
-
-def _check_device(device: str) -> None:
     known = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     if device not in known:
         raise InputError(f"--device: '{device}' is not here; write {' or '.join(known)}")
+    torch.manual_seed(0)
+    # A frozen head of the shape of a published model's.
+    head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, codebook_size))
+    head.requires_grad_(False).to(device)
+    hidden_ND = torch.randn(rows, width, device=device)
+    tokens_N = torch.randint(codebook_size, (rows,), device=device)
+    chunked = partial(head_logprobs, chunk_rows=chunk_rows)
+    measures = _costs(chunked, head, hidden_ND, tokens_N, rounds=rounds)
+    exact_head, exact_ND = copy.deepcopy(head).double(), hidden_ND.double()
+    both = (_pass(form, exact_head, exact_ND, tokens_N) for form in (naive_logprobs, chunked))
+    measures["fp64_difference"] = max(
+        (a - b).abs().max().item() for a, b in zip(*both, strict=True)
+    )
+    return BenchResult(
+        f"{measures['memory_ratio']:.2f}x the memory and {measures['time_ratio']:.2f}x the time of "
+        f"the naive form, fp64 difference {measures['fp64_difference']:.0e}",
+        all(measures[name] <= most for name, most in MOST.items()),
+        measures,
+    )
 
 
 def _costs(
-    head: nn.Module, hidden_ND: Tensor, tokens_N: Tensor, *, chunk_rows: int, rounds: int
+    chunked: Callable[..., tuple[Tensor, Tensor]],
+    head: nn.Module,
+    hidden_ND: Tensor,
+    tokens_N: Tensor,
+    *,
+    rounds: int,
 ) -> dict[str, float]:
     """Times, peak memories and their ratios, without and with the gradient of the entropy."""
-    passes = {}
-    for suffix, entropy_grad in (("", False), ("_both", True)):
-        naive = partial(naive_logprobs, entropy_grad=entropy_grad)
-        chunked = partial(head_logprobs, chunk_rows=chunk_rows, entropy_grad=entropy_grad)
-        passes["naive" + suffix] = partial(_pass, naive, head, hidden_ND, tokens_N)
-        passes["chunked" + suffix] = partial(_pass, chunked, head, hidden_ND, tokens_N)
+    passes = {
+        name + suffix: partial(
+            _pass, partial(form, entropy_grad=entropy_grad), head, hidden_ND, tokens_N
+        )
+        for suffix, entropy_grad in (("", False), ("_both", True))
+        for name, form in (("naive", naive_logprobs), ("chunked", chunked))
+    }
     if hidden_ND.is_cuda:
         seconds = interleaved(passes, rounds)
     else:
@@ -130,13 +111,11 @@ def _pass(
     return logprobs_N.detach(), entropy_N.detach(), grad_ND
 
 
-def fp64_difference(
-    head: nn.Module, hidden_ND: Tensor, tokens_N: Tensor, *, chunk_rows: int
-) -> float:
-    """Largest difference from the naive form in fp64, of values and gradients."""
-    exact_head = copy.deepcopy(head).double()
-    chunked = partial(head_logprobs, chunk_rows=chunk_rows)
-    results = [
-        _pass(form, exact_head, hidden_ND.double(), tokens_N) for form in (naive_logprobs, chunked)
-    ]
-    return max((a - b).abs().max().item() for a, b in zip(*results, strict=True))
+def naive_logprobs(
+    head: nn.Module, hidden_ND: Tensor, tokens_N: Tensor, *, entropy_grad: bool = True
+) -> tuple[Tensor, Tensor]:
+    """(logprobs_N, entropy_N) through the log-softmax of all logits, by plain autograd."""
+    logprobs_NV = head(hidden_ND).log_softmax(dim=-1)
+    entropy_from_NV = logprobs_NV if entropy_grad else logprobs_NV.detach()
+    entropy_N = -(entropy_from_NV.exp() * entropy_from_NV).sum(dim=-1)
+    return logprobs_NV.gather(-1, tokens_N[:, None]).squeeze(-1), entropy_N

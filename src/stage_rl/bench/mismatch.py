@@ -11,15 +11,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stage_rl.bench.base import BenchResult, at_least, check_guided
-from stage_rl.bench.models import LONG_TEXT, SIZES, TEXT, bench_device, policy_of
-from stage_rl.policies.janus import JanusPolicy
+from stage_rl.bench.base import BenchResult, benchmark, check_guided, columns
+from stage_rl.bench.models import SIZES, policy_of, prompts_of
+from stage_rl.distributed import pick_device
+from stage_rl.policies.base import Policy
 from stage_rl.policies.logprobs import CONDITIONAL
 from stage_rl.rollout.engine import Engine
-from stage_rl.rollout.sample import rollout
+from stage_rl.rollout.sample import rollout as sample_rollout
 from stage_rl.rollout.sampling import Sampling
 from stage_rl.training.update import Precision, measure, micro_batches
-from stage_rl.types import Prompt, Rollout
+from stage_rl.types import Rollout
 
 BAR = "conditional log-probabilities: largest difference <= 1e-4 in fp32, mean <= 0.03 mixed"
 MOST_IN_FP32 = 1e-4
@@ -27,6 +28,7 @@ MOST_MEAN_MIXED = 0.03
 KINDS = ("logprobs", "guided_logprobs", "entropy")
 
 
+@benchmark(BAR)
 def run(
     *,
     model: str = "shapes",
@@ -40,74 +42,49 @@ def run(
     `model` is a folder, a hub id, `shapes`, or `janus-1b` and `janus-7b` with random weights
     (mixed alone).
     """
-    settings = dict(locals())
-    at_least(1, num_prompts=num_prompts, group_size=group_size)
-    at_least(0, seed=seed)
     check_guided(guidance_scale)
-    policy = policy_of(model, bench_device())
-    words = LONG_TEXT if model in SIZES else TEXT
-    prompts = [Prompt(words, index) for index in range(num_prompts)]
+    policy, prompts = policy_of(model, pick_device("auto")), prompts_of(model, num_prompts)
     sampling = Sampling(guidance_scale=guidance_scale)
-    dtypes = ("mixed",) if model in SIZES else ("float32", "mixed")
     measures: dict[str, float] = {}
-    for dtype in dtypes:
-        drawn = rollout(
-            Engine(policy, dtype=dtype),
-            prompts,
-            group_size=group_size,
-            sampling=sampling,
-            seed=seed,
-            step=0,
+    rows: list[tuple[str, ...]] = [("precision", "of", "mean", "max")]
+    for dtype in ("mixed",) if model in SIZES else ("float32", "mixed"):
+        engine = Engine(policy, dtype=dtype)
+        rollout = sample_rollout(
+            engine, prompts, group_size=group_size, sampling=sampling, seed=seed, step=0
         )
-        for kind, gap in differences(policy, drawn, sampling, mixed=dtype == "mixed").items():
-            measures[f"{dtype}_{kind}_mean"] = gap.mean().item()
-            measures[f"{dtype}_{kind}_max"] = gap.max().item()
-    return BenchResult(
-        name="mismatch",
-        headline=_headline(measures, dtypes),
-        bar=BAR,
-        reached=_reached(measures),
-        settings=settings,
-        measures=measures,
-        table=_table(measures, dtypes),
-    )
+        gaps = differences(policy, rollout, sampling, mixed=dtype == "mixed")
+        for kind, gap_NT in gaps.items():
+            mean, largest = gap_NT.mean().item(), gap_NT.max().item()
+            measures |= {f"{dtype}_{kind}_mean": mean, f"{dtype}_{kind}_max": largest}
+            rows.append((dtype, kind, f"{mean:.1e}", f"{largest:.1e}"))
+    return BenchResult(_headline(measures), _reached(measures), measures, columns(*rows))
 
 
 @torch.no_grad()
 def differences(
-    policy: JanusPolicy, drawn: Rollout, sampling: Sampling, *, mixed: bool
+    policy: Policy, rollout: Rollout, sampling: Sampling, *, mixed: bool
 ) -> dict[str, Tensor]:
     """|engine - trainer| of every token by kind, NT (nats); the trainer works group by group."""
     theirs: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
-    for batch in micro_batches(drawn, 1, policy.device):
-        guided = sampling.scoring("guided_detached")
-        conditional = measure(policy, batch, Precision(mixed=mixed, scoring=CONDITIONAL))
-        theirs["logprobs"].append(conditional.logprobs_NT)
-        theirs["entropy"].append(conditional.entropy_NT)
-        measured = measure(policy, batch, Precision(mixed=mixed, scoring=guided))
-        theirs["guided_logprobs"].append(measured.logprobs_NT)
-    ours = {
-        "logprobs": drawn.logprobs_NT,
-        "guided_logprobs": drawn.guided_logprobs_NT,
-        "entropy": drawn.entropy_NT,
+    guided = Precision(mixed=mixed, scoring=sampling.scoring("guided_detached"))
+    for batch in micro_batches(rollout, 1, policy.device):
+        measured = measure(policy, batch, Precision(mixed=mixed, scoring=CONDITIONAL))
+        theirs["logprobs"].append(measured.logprobs_NT)
+        theirs["entropy"].append(measured.entropy_NT)
+        theirs["guided_logprobs"].append(measure(policy, batch, guided).logprobs_NT)
+    return {
+        kind: (getattr(rollout, f"{kind}_NT") - torch.cat(theirs[kind])).abs() for kind in KINDS
     }
-    gaps = {}
-    for kind in KINDS:
-        mine = ours[kind]
-        assert mine is not None
-        gaps[kind] = (mine - torch.cat(theirs[kind])).abs()
-    return gaps
 
 
-def _headline(measures: dict[str, float], dtypes: tuple[str, ...]) -> str:
-    parts = []
-    if "float32" in dtypes:
-        parts.append(f"fp32 conditional at most {measures['float32_logprobs_max']:.0e}")
-    parts.append(
+def _headline(measures: dict[str, float]) -> str:
+    text = (
         f"mixed conditional {measures['mixed_logprobs_mean']:.4f} in the mean, "
         f"guided {measures['mixed_guided_logprobs_mean']:.4f}"
     )
-    return ", ".join(parts)
+    if "float32_logprobs_max" in measures:
+        text = f"fp32 conditional at most {measures['float32_logprobs_max']:.0e}, {text}"
+    return text
 
 
 def _reached(measures: dict[str, float]) -> bool:
@@ -115,12 +92,3 @@ def _reached(measures: dict[str, float]) -> bool:
         measures.get("float32_logprobs_max", 0.0) <= MOST_IN_FP32
         and measures["mixed_logprobs_mean"] <= MOST_MEAN_MIXED
     )
-
-
-def _table(measures: dict[str, float], dtypes: tuple[str, ...]) -> tuple[str, ...]:
-    lines = [f"{'precision':<10}{'of':<17}{'mean':>10}{'max':>10}"]
-    for dtype in dtypes:
-        for kind in KINDS:
-            mean, largest = (measures[f"{dtype}_{kind}_{what}"] for what in ("mean", "max"))
-            lines.append(f"{dtype:<10}{kind:<17}{mean:>10.1e}{largest:>10.1e}")
-    return tuple(lines)

@@ -1,8 +1,9 @@
-"""Models of the published sizes with random weights, for measuring time and memory alone."""
+"""What the benchmarks run on: models of the published sizes with random weights, and recipes."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -10,38 +11,75 @@ import torch
 from torch import Tensor, nn
 from transformers import JanusForConditionalGeneration, JanusProcessor
 
+from stage_rl.config import load_recipe
 from stage_rl.errors import RecipeError
 from stage_rl.policies.janus import DTYPES, JanusConfig, JanusPolicy
+from stage_rl.recipe import Recipe
 from stage_rl.rewards.base import RewardConfig, Score
 from stage_rl.shapes.model import JanusSize, build_janus
 from stage_rl.shapes.prompts import WORDS
 from stage_rl.types import Prompt
 
 MAX_POSITIONS = 16384
-PUBLISHED: dict[str, Any] = {
-    "codebook_size": 16384,
-    "image_size": 384,
-    "patch_size": 16,
-    "base_channels": 128,
-    "latent_channels": 256,
-    "channel_multiplier": (1, 1, 2, 2, 4),
-    "res_blocks": 2,
-    "max_positions": MAX_POSITIONS,
-}
+PUBLISHED = JanusSize(
+    codebook_size=16384,
+    image_size=384,
+    patch_size=16,
+    base_channels=128,
+    latent_channels=256,
+    channel_multiplier=(1, 1, 2, 2, 4),
+    res_blocks=2,
+    max_positions=MAX_POSITIONS,
+)
 SIZES = {
-    "janus-1b": JanusSize(width=2048, layers=24, heads=16, mlp=5632, **PUBLISHED),
-    "janus-7b": JanusSize(width=4096, layers=30, heads=32, mlp=11008, **PUBLISHED),
+    "janus-1b": replace(PUBLISHED, width=2048, layers=24, heads=16, mlp=5632),
+    "janus-7b": replace(PUBLISHED, width=4096, layers=30, heads=32, mlp=11008),
 }
 """Janus-Pro but for what drawing does not use: its text vocabulary and the image encoder."""
-RANDOM_JANUS = "stage_rl.bench.models:RandomJanusConfig"
-RANDOM_REWARD = "stage_rl.bench.models:RandomRewardConfig"
 TEXT = "a photo of a red square"
 LONG_TEXT = " and ".join([TEXT] * 4)
 """29 tokens with begin of sequence and of image, as long as a prompt of GenEval."""
 
 
-class RandomJanusConfig(JanusConfig):
-    """A Janus of a known size whose weights are drawn on the device itself."""
+def recipe_of(
+    model: str, overrides: Iterable[str], *, random: bool | None = None, **options: Any
+) -> Recipe:
+    """The recipe shapes_geneval with steps that are alike: no picture, no probe, one learning rate.
+
+    `options` are those of the benchmarks: num_prompts, group_size, guidance_scale, dtype, seed.
+    `random`: weights of a size are drawn and the reward takes no time (None: for a published size).
+    """
+    settings = [f"policy.path={model}"]
+    if model in SIZES if random is None else random:
+        policy, reward = (f"{__name__}:{c.__name__}" for c in (RandomConfig, RandomRewardConfig))
+        settings += [f"policy.kind={policy}", f"rewards=[{{kind: '{reward}'}}]"]
+        settings += ["training.groups_per_microbatch=null", "training.logprob_rows=2048"]
+    settings += ["run.log_images_every=0", "probe.every=0", "probe.mismatch_images=0"]
+    keys = {
+        "num_prompts": ("rollout.prompts_per_step",),
+        "group_size": ("rollout.group_size",),
+        "guidance_scale": ("rollout.guidance_scale",),
+        "dtype": ("rollout.dtype", "training.dtype"),
+        "seed": ("seed",),
+    }
+    settings += [f"{key}={value}" for name, value in options.items() for key in keys[name]]
+    return load_recipe("shapes_geneval", [*settings, "optimizer.schedule=constant", *overrides])
+
+
+def policy_of(model: str, device: torch.device) -> JanusPolicy:
+    """A policy to sample from: a size in bf16, or the weights of a folder, a hub id or `shapes`."""
+    if model in SIZES:
+        return RandomConfig(path=model, trainable=(), dtype="bfloat16").build(device)
+    return JanusConfig(path=model, trainable=()).build(device)
+
+
+def prompts_of(model: str, count: int) -> list[Prompt]:
+    """The same text many times, for a size as long as a prompt of GenEval."""
+    return [Prompt(LONG_TEXT if model in SIZES else TEXT, index) for index in range(count)]
+
+
+class RandomConfig(JanusConfig):
+    """A policy of a known size whose weights are drawn on the device itself."""
 
     path: str = "janus-1b"
     """janus-1b, janus-7b or shapes."""
@@ -58,7 +96,19 @@ class RandomJanusConfig(JanusConfig):
         size = sizes[self.path]
         if self.image_size:
             size = replace(size, image_size=self.image_size, max_positions=MAX_POSITIONS)
-        return random_janus(size, dtype=DTYPES[self.dtype], device=device)
+        with torch.device("meta"):
+            module, processor = build_janus(size, words=WORDS, seed=0)
+        nn.Module.to(module, DTYPES[self.dtype])
+        module.to_empty(device=device)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                # Matrices as they are initialized; a norm's weight is a 1, and so may a bias be.
+                parameter.normal_(0, 0.02) if parameter.ndim > 1 else parameter.fill_(1)
+            for buffer in module.buffers():
+                buffer.zero_()
+        trunk: Any = module.model.language_model
+        trunk.rotary_emb = type(trunk.rotary_emb)(config=trunk.config).to(device)
+        return module.eval(), processor
 
 
 class RandomRewardConfig(RewardConfig):
@@ -72,34 +122,3 @@ class RandomRewardConfig(RewardConfig):
             return [Score(math.modf(mean * 1e3)[0], "random") for mean in means]
 
         return score
-
-
-def random_janus(
-    size: JanusSize, *, dtype: torch.dtype, device: torch.device
-) -> tuple[JanusForConditionalGeneration, JanusProcessor]:
-    """A Janus that never exists outside the device."""
-    with torch.device("meta"):
-        module, processor = build_janus(size, words=WORDS, seed=0)
-    nn.Module.to(module, dtype)
-    module.to_empty(device=device)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            # Matrices as they are initialized; a norm's weight is a 1, and so may a bias be.
-            parameter.normal_(0, 0.02) if parameter.ndim > 1 else parameter.fill_(1)
-        for buffer in module.buffers():
-            buffer.zero_()
-    trunk: Any = module.model.language_model
-    trunk.rotary_emb = type(trunk.rotary_emb)(config=trunk.config).to(device)
-    return module.eval(), processor
-
-
-def policy_of(model: str, device: torch.device) -> JanusPolicy:
-    """A policy to sample from: a size in bf16, or the weights of a folder, a hub id or `shapes`."""
-    if model in SIZES:
-        return RandomJanusConfig(path=model, trainable=(), dtype="bfloat16").build(device)
-    return JanusConfig(path=model, trainable=()).build(device)
-
-
-def bench_device() -> torch.device:
-    """The GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

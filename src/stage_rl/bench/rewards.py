@@ -5,14 +5,13 @@ Shape suffixes: N images, H x W pixels, C colour channels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from stage_rl.bench.base import BenchResult, at_least, interleaved
+from stage_rl.bench.base import BenchResult, benchmark, columns, interleaved
 from stage_rl.config import load_recipe
 from stage_rl.distributed import pick_device
 from stage_rl.errors import InputError
@@ -25,54 +24,11 @@ from stage_rl.types import Prompt
 BAR = "batches at least as fast as one by one for every model"
 LEAST_SPEEDUP = 1.0
 
-REWARDS: Mapping[str, Mapping[str, Any]] = {
-    "ocr": {},
-    "geneval": {},
-    "grounding_dino": {},
-    "git": {},
-    "hps": {},
-    "pickscore": {},
-    "image_reward": {},
-}
+REWARDS = ("ocr", "geneval", "grounding_dino", "git", "hps", "pickscore", "image_reward")
 """What can be timed without a recipe: RapidOCR, and models with their published weights."""
-WORDS = ("Open", "Bakery", "Hello World", "Exit")
 ONE_BY_ONE_ANYWAY = ("ocr",)
 """Its engine takes one image at a time; processes are what makes it faster."""
-
-
-def run(
-    *,
-    recipe: str = "",
-    rewards: tuple[str, ...] = ("ocr",),
-    num_prompts: int = 4,
-    group_size: int = 4,
-    image_size: int = 384,
-    ocr_processes: int = 2,
-    rounds: int = 3,
-    device: str = "auto",
-) -> BenchResult:
-    """Times rewards on images of written words: those of a recipe as they are, else by name.
-
-    The bar is for a recipe's rewards. With `ocr_processes` above 1, OCR is timed in several too.
-    """
-    at_least(1, num_prompts=num_prompts, group_size=group_size, ocr_processes=ocr_processes)
-    at_least(1, rounds=rounds)
-    at_least(48, image_size=image_size)
-    configs, prompts = _from_recipe(recipe) if recipe else (_tiny(rewards, ocr_processes), PROMPTS)
-    check_fields(configs, prompts)
-    asked = [prompts[i % len(prompts)] for i in range(num_prompts) for _ in range(group_size)]
-    images_NHWC = _images(len(asked), image_size)
-    place = pick_device(device)
-    measures: dict[str, float] = {}
-    for config in configs:
-        reward = config.build(place)
-        measures |= _measure(config.name, reward, images_NHWC, asked, rounds)
-        _close(reward)
-    settings = {"recipe": recipe, "num_prompts": num_prompts, "group_size": group_size}
-    settings |= {"image_size": image_size, "rounds": rounds, "device": str(place)}
-    return _result([config.name for config in configs], measures, settings)
-
-
+WORDS = ("Open", "Bakery", "Hello World", "Exit")
 PROMPTS = tuple(
     Prompt(
         f'a red cat beside a sign that says "{word}"',
@@ -91,28 +47,52 @@ PROMPTS = tuple(
 """Prompts with the metadata that every built-in reward needs."""
 
 
-def _from_recipe(name: str) -> tuple[Sequence[RewardConfig], Sequence[Prompt]]:
-    recipe = load_recipe(name)
-    return recipe.rewards, recipe.prompts.build()
+@benchmark(BAR, image_size=48)
+def run(
+    *,
+    recipe: str = "",
+    rewards: tuple[str, ...] = ("ocr",),
+    num_prompts: int = 4,
+    group_size: int = 4,
+    image_size: int = 384,
+    ocr_processes: int = 2,
+    rounds: int = 3,
+    device: str = "auto",
+) -> BenchResult:
+    """Times rewards on images of written words: those of a recipe as they are, else by name.
+
+    The bar is for a recipe's rewards. With `ocr_processes` above 1, OCR is timed in several too.
+    """
+    if recipe:
+        loaded = load_recipe(recipe)
+        configs, prompts = loaded.rewards, loaded.prompts.build()
+    else:
+        configs, prompts = _named(rewards, ocr_processes), PROMPTS
+    check_fields(configs, prompts)
+    asked = [prompts[i % len(prompts)] for i in range(num_prompts) for _ in range(group_size)]
+    # Of words, so that an OCR engine has something to read.
+    pictures = [np.asarray(text_image(word, size=image_size)) for word in WORDS]
+    images_NHWC = torch.from_numpy(np.stack([pictures[i % len(WORDS)] for i in range(len(asked))]))
+    measures: dict[str, float] = {}
+    for config in configs:
+        reward = config.build(pick_device(device))
+        measures |= _measure(config.name, reward, images_NHWC, asked, rounds)
+        if isinstance(reward, OcrReward) and isinstance(reward.reader, ParallelReader):
+            reward.reader.close()
+    return _result([config.name for config in configs], measures, on_recipe=bool(recipe))
 
 
-def _tiny(names: Sequence[str], ocr_processes: int) -> list[RewardConfig]:
+def _named(names: Sequence[str], ocr_processes: int) -> list[RewardConfig]:
     """The rewards of these names as published; an InputError for an unknown name."""
     configs = []
     for name in names:
         if name not in REWARDS:
             raise InputError(f"--rewards: unknown reward '{name}'; {near_or_all(name, REWARDS)}")
-        configs.append(RewardConfig.model_validate({"kind": name, **REWARDS[name]}))
+        configs.append(RewardConfig.model_validate({"kind": name}))
     if "ocr" in names and ocr_processes > 1:
         several = {"kind": "ocr", "name": f"ocr_{ocr_processes}", "processes": ocr_processes}
         configs.append(RewardConfig.model_validate(several))
     return configs
-
-
-def _images(count: int, side: int) -> Tensor:
-    """images_NHWC of words, so that an OCR engine has something to read."""
-    pictures = [np.asarray(text_image(WORDS[i % len(WORDS)], size=side)) for i in range(count)]
-    return torch.from_numpy(np.stack(pictures))
 
 
 def _measure(
@@ -131,29 +111,17 @@ def _measure(
     }
 
 
-def _close(reward: Reward) -> None:
-    """Ends the processes of a reward that has some."""
-    if isinstance(reward, OcrReward) and isinstance(reward.reader, ParallelReader):
-        reward.reader.close()
-
-
-def _result(
-    names: Sequence[str], measures: Mapping[str, float], settings: Mapping[str, Any]
-) -> BenchResult:
-    rows = [
-        f"{name:<16}{measures[f'{name}_batched_per_s']:>12.1f}"
-        f"{measures[f'{name}_single_per_s']:>12.1f}{measures[f'{name}_speedup']:>9.2f}x"
-        for name in names
-    ]
+def _result(names: Sequence[str], measures: dict[str, float], *, on_recipe: bool) -> BenchResult:
+    rows: list[tuple[str, ...]] = [("reward", "batched/s", "single/s", "ratio")]
+    for name in names:
+        rates = (f"{measures[f'{name}_{form}_per_s']:.1f}" for form in ("batched", "single"))
+        rows.append((name, *rates, f"{measures[f'{name}_speedup']:.2f}x"))
     judged = [name for name in names if not name.startswith(ONE_BY_ONE_ANYWAY)]
     speedups = [measures[f"{name}_speedup"] for name in judged]
     spread = f"{min(speedups):.1f}x to {max(speedups):.1f}x" if speedups else "no model timed:"
     return BenchResult(
-        name="rewards",
-        headline=f"{spread} images per second batched against one by one",
-        bar=BAR,
-        reached=min(speedups) >= LEAST_SPEEDUP if speedups and settings["recipe"] else None,
-        settings=settings,
-        measures=measures,
-        table=(f"{'reward':<16}{'batched/s':>12}{'single/s':>12}{'ratio':>10}", *rows),
+        f"{spread} images per second batched against one by one",
+        min(speedups) >= LEAST_SPEEDUP if speedups and on_recipe else None,
+        measures,
+        columns(*rows),
     )

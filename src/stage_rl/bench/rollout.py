@@ -1,6 +1,7 @@
 """`stage bench rollout`: the engine against transformers' own generate, on the same weights.
 
-Shape suffixes: P prompts, N images, L prompt slots, T image tokens.
+Shape suffixes: P prompts, N images, R rows (N conditional, then N unconditional), L prompt slots,
+T image tokens, D width.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,17 +18,20 @@ from transformers import DynamicCache
 
 from stage_rl.bench.base import (
     BenchResult,
-    Work,
-    at_least,
+    benchmark,
     check_guided,
+    columns,
     copy_bytes_per_s,
     interleaved,
+    on_h200,
     seconds_of,
 )
-from stage_rl.bench.models import LONG_TEXT, SIZES, TEXT, bench_device, policy_of
+from stage_rl.bench.models import SIZES, policy_of, prompts_of
+from stage_rl.distributed import pick_device
 from stage_rl.policies.janus import JanusPolicy
 from stage_rl.rollout.engine import Engine
 from stage_rl.rollout.sampling import Sampling, image_uniforms
+from stage_rl.training.metrics import DecoderSize, RolloutStats, rollout_bytes
 from stage_rl.types import Prompt
 
 BAR = (
@@ -36,21 +39,22 @@ BAR = (
     "(CPU, shapes model, 64 images); one H200: janus-7b <= 6.2 s, >= 70% of the byte limit, >= 3x "
     "generate, >= 8x the growing cache; janus-1b >= 60% of the byte limit"
 )
-
-LEAST_SPEEDUP = {"mixed": 2.0, "float32": 1.2}
-
+LEAST_ON_CPU = {"speedup_mixed": 2.0, "speedup_float32": 1.2, "greedy_equal": 1.0}
 LEAST_ON_H200 = {
     "janus-7b": {
+        "mixed_images_per_s": 64 / 6.2,
         "mixed_byte_limit_share": 0.7,
         "speedup_mixed": 3.0,
         "speedup_mixed_over_growing": 8.0,
     },
     "janus-1b": {"mixed_byte_limit_share": 0.6},
 }
+WINDOW = 16
+"""Tokens of a window of the growing cache, where a whole image would take minutes."""
+NUM_WINDOWS = 5
 
-MOST_SECONDS_7B = 6.2
 
-
+@benchmark(BAR)
 def run(
     *,
     model: str = "shapes",
@@ -67,117 +71,48 @@ def run(
     cache that grows with every token (a size: from windows of tokens). `processor_time` counts what
     the processors of this process worked, for a CPU that others use too.
     """
-    settings = dict(locals())
-    at_least(1, num_prompts=num_prompts, group_size=group_size, rounds=rounds)
     check_guided(guidance_scale)
-    policy = policy_of(model, bench_device())
-    text = LONG_TEXT if model in SIZES else TEXT
-    case = Case(policy, [Prompt(text, i) for i in range(num_prompts)], group_size, guidance_scale)
     timer = time.process_time if processor_time else time.perf_counter
-    measures = measure(case, rounds, sized=model in SIZES, timer=timer)
-    return BenchResult(
-        name="rollout",
-        headline=_headline(measures),
-        bar=BAR,
-        reached=_reached(model, case, measures),
-        settings=settings,
-        measures=measures,
-        table=_table(measures),
-    )
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is sampled."""
-
-    policy: JanusPolicy
-    prompts: list[Prompt]
-    group_size: int
-    guidance_scale: float
-
-    @property
-    def num_images(self) -> int:
-        """Images of one call."""
-        return len(self.prompts) * self.group_size
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of an image."""
-        return self.policy.layout.num_tokens
-
-    @property
-    def ids_NL(self) -> Tensor:
-        """The prompts' ids, each once for every image."""
-        ids_PL = torch.tensor([self.policy.prompt_ids(prompt) for prompt in self.prompts])
-        return ids_PL.repeat_interleave(self.group_size, 0)
-
-
-def measure(
-    case: Case, rounds: int, *, sized: bool, timer: Callable[[], float]
-) -> dict[str, float]:
-    """All figures of the benchmark; `sized`: the model is too large for what compares in full."""
-    policy, scale = case.policy, case.guidance_scale
-    baseline = _with_sdpa(policy)
-    sampling = Sampling(guidance_scale=scale)
-    engines = {d: Engine(policy, dtype=d) for d in (("mixed",) if sized else LEAST_SPEEDUP)}
-    forms: dict[str, Callable[[], Tensor]] = {
-        dtype: engine_form(engine, case.prompts, group_size=case.group_size, sampling=sampling)
-        for dtype, engine in engines.items()
-    }
-    forms["generate"] = lambda: generate(baseline, case.ids_NL, guidance_scale=scale)
-    grown = [prompt for prompt in case.prompts for _ in range(case.group_size)]
+    sized = model in SIZES
+    policy, prompts = policy_of(model, pick_device("auto")), prompts_of(model, num_prompts)
+    images = [prompt for prompt in prompts for _ in range(group_size)]
+    baseline = with_plain_attention(policy.reference())
+    engines = {d: Engine(policy, dtype=d) for d in (("mixed",) if sized else ("mixed", "float32"))}
+    sampling = Sampling(guidance_scale=guidance_scale)
+    forms = {name: engine_form(e, prompts, group_size, sampling) for name, e in engines.items()}
+    forms["generate"] = lambda: generate(baseline, images, guidance_scale=guidance_scale)
     if not sized:
-        forms["growing"] = lambda: grow(baseline, grown, guidance_scale=scale)
+        forms["growing"] = lambda: grow(baseline, images, guidance_scale=guidance_scale)
     seconds = interleaved(forms, rounds, timer=timer)
+    stats = RolloutStats.of(engines["mixed"].passes)
     if sized:
-        for engine in engines.values():
-            engine.release()
-        seconds["growing"] = grow_seconds(baseline, grown, guidance_scale=scale, rounds=rounds)
-    measures = _measures(seconds, case)
-    rate = copy_bytes_per_s(policy.device, timer)
-    measures |= _against_the_limit(seconds, engines, case, rate=rate)
-    if not sized:
-        measures["greedy_equal"] = _greedy_agreement(
-            engines["float32"], baseline, case.prompts, guidance_scale=scale
+        engines["mixed"].release()
+        seconds["growing"] = grow_seconds(
+            baseline, images, guidance_scale=guidance_scale, rounds=rounds
         )
-    return measures
-
-
-def _with_sdpa(policy: JanusPolicy) -> JanusPolicy:
-    """The policy with transformers' own attention in place of ours."""
-    baseline = policy.reference()
-    assert isinstance(baseline, JanusPolicy)
-    module: Any = baseline.module
-    module.set_attn_implementation("sdpa")
-    return baseline
-
-
-def generate(
-    policy: JanusPolicy,
-    ids_NL: Tensor,
-    *,
-    guidance_scale: float,
-    mask_NL: Tensor | None = None,
-    greedy: bool = False,
-) -> Tensor:
-    """Image tokens by transformers' own generate, tokens_NT; its default of top_k = 50 is off.
-
-    `mask_NL` is 0 at the left pads of prompts of different length.
-    """
-    ids_NL = ids_NL.to(policy.device)
-    module: Any = policy.module
-    return module.generate(
-        input_ids=ids_NL,
-        attention_mask=torch.ones_like(ids_NL) if mask_NL is None else mask_NL,
-        generation_mode="image",
-        do_sample=not greedy,
-        guidance_scale=guidance_scale,
-        **({} if greedy else {"top_k": 0}),
+    measures = _measures(seconds, len(images), stats.num_tokens)
+    measures["copy_gb_per_s"] = copy_bytes_per_s(policy.device, timer) / 1e9
+    for name, engine in engines.items():
+        moved = rollout_bytes(DecoderSize.of(engine.decoder), stats) / 1e9
+        rate = moved / seconds[name]
+        share = rate / measures["copy_gb_per_s"]
+        measures |= {
+            f"{name}_gb": moved,
+            f"{name}_gb_per_s": rate,
+            f"{name}_byte_limit_share": share,
+        }
+    if not sized:
+        greedy = Sampling(guidance_scale=guidance_scale, temperature=0)
+        ours = engine_form(engines["float32"], prompts, 1, greedy)()
+        theirs = generate(baseline, prompts, guidance_scale=guidance_scale, greedy=True)
+        measures["greedy_equal"] = (ours == theirs).float().mean().item()
+    return BenchResult(
+        _headline(measures), _reached(model, len(images), measures), measures, _table(measures)
     )
 
 
 def engine_form(
-    engine: Engine, prompts: list[Prompt], *, group_size: int, sampling: Sampling
+    engine: Engine, prompts: list[Prompt], group_size: int, sampling: Sampling
 ) -> Callable[[], Tensor]:
     """A call that samples a group for each prompt, always the same; tokens_NT."""
     policy = engine.policy
@@ -191,194 +126,166 @@ def engine_form(
 
     @torch.no_grad()
     def sample() -> Tensor:
-        prefix = policy.encode(prompts)
-        return engine.generate(
-            prefix, group_size=group_size, sampling=sampling, uniforms_NT=uniforms_NT
-        ).tokens_NT
+        engine.passes.clear()
+        generated = engine.generate(
+            policy.encode(prompts),
+            group_size=group_size,
+            sampling=sampling,
+            uniforms_NT=uniforms_NT,
+        )
+        return generated.tokens_NT
 
     return sample
 
 
-def _greedy_agreement(
-    engine: Engine, baseline: JanusPolicy, prompts: list[Prompt], *, guidance_scale: float
-) -> float:
-    """Share of equal tokens at temperature 0, one image for each prompt."""
-    ids_PL = torch.tensor([baseline.prompt_ids(prompt) for prompt in prompts])
-    theirs = generate(baseline, ids_PL, guidance_scale=guidance_scale, greedy=True)
-    sampling = Sampling(guidance_scale=guidance_scale, temperature=0)
-    ours = engine_form(engine, prompts, group_size=1, sampling=sampling)()
-    return (ours == theirs).float().mean().item()
+def with_plain_attention(policy: Any) -> JanusPolicy:
+    """The policy with transformers' own attention in place of ours."""
+    policy.module.set_attn_implementation("sdpa")
+    return policy
 
 
-def _measures(seconds: dict[str, float], case: Case) -> dict[str, float]:
-    measures: dict[str, float] = {}
-    for name, value in seconds.items():
-        measures[f"{name}_s"] = value
-        measures[f"{name}_ms_per_token"] = value / case.num_tokens * 1e3
-        measures[f"{name}_images_per_s"] = case.num_images / value
-    for dtype in LEAST_SPEEDUP.keys() & seconds.keys():
-        measures[f"speedup_{dtype}"] = seconds["generate"] / seconds[dtype]
-        measures[f"speedup_{dtype}_over_growing"] = seconds["growing"] / seconds[dtype]
-    return measures
-
-
-def _against_the_limit(
-    seconds: dict[str, float], engines: dict[str, Engine], case: Case, *, rate: float
-) -> dict[str, float]:
-    """Bytes a second of each engine, beside the `rate` of a copy."""
-    work = Work(case.num_images, case.ids_NL.shape[1], case.num_tokens, case.guidance_scale != 1)
-    measures = {"copy_gb_per_s": rate / 1e9}
-    for name, engine in engines.items():
-        moved = work.rollout_bytes(engine.decoder)
-        measures[f"{name}_gb"] = moved / 1e9
-        measures[f"{name}_gb_per_s"] = moved / seconds[name] / 1e9
-        measures[f"{name}_byte_limit_share"] = moved / seconds[name] / rate
-    return measures
-
-
-def _headline(measures: dict[str, float]) -> str:
-    text = f"{measures['speedup_mixed']:.1f}x generate with bf16 linear layers, "
-    if "greedy_equal" not in measures:
-        growing, share = (
-            measures[name] for name in ("speedup_mixed_over_growing", "mixed_byte_limit_share")
-        )
-        return (
-            f"{text}{growing:.1f}x a growing cache, {share:.0%} of the byte limit, "
-            f"{measures['mixed_s']:.1f} s"
-        )
-    return (
-        f"{text}{measures['speedup_float32']:.1f}x in fp32, "
-        f"greedy tokens {measures['greedy_equal']:.0%} equal"
+def generate(
+    policy: JanusPolicy,
+    prompts: Sequence[Prompt],
+    *,
+    guidance_scale: float,
+    greedy: bool = False,
+) -> Tensor:
+    """An image of each prompt by transformers' own generate, tokens_NT; its top_k = 50 is off."""
+    module: Any = policy.module
+    ids_NL, mask_NL = padded_ids(policy, prompts)
+    return module.generate(
+        input_ids=ids_NL,
+        attention_mask=mask_NL,
+        generation_mode="image",
+        do_sample=not greedy,
+        guidance_scale=guidance_scale,
+        **({} if greedy else {"top_k": 0}),
     )
 
 
-def _reached(model: str, case: Case, measures: dict[str, float]) -> bool | None:
-    if case.num_images != 64:
-        return None
-    if model == "shapes" and case.policy.device.type == "cpu":
-        fast = all(measures[f"speedup_{dtype}"] >= x for dtype, x in LEAST_SPEEDUP.items())
-        return fast and measures["greedy_equal"] == 1
-    on_gpu = case.policy.device.type == "cuda"
-    if model in LEAST_ON_H200 and on_gpu and "H200" in torch.cuda.get_device_name():
-        fast = all(measures[name] >= x for name, x in LEAST_ON_H200[model].items())
-        return fast and (model != "janus-7b" or measures["mixed_s"] <= MOST_SECONDS_7B)
-    return None
-
-
-def _table(measures: dict[str, float]) -> tuple[str, ...]:
-    lines = [
-        f"{'form':<10}{'seconds':>9}{'ms/token':>10}{'images/s':>10}{'GB/s':>8}{'of limit':>10}"
-    ]
-    for name in ("mixed", "float32", "generate", "growing"):
-        if f"{name}_s" not in measures:
-            continue
-        line = (
-            f"{name:<10}{measures[f'{name}_s']:>9.2f}{measures[f'{name}_ms_per_token']:>10.2f}"
-            f"{measures[f'{name}_images_per_s']:>10.2f}"
-        )
-        if f"{name}_gb" in measures:
-            share = measures[f"{name}_byte_limit_share"]
-            line += f"{measures[f'{name}_gb_per_s']:>8.1f}{share:>10.0%}"
-        lines.append(line)
-    rate, moved = measures["copy_gb_per_s"], measures["mixed_gb"]
-    limit = f"limit: {moved:.1f} GB (mixed) at {rate:.1f} GB/s, what a copy moves: "
-    return (*lines, f"{limit}{moved / rate:.2f} s")
-
-
-# A sampling loop whose cache grows with every token, the structure of released training code.
-#
-# Where a whole image takes minutes, windows of some tokens are timed at several positions and the
-# time per token is integrated over all positions.
-#
-# Shape suffixes: N images, R rows (N conditional, then N unconditional), L prompt slots, T image
-# tokens, K key-value heads, S slots, E head dimension.
-
-
-WINDOW = 16
-"""Tokens of a window."""
-
-NUM_WINDOWS = 5
+def padded_ids(policy: JanusPolicy, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
+    """Ids of the prompts, left-padded, and their attention mask, NL."""
+    rows = [policy.prompt_ids(prompt) for prompt in prompts]
+    longest = max(map(len, rows))
+    # What stands in a masked slot plays no part; 0 is an id of every vocabulary.
+    ids_NL = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+    mask_NL = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    return ids_NL.to(policy.device), mask_NL.to(policy.device)
 
 
 @torch.no_grad()
 def grow(policy: JanusPolicy, prompts: Sequence[Prompt], *, guidance_scale: float) -> Tensor:
-    """Image tokens by a loop whose cache is reallocated at every token, tokens_NT."""
+    """Image tokens by a loop whose cache is reallocated at every token, tokens_NT.
+
+    That is the structure of released training code.
+    """
     prefix = policy.encode(prompts)
     inputs = torch.cat([prefix.embeds_PLD, prefix.unconditional().embeds_PLD])
     num_tokens = policy.layout.num_tokens
     return _go_on(policy, DynamicCache(), inputs, num_tokens, guidance_scale=guidance_scale)
 
 
+@torch.no_grad()
 def grow_seconds(
     policy: JanusPolicy, prompts: Sequence[Prompt], *, guidance_scale: float, rounds: int
 ) -> float:
-    """Seconds that `grow` would take, from windows over a cache of random keys and values."""
+    """Seconds that `grow` would take: windows of tokens over a cache of random keys and values are
+    timed from the first token to the last, and the time of a token integrated over all positions.
+    """
     num_tokens = policy.layout.num_tokens
-    starts = window_starts(num_tokens)
     window = min(WINDOW, num_tokens)
+    starts = np.unique(np.linspace(0, num_tokens - window, NUM_WINDOWS).round().astype(int))
+    prefix = policy.encode(prompts)
+    num_rows, num_slots, width = prefix.embeds_PLD.shape
+    inputs_R1D = prefix.embeds_PLD[:, -1:].repeat(2, 1, 1)
+    module: Any = policy.module
+    config = module.config.text_config
+    head_dim = width // config.num_attention_heads
     seconds = []
-    for start in starts:
-        runs = [
-            _window_seconds(policy, prompts, start, window, guidance_scale=guidance_scale)
-            for _ in range(rounds + 1)
-        ]
+    for start in starts.tolist():
+        shape = (2 * num_rows, config.num_key_value_heads, num_slots + start, head_dim)
+        runs = []
+        for _ in range(rounds + 1):
+            cache = DynamicCache()
+            for layer in range(config.num_hidden_layers):
+                keys, values = (inputs_R1D.new_empty(shape).normal_() for _ in range(2))
+                cache.update(keys, values, layer)
+            runs.append(
+                seconds_of(
+                    lambda cache=cache: _go_on(
+                        policy, cache, inputs_R1D, window, guidance_scale=guidance_scale
+                    )
+                )
+            )
         # The first warms up.
         seconds.append(statistics.median(runs[1:]) / window)
-    return integrate([start + (window - 1) / 2 for start in starts], seconds, num_tokens)
-
-
-def window_starts(num_tokens: int) -> list[int]:
-    """First tokens of the windows, from the first token of the image to its last."""
-    last = max(num_tokens - WINDOW, 0)
-    return sorted({round(last * k / (NUM_WINDOWS - 1)) for k in range(NUM_WINDOWS)})
-
-
-def integrate(positions: Sequence[float], seconds: Sequence[float], num_tokens: int) -> float:
-    """Sum over all tokens of the seconds that the windows around `positions` took for one.
-
-    Straight lines between them, constant beyond the first and last.
-    """
-    return float(np.interp(np.arange(num_tokens), positions, seconds).sum())
-
-
-@torch.no_grad()
-def _window_seconds(
-    policy: JanusPolicy,
-    prompts: Sequence[Prompt],
-    start: int,
-    window: int,
-    *,
-    guidance_scale: float,
-) -> float:
-    prefix = policy.encode(prompts)
-    config: Any = policy.module.config.text_config
-    num_rows, num_slots, width = prefix.embeds_PLD.shape
-    heads = config.num_key_value_heads
-    head_dim = width // config.num_attention_heads
-    shape = (2 * num_rows, heads, num_slots + start, head_dim)
-    cache = DynamicCache()
-    for layer in range(config.num_hidden_layers):
-        keys, values = (prefix.embeds_PLD.new_empty(shape).normal_() for _ in range(2))
-        cache.update(keys, values, layer)
-    inputs = prefix.embeds_PLD[:, -1:].repeat(2, 1, 1)
-    return seconds_of(lambda: _go_on(policy, cache, inputs, window, guidance_scale=guidance_scale))
+    middles = starts + (window - 1) / 2
+    return float(np.interp(np.arange(num_tokens), middles, seconds).sum())
 
 
 def _go_on(
     policy: JanusPolicy,
     cache: DynamicCache,
-    inputs: Tensor,
+    inputs_RLD: Tensor,
     num_tokens: int,
     *,
     guidance_scale: float,
 ) -> Tensor:
-    """Draws tokens behind the inputs, RLD, and what the cache holds; tokens_NT."""
-    trunk: Any = policy.module.model.language_model
+    """Draws tokens behind the inputs and what the cache holds; tokens_NT."""
+    module: Any = policy.module
+    trunk = module.model.language_model
     tokens = []
     for _ in range(num_tokens):
-        states = trunk(inputs_embeds=inputs, past_key_values=cache, use_cache=True)
+        states = trunk(inputs_embeds=inputs_RLD, past_key_values=cache, use_cache=True)
         cond, uncond = policy.head(states.last_hidden_state[:, -1]).float().chunk(2)
         probs = (uncond + guidance_scale * (cond - uncond)).softmax(-1)
         tokens.append(torch.multinomial(probs, 1))
-        inputs = policy.embed(tokens[-1]).repeat(2, 1, 1)
+        inputs_RLD = policy.embed(tokens[-1]).repeat(2, 1, 1)
     return torch.cat(tokens, 1)
+
+
+def _measures(seconds: dict[str, float], num_images: int, num_tokens: int) -> dict[str, float]:
+    measures: dict[str, float] = {}
+    for name, value in seconds.items():
+        measures[f"{name}_s"] = value
+        measures[f"{name}_ms_per_token"] = value / num_tokens * 1e3
+        measures[f"{name}_images_per_s"] = num_images / value
+        if name in ("mixed", "float32"):
+            measures[f"speedup_{name}"] = seconds["generate"] / value
+            measures[f"speedup_{name}_over_growing"] = seconds["growing"] / value
+    return measures
+
+
+def _headline(measures: dict[str, float]) -> str:
+    text = f"{measures['speedup_mixed']:.1f}x generate with bf16 linear layers, "
+    if "greedy_equal" in measures:
+        equal = f"greedy tokens {measures['greedy_equal']:.0%} equal"
+        return f"{text}{measures['speedup_float32']:.1f}x in fp32, {equal}"
+    share = f"{measures['mixed_byte_limit_share']:.0%} of the byte limit"
+    growing = f"{measures['speedup_mixed_over_growing']:.1f}x a growing cache"
+    return f"{text}{growing}, {share}, {measures['mixed_s']:.1f} s"
+
+
+def _reached(model: str, num_images: int, measures: dict[str, float]) -> bool | None:
+    least = LEAST_ON_H200.get(model) if on_h200() else None
+    if model == "shapes" and not torch.cuda.is_available():
+        least = LEAST_ON_CPU
+    if least is None or num_images != 64:
+        return None
+    return all(measures[name] >= value for name, value in least.items())
+
+
+def _table(measures: dict[str, float]) -> tuple[str, ...]:
+    rows: list[tuple[str, ...]] = [("form", "seconds", "ms/token", "images/s", "GB/s", "of limit")]
+    for name in ("mixed", "float32", "generate", "growing"):
+        if f"{name}_s" in measures:
+            times = (measures[f"{name}_{unit}"] for unit in ("s", "ms_per_token", "images_per_s"))
+            rate, share = "", ""
+            if f"{name}_gb" in measures:
+                rate = f"{measures[f'{name}_gb_per_s']:.1f}"
+                share = f"{measures[f'{name}_byte_limit_share']:.0%}"
+            rows.append((name, *(f"{x:.2f}" for x in times), rate, share))
+    rate, moved = measures["copy_gb_per_s"], measures["mixed_gb"]
+    limit = f"limit: {moved:.1f} GB (mixed) at {rate:.1f} GB/s, what a copy moves: "
+    return (*columns(*rows), f"{limit}{moved / rate:.2f} s")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import gc
-import statistics
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 
-from stage_rl.bench.base import BenchResult, at_least, check_guided
-from stage_rl.bench.models import bench_device
-from stage_rl.bench.step import PHASES, recipe_of, trainer_form
+from stage_rl.bench.base import BenchResult, benchmark, columns, medians_in_turn
+from stage_rl.bench.models import recipe_of
+from stage_rl.bench.step import PHASES, trainer_form
+from stage_rl.recipe import Recipe
 from stage_rl.training.trainer import build_trainer
 
 BAR = "per image at G = 16 <= 0.92 of G = 8 (GPU; on a CPU reported)"
@@ -18,6 +18,7 @@ MOST_OF_G8 = 0.92
 PARTS = ("sample", "reference", "learn", "step")
 
 
+@benchmark(BAR, group_sizes=2)
 def run(
     *,
     model: str = "shapes",
@@ -35,95 +36,65 @@ def run(
     then images of `image_sizes` pixels a side (T grows with the square) at the first group size.
     `overrides` are further settings, key=value, with spaces between.
     """
-    settings = dict(locals())
-    at_least(2, group_sizes=group_sizes)
-    at_least(1, num_prompts=num_prompts, image_sizes=image_sizes, rounds=rounds)
-    check_guided(guidance_scale)
-    common = (
-        f"rollout.prompts_per_step={num_prompts}",
-        f"rollout.guidance_scale={guidance_scale}",
-        f"rollout.dtype={dtype}",
-        f"training.dtype={dtype}",
-        *overrides.split(),
-    )
-    cases = [Case(f"g{size}", size, None) for size in group_sizes]
-    cases += [Case(f"t{pixels}px", group_sizes[0], pixels) for pixels in image_sizes]
+    cases: dict[str, tuple[int, list[str]]] = {f"g{size}": (size, []) for size in group_sizes}
+    cases |= {
+        f"t{pixels}px": (group_sizes[0], [f"policy.image_size={pixels}"]) for pixels in image_sizes
+    }
     measures: dict[str, float] = {}
-    for case in cases:
-        found, num_tokens = _step_ms(model, [*common, *case.overrides()], rounds)
-        measures[f"tokens_{case.name}"] = num_tokens
-        for part in PARTS:
-            per_image = found[part] / (num_prompts * case.group_size)
-            measures[f"{part}_ms_per_image_{case.name}"] = per_image
+    rows: list[tuple[str, ...]] = [("case", "G", "T", *PARTS)]
+    for name, (group_size, settings) in cases.items():
+        recipe = recipe_of(
+            model,
+            [*overrides.split(), *settings],
+            random=True,
+            num_prompts=num_prompts,
+            group_size=group_size,
+            guidance_scale=guidance_scale,
+            dtype=dtype,
+        )
+        per_image, num_tokens = _ms_per_image(recipe, rounds)
+        measures[f"tokens_{name}"] = num_tokens
+        measures |= {f"{part}_ms_per_image_{name}": per_image[part] for part in PARTS}
+        times = (f"{per_image[part]:.2f}" for part in PARTS)
+        rows.append((name, str(group_size), str(num_tokens), *times))
     return BenchResult(
-        name="scale",
-        headline=_headline(measures, group_sizes, image_sizes),
-        bar=BAR,
-        reached=_reached(measures),
-        settings=settings,
-        measures=measures,
-        table=_table(measures, cases),
+        _headline(measures, group_sizes, image_sizes),
+        _reached(measures),
+        measures,
+        (*columns(*rows), "milliseconds for each image"),
     )
 
 
-@dataclass(frozen=True)
-class Case:
-    """One measured step."""
-
-    name: str
-    group_size: int
-    image_size: int | None
-    """Pixels of a side; None: those of the size."""
-
-    def overrides(self) -> list[str]:
-        """What differs from the other cases, as settings."""
-        settings = [f"rollout.group_size={self.group_size}"]
-        return [*settings, *([f"policy.image_size={self.image_size}"] if self.image_size else [])]
-
-
-def _table(measures: dict[str, float], cases: list[Case]) -> tuple[str, ...]:
-    lines = [f"{'case':<8}{'G':>4}{'T':>6}" + "".join(f"{part:>12}" for part in PARTS)]
-    for case in cases:
-        figures = (measures[f"{part}_ms_per_image_{case.name}"] for part in PARTS)
-        times = "".join(f"{value:>12.2f}" for value in figures)
-        tokens = measures[f"tokens_{case.name}"]
-        lines.append(f"{case.name:<8}{case.group_size:>4}{tokens:>6.0f}{times}")
-    return (*lines, "milliseconds for each image")
-
-
-def _step_ms(model: str, settings: list[str], rounds: int) -> tuple[dict[str, float], int]:
-    """Median milliseconds of each phase after one step to warm up, and the tokens of an image."""
-    recipe = recipe_of(model, settings, random=True)
+def _ms_per_image(recipe: Recipe, rounds: int) -> tuple[dict[str, float], int]:
+    """Median milliseconds of each phase for one image, and the tokens of an image."""
     trainer = build_trainer(recipe, recipe.prompts.build())
-    step = trainer_form(trainer)
-    laps = [step(number) for number in range(rounds + 1)][1:]
+    seconds = medians_in_turn({"trainer": trainer_form(trainer)}, rounds)["trainer"]
     num_tokens = trainer.policy.layout.num_tokens
-    del trainer, step
+    del trainer
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return {
-        part: statistics.median(lap[PHASES[part]] for lap in laps) * 1e3 for part in PARTS
-    }, num_tokens
+    num_images = recipe.rollout.prompts_per_step * recipe.rollout.group_size
+    return {part: seconds[PHASES[part]] / num_images * 1e3 for part in PARTS}, num_tokens
 
 
 def _headline(
-    measures: dict[str, float], group_sizes: tuple[int, ...], image_sizes: tuple[int, ...]
+    measures: dict[str, float], group_sizes: Sequence[int], image_sizes: Sequence[int]
 ) -> str:
-    def ratio(one: str, other: str) -> float:
-        return measures[f"step_ms_per_image_{one}"] / measures[f"step_ms_per_image_{other}"]
+    def ratio(figure: str, one: str, other: str) -> float:
+        return measures[f"{figure}_{one}"] / measures[f"{figure}_{other}"]
 
-    first, last = f"g{group_sizes[0]}", f"g{group_sizes[-1]}"
+    first, last = group_sizes[0], group_sizes[-1]
     small, large = f"t{image_sizes[0]}px", f"t{image_sizes[-1]}px"
-    tokens = measures[f"tokens_{large}"] / measures[f"tokens_{small}"]
     return (
-        f"an image costs {ratio(last, first):.2f} at G = {group_sizes[-1]} of what it does at G = "
-        f"{group_sizes[0]}; with {tokens:.1f}x the tokens {ratio(large, small):.1f}x"
+        f"an image costs {ratio('step_ms_per_image', f'g{last}', f'g{first}'):.2f} at G = {last} "
+        f"of what it does at G = {first}; with {ratio('tokens', large, small):.1f}x the tokens "
+        f"{ratio('step_ms_per_image', large, small):.1f}x"
     )
 
 
 def _reached(measures: dict[str, float]) -> bool | None:
     at_8, at_16 = (measures.get(f"step_ms_per_image_g{size}") for size in (8, 16))
-    if bench_device().type != "cuda" or at_8 is None or at_16 is None:
+    if not torch.cuda.is_available() or at_8 is None or at_16 is None:
         return None
     return at_16 <= MOST_OF_G8 * at_8
