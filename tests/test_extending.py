@@ -17,7 +17,7 @@ BASE = """
 steps: 1
 policy: {kind: janus, path: PATH}
 prompts: {kind: shapes}
-rewards: [{kind: geneval, detector: {kind: shapes}}]
+rewards: [{kind: "brightness:BrightnessConfig"}]
 rollout: {prompts_per_step: 2, group_size: 4}
 probe: {every: 0}
 """
@@ -29,10 +29,11 @@ def test_the_five_changes_are_there():
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_a_step_is_trained_with_the_example(name, tmp_path, monkeypatch, tiny_shapes_folder):
-    code, settings = EXAMPLES[name]
-    file = re.match(r"# (\w+\.py)\n", code)
-    assert file, "the first line names the file"
-    (tmp_path / file[1]).write_text(code)
+    for code, _ in (EXAMPLES["A reward"], EXAMPLES[name]):
+        file = re.match(r"# (\w+\.py)\n", code)
+        assert file, "the first line names the file"
+        (tmp_path / file[1]).write_text(code)
+    settings = EXAMPLES[name][1]
     recipe = yaml.safe_load(BASE.replace("PATH", str(tiny_shapes_folder)))
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe | yaml.safe_load(settings)))
     monkeypatch.syspath_prepend(tmp_path)

@@ -123,10 +123,15 @@ def _difference(shape: CacheShape, num_rows: int, length: int) -> float:
     """Largest difference of the kernel, whole and split, from torch."""
     from stage_rl.rollout.kernels import decode_attention  # triton is optional
 
-    *inputs, positions_R = _inputs(shape, num_rows, length)
-    theirs = eager_attention(*inputs, length_mask(positions_R, length))
-    ours = [decode_attention(*inputs, positions_R, num_parts=parts) for parts in (1, 4)]
-    return max((each - theirs).abs().max().item() for each in ours)
+    query, keys, values, positions_R = _inputs(shape, num_rows, length)
+    theirs = eager_attention(query, keys, values, length_mask(positions_R, length))
+    return max(
+        (decode_attention(query, keys, values, positions_R, num_parts=parts) - theirs)
+        .abs()
+        .max()
+        .item()
+        for parts in (1, 4)
+    )
 
 
 def _inputs(shape: CacheShape, num_rows: int, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
