@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
-from transformers import JanusForConditionalGeneration, JanusProcessor
+from transformers import JanusForConditionalGeneration
 
 from stage_rl.api import sample
 from stage_rl.errors import WeightsError
@@ -76,25 +76,19 @@ def test_prompts_become_the_ids_of_the_original_code(policy):
         ids = policy.prompt_ids(prompt)
         assert ids == REFERENCE[f"prompt_ids_{number}"].tolist()
         assert ids == CONVERTED["prompt_ids"][number]
-
-
-def test_pad_bos_and_begin_of_image_are_those_of_the_original_code(policy):
     settings = policy.module.generation_config
     ids = [settings.pad_token_id, settings.bos_token_id, settings.generation_kwargs["boi_token_id"]]
     assert ids == REFERENCE["special_ids"].tolist() == [305, 300, 303]
 
 
 @torch.no_grad()
-def test_logits_are_those_of_the_original_code(policy):
+def test_logits_and_the_likeliest_tokens_are_those_of_the_original_code(policy):
     prefix = policy.encode(PROMPTS)
     for given, name in ((prefix, "cond_logits"), (prefix.unconditional(), "uncond_logits")):
         logits_NTV = policy.head(policy.hidden(given, TOKENS_NT))
         expected_NTV = torch.from_numpy(REFERENCE[name])
         assert expected_NTV.std() > 1
         assert_close(logits_NTV, expected_NTV, atol=3e-5, rtol=0)
-
-
-def test_the_likeliest_tokens_are_those_of_the_original_code(policy):
     drawn = sample(policy, TEXTS, temperature=0.0, guidance_scale=5.0)
     assert torch.equal(drawn.tokens_NT.cpu(), TOKENS_NT)
 
@@ -188,28 +182,37 @@ def test_code_beside_the_weights_is_not_run(
     assert not (tmp_path / "ran").exists()
 
 
+def index_names(shard):
+    def edit(folder):
+        index = {"weight_map": {"gen_embed.weight": shard}}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+    return edit
+
+
 @pytest.mark.parametrize(
-    ("names", "message"),
+    ("edit", "message"),
     [
-        (["epoch1.pt", "epoch2.pt"], r"found several: epoch1\.pt, epoch2\.pt"),
-        ([], r"model\.safetensors or .* is looked for, .* \(found none\)"),
+        (
+            lambda folder: shutil.copy(
+                (folder / "pytorch_model.bin").rename(folder / "epoch1.pt"), folder / "epoch2.pt"
+            ),
+            r"found several: epoch1\.pt, epoch2\.pt",
+        ),
+        (
+            lambda folder: (folder / "pytorch_model.bin").unlink(),
+            r"model\.safetensors or .* is looked for, .* \(found none\)",
+        ),
+        (index_names("../secret.bin"), "which lies elsewhere"),
+        (index_names("gone.bin"), r"names gone\.bin, which is missing"),
+        (
+            lambda folder: (folder / "processor_config.json").unlink(),
+            r"lacks processor_config\.json; put the files of",
+        ),
     ],
 )
-def test_a_folder_whose_weights_are_not_clear_is_one_clear_line(folder, names, message):
-    for name in names:
-        shutil.copy(folder / "pytorch_model.bin", folder / name)
-    (folder / "pytorch_model.bin").unlink()
-    with pytest.raises(WeightsError, match=message):
-        load(folder)
-
-
-@pytest.mark.parametrize(
-    ("shard", "message"),
-    [("../secret.bin", "which lies elsewhere"), ("gone.bin", "names gone.bin, which is missing")],
-)
-def test_an_index_that_leads_nowhere_is_one_clear_line(folder, shard, message):
-    index = {"weight_map": {"gen_embed.weight": shard}}
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+def test_a_folder_whose_files_are_not_clear_is_one_clear_line(folder, edit, message):
+    edit(folder)
     with pytest.raises(WeightsError, match=message):
         load(folder)
 
@@ -261,12 +264,6 @@ def test_settings_the_policy_does_not_know_are_one_clear_line(folder, file, chan
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_file_of_the_tokenizer_is_named(folder):
-    (folder / "processor_config.json").unlink()
-    with pytest.raises(WeightsError, match=r"lacks processor_config\.json; put the files of"):
-        load(folder)
-
-
 @pytest.mark.parametrize(
     ("style", "expected"),
     [
@@ -282,24 +279,19 @@ def test_the_prompt_format_is_the_one_the_processor_names(folder, style, expecte
     assert template([message], add_generation_prompt=True) == expected
 
 
-def test_a_second_hidden_layer_of_an_aligner_is_its_fourth():
-    # Layers and activations alternate: fc1 is 0, hidden layers 0 and 1 are 2 and 4.
-    name = "model.generation_aligner.hidden_layers.1.weight"
-    assert deepseek_name(name) == "gen_aligner.layers.4.weight"
-
-
 def test_a_recipe_may_name_the_prompt_format_and_an_export_keeps_it(
     original_janus_folder, tmp_path
 ):
     policy = load(original_janus_folder, trainable=(), prompt_format="deepseek_old")
-    tokenizer = policy.processor.tokenizer
     ids = policy.prompt_ids(Prompt(" a star ", 0))
-    assert tokenizer.decode(ids[1:-1]) == "User: a star\n\nAssistant:"
-    for number, like in enumerate((original_janus_folder, "")):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        policy.save(folder, layout="deepseek", base=like)
-        assert load(folder, trainable=()).prompt_ids(Prompt("a star", 0)) == ids
+    assert policy.processor.tokenizer.decode(ids[1:-1]) == "User: a star\n\nAssistant:"
+    for name, base in (("like", original_janus_folder), ("alone", "")):
+        (tmp_path / name).mkdir()
+        policy.save(tmp_path / name, layout="deepseek", base=base)
+        assert load(tmp_path / name, trainable=()).prompt_ids(Prompt("a star", 0)) == ids
+    policy.processor.chat_template = "Draw: {{ messages[0]['content'][0]['text'] }}"
+    with pytest.raises(WeightsError, match="a format that DeepSeek's layout has no name for"):
+        policy.save(tmp_path, layout="deepseek")
 
 
 def test_sizes_that_the_file_leaves_out_are_the_published_ones():
@@ -316,6 +308,9 @@ def test_sizes_that_the_file_leaves_out_are_the_published_ones():
         "vision_config": {"cls": "CLIPVisionTower", "params": vision},
     }
     raw["language_config"]["vocab_size"] = 102400
+    # A second hidden layer is the fourth: layers and activations alternate, fc1 is 0.
+    name = "model.generation_aligner.hidden_layers.1.weight"
+    assert deepseek_name(name) == "gen_aligner.layers.4.weight"
     config = to_transformers(raw, "x", {"bos": 100000, "eos": 100001, "image": 100594})
     with torch.device("meta"):
         module = JanusForConditionalGeneration(config)
@@ -378,29 +373,3 @@ def test_a_round_trip_through_transformers_layout_is_exact(policy, tmp_path):
     back = load(tmp_path / "transformers", trainable=())
     assert_same(policy, back)
     assert [back.prompt_ids(p) for p in PROMPTS] == [policy.prompt_ids(p) for p in PROMPTS]
-
-
-@torch.no_grad()
-def test_plain_transformers_reads_it_with_equal_logits(policy, tmp_path):
-    policy.save(tmp_path)
-    module = JanusForConditionalGeneration.from_pretrained(tmp_path)
-    processor = JanusProcessor.from_pretrained(tmp_path)
-    message = {"role": "user", "content": [{"type": "text", "text": TEXTS[0]}]}
-    prompt = processor.apply_chat_template([message], add_generation_prompt=True)
-    ids = processor(text=[prompt], generation_mode="image", return_tensors="pt")["input_ids"]
-    assert ids[0].tolist() == REFERENCE["prompt_ids_0"].tolist()
-    text = module.get_input_embeddings()(ids)
-    image = module.prepare_embeddings_for_image_generation(TOKENS_NT[:1])
-    states = module.model.language_model(inputs_embeds=torch.cat([text, image], 1))[0]
-    logits_TV = module.model.generation_head(states[0, ids.shape[1] - 1 : -1])
-    assert_close(logits_TV, torch.from_numpy(REFERENCE["cond_logits"][0]), atol=3e-5, rtol=0)
-
-
-def test_a_prompt_template_that_deepseek_has_no_name_for_is_refused(policy, tmp_path):
-    before = policy.processor.chat_template
-    policy.processor.chat_template = "Draw: {{ messages[0]['content'][0]['text'] }}"
-    try:
-        with pytest.raises(WeightsError, match="a format that DeepSeek's layout has no name for"):
-            policy.save(tmp_path, layout="deepseek")
-    finally:
-        policy.processor.chat_template = before

@@ -72,12 +72,19 @@ def test_without_a_network_and_a_cache_the_way_out_is_named(monkeypatch, tmp_pat
     assert "\n" not in str(caught.value)
 
 
-def test_a_full_disk_is_one_clear_line(monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(28, "No space left on device"), r"the download failed .*No space left"),
+        (LocalEntryNotFoundError("not cached"), "not in the local cache either"),
+    ],
+)
+def test_a_download_that_fails_is_one_clear_line(monkeypatch, error, message):
     def fail(*_, **__):
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(hub, "snapshot_download", fail)
-    with pytest.raises(WeightsError, match=r"the download failed .*No space left"):
+    with pytest.raises(WeightsError, match=message):
         find("someone/janus")
 
 
@@ -87,12 +94,3 @@ def test_a_folder_is_not_looked_for_on_the_hub(tiny_janus_folder, downloads):
         with pytest.raises(WeightsError, match="no such folder; write a folder"):
             find(name)
     assert downloads == []
-
-
-def test_a_missing_entry_of_the_cache_counts_as_unreachable(monkeypatch):
-    def fail(*_, **__):
-        raise LocalEntryNotFoundError("not cached")
-
-    monkeypatch.setattr(hub, "snapshot_download", fail)
-    with pytest.raises(WeightsError, match="not in the local cache either"):
-        find("someone/janus")

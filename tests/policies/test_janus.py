@@ -75,14 +75,13 @@ def test_the_unconditional_row_is_bos_pads_and_begin_of_image(tiny_janus):
     assert torch.equal(prefix.uncond.embeds_PLD[0, :5], embeddings)
 
 
-def test_the_pad_of_the_unconditional_row_is_the_one_of_the_generation_settings(folder):
+def test_the_unconditional_row_has_the_ids_of_the_generation_settings_or_the_tokenizer(
+    folder, tiny_janus
+):
     rewrite(folder / "generation_config.json", pad_token_id=2)
     policy = load(folder)
     pad = policy.module.get_input_embeddings()(torch.tensor(2))
     assert torch.equal(policy.encode([SHORT]).uncond.embeds_PLD[0, 1], pad)
-
-
-def test_ids_missing_from_the_generation_settings_come_from_the_tokenizer(folder, tiny_janus):
     (folder / "generation_config.json").write_text("{}")
     expected = tiny_janus.encode([SHORT]).uncond.embeds_PLD
     assert torch.equal(load(folder).encode([SHORT]).uncond.embeds_PLD, expected)
@@ -104,24 +103,25 @@ def test_logits_are_those_of_transformers_on_the_whole_sequence(tiny_janus):
         assert_close(logits_NTV[row], expected, atol=1e-5, rtol=0)
 
 
-def test_only_what_matches_a_pattern_trains(tiny_janus_folder):
-    policy = load(tiny_janus_folder, trainable=("*.layers.1.*", "model.generation_head.*"))
+@pytest.mark.parametrize(
+    ("trainable", "parts", "count"),
+    [
+        (None, ("model.language_model.",), 2 * 9 + 2),
+        (
+            ("*.layers.1.*", "model.generation_head.*"),
+            (".language_model.layers.1.", "generation_head"),
+            9 + 4,
+        ),
+    ],
+)
+def test_only_what_matches_a_pattern_trains(tiny_janus_folder, trainable, parts, count):
+    policy = load(tiny_janus_folder, **({"trainable": trainable} if trainable else {}))
     policy.head(policy.hidden(policy.encode([SHORT]), torch.zeros(1, 16).long())).sum().backward()
-    with_gradient = {n for n, p in policy.module.named_parameters() if p.grad is not None}
-    matching = {
-        name
-        for name, _ in policy.module.named_parameters()
-        if ".language_model.layers.1." in name or "generation_head" in name
-    }
-    assert with_gradient == matching
-    assert len(matching) == 9 + 4
-
-
-def test_by_default_the_language_model_trains_and_nothing_else(tiny_janus):
-    trained = {n for n, p in tiny_janus.module.named_parameters() if p.requires_grad}
-    assert trained == {
-        n for n, _ in tiny_janus.module.named_parameters() if n.startswith("model.language_model.")
-    }
+    named = dict(policy.module.named_parameters())
+    matching = {name for name in named if any(part in name for part in parts)}
+    assert {name for name, p in named.items() if p.requires_grad} == matching
+    assert {name for name, p in named.items() if p.grad is not None} == matching
+    assert len(matching) == count
 
 
 def test_a_pattern_that_matches_nothing_is_answered_with_near_names(tiny_janus_folder):
@@ -215,46 +215,45 @@ def test_weights_that_do_not_fit_are_named(folder):
         assert part in str(caught.value)
 
 
-def test_a_damaged_file_of_weights_is_one_clear_line(folder):
-    (folder / "model.safetensors").write_bytes(b"not weights at all")
-    with pytest.raises(WeightsError, match="cannot load the weights") as caught:
+def remove(*names):
+    return lambda folder: [(folder / name).unlink() for name in names]
+
+
+def fewer_image_tokens(folder):
+    vision = json.loads((folder / "config.json").read_text())["vision_config"]
+    rewrite(folder / "config.json", vision_config=vision | {"num_image_tokens": 15})
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            lambda folder: (folder / "model.safetensors").write_bytes(b"not weights at all"),
+            "cannot load the weights",
+        ),
+        (remove("model.safetensors"), "cannot load the weights"),
+        (
+            remove("tokenizer.json", "tokenizer_config.json", "processor_config.json"),
+            "processor",
+        ),
+        (remove("config.json"), r"no config\.json"),
+        (
+            lambda folder: rewrite(folder / "config.json", model_type="llama"),
+            "model_type is 'llama'",
+        ),
+        (fewer_image_tokens, r"num_image_tokens is 15; this policy needs 16"),
+    ],
+)
+def test_a_damaged_folder_is_one_clear_line(folder, edit, message):
+    edit(folder)
+    with pytest.raises(WeightsError, match=message) as caught:
         load(folder)
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_without_weights_is_one_clear_line(folder):
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(WeightsError, match="cannot load the weights"):
-        load(folder)
-
-
-def test_a_folder_without_a_tokenizer_is_one_clear_line(folder):
-    for name in ("tokenizer.json", "tokenizer_config.json", "processor_config.json"):
-        (folder / name).unlink()
-    with pytest.raises(WeightsError, match="processor"):
-        load(folder)
-
-
-def test_what_is_no_folder_of_a_model_is_one_clear_line(tmp_path, folder):
-    with pytest.raises(WeightsError, match="no such folder"):
-        load(tmp_path / "missing")
-    with pytest.raises(WeightsError, match="no such folder"):
-        load("missing")
-    with pytest.raises(WeightsError, match=r"no config\.json"):
-        load(tmp_path)
+def test_what_is_no_folder_is_one_clear_line(folder):
+    for missing in (folder / "missing", "missing"):
+        with pytest.raises(WeightsError, match="no such folder"):
+            load(missing)
     with pytest.raises(WeightsError, match="is a file"):
         load(folder / "config.json")
-
-
-def test_another_kind_of_model_is_refused(folder):
-    rewrite(folder / "config.json", model_type="llama")
-    with pytest.raises(WeightsError, match="model_type is 'llama'"):
-        load(folder)
-
-
-def test_a_janus_whose_image_does_not_fill_its_grid_is_refused(folder):
-    config = json.loads((folder / "config.json").read_text())
-    config["vision_config"]["num_image_tokens"] = 15
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(WeightsError, match=r"num_image_tokens is 15; this policy needs 16"):
-        load(folder)

@@ -35,14 +35,18 @@ def weighted(outputs: tuple[Tensor, Tensor], which: str) -> Tensor:
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 4, 11, 100])
-@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("learns", ["hidden", "head", "both"])
 @pytest.mark.parametrize("which", ["logprobs", "entropy", "both"])
 def test_values_and_gradients_equal_the_naive_form(
-    chunk_rows: int, trainable: bool, which: str
+    chunk_rows: int, learns: str, which: str
 ) -> None:
-    head = make_head(trainable=trainable)
+    head = make_head(trainable=learns != "hidden")
     hidden_ND, tokens_N = make_rows()
-    wanted = [hidden_ND, *head.parameters()] if trainable else [hidden_ND]
+    wanted = [*head.parameters()] if learns != "hidden" else []
+    if learns == "head":
+        hidden_ND = hidden_ND.detach()
+    else:
+        wanted.append(hidden_ND)
     naive = naive_logprobs(head, hidden_ND, tokens_N)
     chunked = head_logprobs(head, hidden_ND, tokens_N, chunk_rows=chunk_rows)
     for ours, theirs in zip(chunked, naive, strict=True):
@@ -64,17 +68,6 @@ def test_gradcheck_holds_for_hidden_states_and_parameters(trainable: bool) -> No
         return head_logprobs(head, hidden_ND, tokens_N, chunk_rows=4)
 
     assert torch.autograd.gradcheck(both, (hidden_ND, *parameters))
-
-
-def test_parameters_learn_where_the_hidden_states_do_not() -> None:
-    head = make_head(trainable=True)
-    hidden_ND, tokens_N = make_rows()
-    outputs = head_logprobs(head, hidden_ND.detach(), tokens_N, chunk_rows=4)
-    ours = torch.autograd.grad(weighted(outputs, "both"), list(head.parameters()))
-    naive = naive_logprobs(head, hidden_ND.detach(), tokens_N)
-    theirs = torch.autograd.grad(weighted(naive, "both"), list(head.parameters()))
-    for mine, other in zip(ours, theirs, strict=True):
-        assert (mine - other).abs().max() <= 1e-12
 
 
 def test_two_codes_give_the_binary_entropy() -> None:
@@ -99,22 +92,16 @@ def test_entropy_without_gradient_is_a_constant(trainable: bool) -> None:
 
 
 @pytest.mark.parametrize("trainable", [False, True])
-def test_nothing_is_kept_under_no_grad(trainable: bool) -> None:
+def test_nothing_is_kept_where_nothing_takes_a_gradient(trainable: bool) -> None:
     head = make_head(trainable=trainable)
     hidden_ND, tokens_N = make_rows()
     saved = []
-    with (
-        torch.no_grad(),
-        torch.autograd.graph.saved_tensors_hooks(saved.append, lambda packed: packed),
-    ):
+    hooks = torch.autograd.graph.saved_tensors_hooks(saved.append, lambda packed: packed)
+    with torch.no_grad(), hooks:
         outputs = head_logprobs(head, hidden_ND, tokens_N, chunk_rows=4)
     assert not saved
-    assert not any(output.requires_grad for output in outputs)
-
-
-def test_nothing_is_kept_where_nothing_takes_a_gradient() -> None:
-    hidden_ND, tokens_N = make_rows()
-    outputs = head_logprobs(make_head(trainable=False), hidden_ND.detach(), tokens_N, chunk_rows=4)
+    if not trainable:
+        outputs += head_logprobs(head, hidden_ND.detach(), tokens_N, chunk_rows=4)
     assert not any(output.requires_grad for output in outputs)
 
 

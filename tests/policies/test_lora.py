@@ -56,10 +56,6 @@ def test_janus_with_an_adapter_keeps_the_contract(tiny_janus_folder, targets):
     policy_contract.check(moved(load(tiny_janus_folder, targets=targets)), SHORT, LONG)
 
 
-def test_a_fresh_adapter_changes_nothing(tiny_janus_folder, tiny_janus):
-    assert torch.equal(logits(load(tiny_janus_folder), TOKENS), logits(tiny_janus, TOKENS))
-
-
 def test_the_adapter_alone_trains(tiny_janus_folder):
     policy = load(tiny_janus_folder)
     trained = trained_parameters(policy.module)
@@ -75,21 +71,18 @@ def test_the_reference_is_the_same_module_and_keeps_saying_what_it_said(
     tiny_janus_folder, tiny_janus
 ):
     policy = load(tiny_janus_folder)
+    assert torch.equal(logits(policy, TOKENS), logits(tiny_janus, TOKENS))
     reference = policy.reference()
     moved(policy)
     assert reference.module is policy.module
     assert torch.equal(logits(reference, TOKENS), logits(tiny_janus, TOKENS))
     assert (logits(policy, TOKENS) - logits(tiny_janus, TOKENS)).abs().max() > 0.01
+    drawn, expected = (policy_contract.draw(p, [SHORT, LONG]) for p in (reference, tiny_janus))
+    assert torch.equal(drawn.tokens_NT, expected.tokens_NT)
     # What the reference ran did not freeze the adapter.
     assert len(trained_parameters(policy.module)) == 28
     assert reference.encode([SHORT]).embeds_PLD.grad_fn is None
     assert reference.hidden(reference.encode([SHORT]), TOKENS[:1]).grad_fn is None
-
-
-def test_a_rollout_of_the_reference_is_that_of_the_base_weights(tiny_janus_folder, tiny_janus):
-    reference = moved(load(tiny_janus_folder)).reference()
-    drawn, expected = (policy_contract.draw(p, [SHORT, LONG]) for p in (reference, tiny_janus))
-    assert torch.equal(drawn.tokens_NT, expected.tokens_NT)
 
 
 def test_the_engine_reads_merged_weights_and_leaves_the_module(tiny_janus_folder):
@@ -135,20 +128,14 @@ def test_a_saved_adapter_loads_in_plain_peft(tiny_janus_folder, tmp_path):
             assert_close(theirs[f"{name}.weight"], merged_weight(layer))
 
 
-def test_a_bfloat16_base_carries_an_fp32_adapter(tiny_janus_folder):
-    config = {"path": str(tiny_janus_folder), "lora": LORA, "dtype": "bfloat16"}
-    policy = moved(JanusConfig.model_validate(config).build(CPU))
-    dtypes = {p.dtype for p in trained_parameters(policy.module).values()}
-    assert dtypes == {torch.float32}
-    layer = policy.trunk_blocks[0].mlp.up_proj
-    assert layer.base_layer.weight.dtype == torch.bfloat16
-    assert merged_weight(layer).dtype == torch.float32
-
-
 @torch.no_grad()
 def test_a_base_held_in_bfloat16_says_what_the_same_base_in_fp32_says(tiny_janus_folder, tmp_path):
     config = {"path": str(tiny_janus_folder), "lora": LORA, "dtype": "bfloat16"}
     low = moved(JanusConfig.model_validate(config).build(CPU))
+    assert {p.dtype for p in trained_parameters(low.module).values()} == {torch.float32}
+    layer = low.trunk_blocks[0].mlp.up_proj
+    assert layer.base_layer.weight.dtype == torch.bfloat16
+    assert merged_weight(layer).dtype == torch.float32
     full = moved(load(tiny_janus_folder))
     for parameter in full.module.parameters():
         if not parameter.requires_grad:
@@ -163,16 +150,10 @@ def test_a_base_held_in_bfloat16_says_what_the_same_base_in_fp32_says(tiny_janus
     assert low.head(states[0]).dtype == torch.float32
 
 
-def test_an_unknown_target_is_answered_with_the_layers_there_are(tiny_janus_folder):
+def test_settings_of_an_adapter_that_will_not_do_are_refused(tiny_janus_folder):
     with pytest.raises(RecipeError, match=r"lora\.targets: no layer 'q'; .*down_proj.*q_proj"):
         load(tiny_janus_folder, targets=("q",))
-
-
-def test_an_adapter_and_trainable_patterns_exclude_each_other():
     with pytest.raises(ValueError, match="the adapter alone trains"):
         JanusConfig.model_validate({"lora": {}, "trainable": ["model.*"]})
-
-
-def test_dropout_is_refused():
     with pytest.raises(ValueError, match="less than or equal to 0"):
         JanusConfig.model_validate({"lora": {"dropout": 0.1}})

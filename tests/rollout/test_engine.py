@@ -48,12 +48,16 @@ def test_without_guidance_greedy_tokens_are_likeliest_under_teacher_forcing(tiny
     assert torch.equal(ours, logits_NTV.argmax(-1))
 
 
-def test_guidance_1_runs_no_unconditional_rows(tiny_janus):
+def test_guidance_1_runs_no_unconditional_rows_and_more_needs_them(tiny_janus):
     engine = Engine(tiny_janus)
     tokens(engine, guidance_scale=1.0)
     assert engine._cache.num_rows == 6
     tokens(engine, guidance_scale=1.1)
     assert engine._cache.num_rows == 12
+    prefix = tiny_janus.encode(PROMPTS)
+    alone = Prefix(prefix.embeds_PLD, prefix.lengths_P, None)
+    with pytest.raises(InputError, match="no unconditional rows"):
+        engine.generate(alone, group_size=1, sampling=Sampling(), uniforms_NT=torch.zeros(3, 16))
 
 
 def test_an_image_does_not_depend_on_how_passes_are_cut(tiny_janus):
@@ -63,33 +67,29 @@ def test_an_image_does_not_depend_on_how_passes_are_cut(tiny_janus):
         assert torch.equal(tokens(Engine(tiny_janus, max_images=max_images), group_size=3), whole)
     assert torch.equal(tokens(Engine(tiny_janus), PROMPTS[2:], group_size=3), whole[6:])
     assert len(whole.unique(dim=0)) == 9
-
-
-def test_passes_are_as_even_as_they_can_be():
     # 8 prompts, at most 6 in a pass: two passes of 4, not 6 and 2; 7 need passes of 4 and 3.
     assert [_even(8, 6), _even(7, 6), _even(6, 6), _even(1, 64)] == [4, 4, 6, 1]
 
 
 def test_the_cache_of_a_gpu_decides_how_many_images_fit():
+    # Of a 7B policy: 2 (keys and values) x 30 layers x 32 heads x 128 x 2 bytes, 480 KiB a token.
+    shape = attention.CacheShape(30, 32, 128, torch.bfloat16)
+    assert shape.row_bytes(32) == 32 * 480 * 1024
+    assert shape.row_bytes(33) == 64 * 480 * 1024  # in blocks of 32
     # 0.9 x 100 bytes hold 4 images of 22 bytes.
     assert engine.images_that_fit(100, 22) == 4
     with pytest.raises(InputError, match=r"one image needs 2\.0 GiB, and 1\.0 GiB"):
         engine.images_that_fit(2**30, 2**31)
 
 
-def test_a_row_of_the_cache_of_a_7b_policy_has_480_kib_for_each_token():
-    # 2 (keys and values) x 30 layers x 32 heads x 128 x 2 bytes; slots in blocks of 32.
-    shape = attention.CacheShape(30, 32, 128, torch.bfloat16)
-    assert shape.row_bytes(32) == 32 * 480 * 1024
-    assert shape.row_bytes(33) == 64 * 480 * 1024
-
-
-def test_a_released_engine_draws_the_same(tiny_janus):
+def test_an_engine_that_was_released_or_used_for_other_prompts_draws_the_same(tiny_janus):
     engine = Engine(tiny_janus)
-    first = tokens(engine)
+    first = tokens(engine, PROMPTS[:1])
+    tokens(engine, PROMPTS[1:2])
+    assert torch.equal(tokens(engine, PROMPTS[:1]), first)
     engine.release()
     assert engine._cache is None
-    assert torch.equal(tokens(engine), first)
+    assert torch.equal(tokens(engine, PROMPTS[:1]), first)
 
 
 def test_one_trace_of_a_step_draws_all_tokens(tiny_janus, monkeypatch):
@@ -145,13 +145,6 @@ def test_a_sequence_of_many_blocks_gives_the_same_tokens(tiny_janus, monkeypatch
     assert torch.equal(tokens(Engine(tiny_janus)), whole)
 
 
-def test_an_engine_that_was_used_for_other_prompts_draws_the_same(tiny_janus):
-    engine = Engine(tiny_janus)
-    first = tokens(engine, PROMPTS[:1])
-    tokens(engine, PROMPTS[1:2])
-    assert torch.equal(tokens(engine, PROMPTS[:1]), first)
-
-
 def test_a_reload_takes_the_new_weights_into_the_same_memory(tiny_janus):
     engine = Engine(tiny_janus)
     before = tokens(engine)
@@ -185,13 +178,6 @@ def test_mixed_precision_stays_close_to_the_training_module(tiny_janus):
     assert 1e-5 < gap < 0.1
 
 
-def test_top_k_1_draws_the_greedy_tokens(tiny_janus):
-    engine = Engine(tiny_janus)
-    greedy = tokens(engine, temperature=0.0)
-    assert torch.equal(tokens(engine, top_k=1), greedy)
-    assert torch.equal(tokens(engine, top_p=1e-6), greedy)
-
-
 @pytest.mark.parametrize(
     ("capabilities", "num_warnings"),
     [({"avx2": True}, 1), ({"avx2": True, "amx_bf16": True}, 0), ({"bf16": True}, 0), ({}, 0)],
@@ -212,12 +198,3 @@ def test_mixed_precision_on_a_cpu_without_bf16_is_warned_of_once(
 def test_an_unknown_backend_is_an_error(tiny_janus):
     with pytest.raises(InputError, match="unknown 'cuda'; write one of: eager, triton"):
         Engine(tiny_janus, backend="cuda")
-
-
-def test_guidance_needs_unconditional_rows(tiny_janus):
-    prefix = tiny_janus.encode(PROMPTS)
-    alone = Prefix(prefix.embeds_PLD, prefix.lengths_P, None)
-    with pytest.raises(InputError, match="no unconditional rows"):
-        Engine(tiny_janus).generate(
-            alone, group_size=1, sampling=Sampling(), uniforms_NT=torch.zeros(3, 16)
-        )

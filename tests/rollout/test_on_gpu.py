@@ -38,13 +38,10 @@ def test_a_replayed_graph_draws_the_tokens_of_single_steps(policy, sampling):
         replayed = drawn(engine, **sampling)
         assert torch.equal(replayed.tokens_NT, single.tokens_NT)
         assert_close(replayed.logprobs_NT, single.logprobs_NT, atol=1e-5, rtol=0)
-
-
-def test_the_kernels_agree_with_torch_in_fp32(policy):
-    ours = drawn(Engine(policy), temperature=0.0)
-    theirs = drawn(Engine(policy, backend="eager", cuda_graph=False), temperature=0.0)
-    assert torch.equal(ours.tokens_NT, theirs.tokens_NT)
-    assert_close(ours.entropy_NT, theirs.entropy_NT, atol=1e-4, rtol=0)
+    if sampling == {"temperature": 0.0}:  # the kernels agree with torch in fp32
+        plain = drawn(Engine(policy, backend="eager", cuda_graph=False), **sampling)
+        assert torch.equal(replayed.tokens_NT, plain.tokens_NT)
+        assert_close(replayed.entropy_NT, plain.entropy_NT, atol=1e-4, rtol=0)
 
 
 def test_a_cache_in_bf16_stays_close_to_the_training_module(policy):

@@ -24,18 +24,13 @@ def streams(prompt_indices, *, seed=3, step=5, group_size=2):
     )
 
 
-def test_an_image_has_the_same_stream_in_any_batch():
+def test_an_image_has_a_stream_of_its_own_the_same_in_any_batch():
     both = streams([4, 9], group_size=3)
     assert torch.equal(streams([9], group_size=2), both[3:5])
     assert torch.equal(streams([9, 4], group_size=3), both[[3, 4, 5, 0, 1, 2]])
-
-
-def test_seed_step_prompt_and_image_each_change_the_stream():
+    # Seed, step, prompt and image each change it.
     rows = torch.cat([streams([4]), streams([5]), streams([4], seed=4), streams([4], step=6)])
     assert rows.unique(dim=0).shape == (8, 50)
-
-
-def test_streams_are_uniform_numbers_from_0_up_to_1():
     numbers = streams(range(100), group_size=20)
     assert numbers.dtype == torch.float32
     assert numbers.min() >= 0
