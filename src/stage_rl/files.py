@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from stage_rl.errors import CheckpointError
 
 
@@ -14,9 +16,11 @@ def writing(path: Path) -> Iterator[None]:
     """Turns a write that fails, on a full disk say, into one clear line."""
     try:
         yield
-    except OSError as error:
+    # safetensors and torch wrap a full disk in errors of their own.
+    except (OSError, SafetensorError, RuntimeError) as error:
+        what = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise CheckpointError(
-            f"{path}: could not be written ({error.strerror}); make room and run the same command "
+            f"{path}: could not be written ({what}); make room and run the same command "
             "again: it goes on from the last checkpoint"
         ) from error
 

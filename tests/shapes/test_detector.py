@@ -119,10 +119,7 @@ def test_training_is_repeatable_and_leaves_the_random_state(tmp_path):
     torch.manual_seed(0)
     before = torch.rand(1)
     torch.manual_seed(0)
-    nets = [
-        train_detector(tmp_path / f"{i}.safetensors", steps=1, seed=1, report=print)
-        for i in range(2)
-    ]
+    nets = [train_detector(tmp_path / f"{i}.safetensors", steps=1, seed=1) for i in range(2)]
     assert torch.rand(1) == before
     for one, other in zip(*(net.state_dict().values() for net in nets), strict=True):
         assert torch.equal(one, other)

@@ -7,7 +7,6 @@ from scipy import ndimage
 from stage_rl.rewards.base import Detection
 from stage_rl.shapes.gold import (
     Part,
-    gold_detections,
     inspect,
     looks_right,
     matches_scene,
@@ -39,16 +38,20 @@ def draw(*objects):
     return render([Scene(objects, PLAIN)])[0]
 
 
+def detections(images_NHWC):
+    return [inspection.detections for inspection in inspect(images_NHWC)]
+
+
 def found(image_HWC):
-    return gold_detections(image_HWC[None])[0]
+    return detections(image_HWC[None])[0]
 
 
 def test_the_judge_finds_what_was_drawn():
     rng = np.random.default_rng(0)
     scenes = [random_scene(rng) for _ in range(200)]
     verdicts = [
-        matches_scene(detections, scene.objects)
-        for detections, scene in zip(gold_detections(render(scenes)), scenes, strict=True)
+        matches_scene(seen, scene.objects)
+        for seen, scene in zip(detections(render(scenes)), scenes, strict=True)
     ]
     assert np.mean(verdicts) >= 0.99
 
@@ -57,7 +60,7 @@ def test_the_judge_finds_what_was_drawn():
 def test_every_colour_of_a_shape_is_told(shape):
     colors = list(COLORS)
     images = np.stack([draw(Object(shape, color, 24, 24, 8)) for color in colors])
-    seen = gold_detections(images)
+    seen = detections(images)
     assert [[(d.label, d.color) for d in one] for one in seen] == [[(shape, c)] for c in colors]
 
 
@@ -99,7 +102,7 @@ def test_an_object_that_is_smeared_along_one_axis_is_none(shape, across):
     images = np.stack([draw(thing) for thing in things]).astype(np.float32)
     for size in ((1, across, 1, 1), (1, 1, across, 1)):
         smeared = ndimage.uniform_filter(images, size).astype(np.uint8)
-        assert gold_detections(smeared) == [[]] * len(things)
+        assert detections(smeared) == [[]] * len(things)
 
 
 def test_sharpness_is_the_share_of_the_edge_energy_that_is_left():
@@ -133,7 +136,7 @@ def test_one_colour_and_noise_hold_nothing():
     for value in (0, 128, 255):
         assert found(np.full((48, 48, 3), value, np.uint8)) == []
     noise = np.random.default_rng(0).integers(0, 256, (4, 48, 48, 3)).astype(np.uint8)
-    assert gold_detections(noise) == [[], [], [], []]
+    assert detections(noise) == [[], [], [], []]
 
 
 def test_an_image_is_judged_the_same_in_any_batch():

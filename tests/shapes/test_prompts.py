@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from stage_rl.prompts.files import as_prompts
-from stage_rl.prompts.geneval import TASKS, validate_metadata
+from stage_rl.prompts.geneval import TASKS, num_records, record_at, validate_metadata
 from stage_rl.prompts.leakage import find_leaks
 from stage_rl.rewards.geneval import judge
 from stage_rl.shapes.detector import ShapesDetectorConfig
-from stage_rl.shapes.gold import gold_detections
+from stage_rl.shapes.gold import inspect
 from stage_rl.shapes.prompts import (
     EVALUATION_SIZES,
     PRETRAINING_SHARES,
@@ -23,7 +23,6 @@ from stage_rl.shapes.prompts import (
     pretraining_caption,
     pretraining_record,
     transfer_record,
-    unseen_texts,
 )
 from stage_rl.shapes.scenes import render, scene_for
 
@@ -58,19 +57,19 @@ def test_the_evaluation_set_has_its_sizes():
 
 def test_training_by_reward_asks_for_nothing_held_out_in_other_words_or_the_same(training):
     held_out = [record for record in evaluation_records() if record["tag"] != "single_object"]
-    for _, records in held_out_sets():
+    for records in held_out_sets().values():
         held_out += records
     assert find_leaks(as_prompts(training), as_prompts(held_out)) == []
 
 
 def test_unseen_pairs_are_in_neither_training(training, pretraining):
     assert not any(names_unseen_pair(record) for record in [*training, *pretraining])
-    assert any(names_unseen_pair(record) for record in dict(held_out_sets())["transfer"])
+    assert any(names_unseen_pair(record) for record in held_out_sets()["transfer"])
 
 
 def test_retention_is_known_from_pretraining_and_transfer_is_not(pretraining):
-    retention, transfer = (texts(records) for _, records in held_out_sets())
-    assert [name for name, _ in held_out_sets()] == ["retention", "transfer"]
+    retention, transfer = (texts(records) for records in held_out_sets().values())
+    assert list(held_out_sets()) == ["retention", "transfer"]
     assert len(retention) == len(transfer) == 96
     known = texts(pretraining)
     assert len(known & retention) > 30
@@ -78,7 +77,7 @@ def test_retention_is_known_from_pretraining_and_transfer_is_not(pretraining):
 
 
 def test_every_prompt_is_valid_metadata_in_known_words(training, pretraining):
-    sets = [*evaluation_records(), *(r for _, records in held_out_sets() for r in records)]
+    sets = [*evaluation_records(), *(r for records in held_out_sets().values() for r in records)]
     for record in [*sets, *training[:200], *pretraining[:300]]:
         where = record["prompt"]
         validate_metadata(record, where, VOCABULARY)
@@ -101,7 +100,10 @@ def test_a_few_pretraining_captions_are_wrong(pretraining):
     # 0.24 x 0.1 less the pairs no caption may name, and 0.15 x 0.1: 0.03 to 0.04.
     assert 0.025 < len(wrong) / len(pretraining) < 0.045
     assert {record["tag"] for record in wrong} == {"color_attr", "counting"}
-    assert not {caption for _, caption in captioned} & unseen_texts()
+    places = range(num_records("color_attr", VOCABULARY))
+    pairs = [record_at("color_attr", place, VOCABULARY) for place in places]
+    unseen = texts(record for record in pairs if names_unseen_pair(record))
+    assert not {caption for _, caption in captioned} & unseen
 
 
 def test_a_wrong_caption_swaps_two_colors_or_changes_the_number():
@@ -130,8 +132,8 @@ def test_a_scene_satisfies_its_record_by_the_gold_judge(make):
     records = [make(rng) for _ in range(80)]
     images = render([scene_for(record, rng) for record in records])
     verdicts = [
-        judge(found, record).strict
-        for found, record in zip(gold_detections(images), records, strict=True)
+        judge(found.detections, record).strict
+        for found, record in zip(inspect(images), records, strict=True)
     ]
     assert np.mean(verdicts) >= 0.98
 

@@ -9,8 +9,8 @@ Shape suffixes: N images, C channels, H x W pixels, Y x X cells.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -31,8 +31,7 @@ MIN_SCORE = 0.05
 """Detections below are not worth listing; the reward's thresholds lie far above."""
 
 
-@dataclass(frozen=True)
-class DetectorOutput:
+class DetectorOutput(NamedTuple):
     """Raw outputs for every cell."""
 
     object_NYX: Tensor
@@ -58,8 +57,8 @@ class DetectorNet(nn.Module):
         x = F.relu(self.down(F.relu(self.stem(pixels_NCHW))))
         for block in self.blocks:
             x = x + F.relu(block(x))
-        parts = self.out(x).split([1, len(SHAPES), len(COLORS), 4], dim=1)
-        return DetectorOutput(parts[0][:, 0], parts[1], parts[2], parts[3])
+        center, *others = self.out(x).split([1, len(SHAPES), len(COLORS), 4], dim=1)
+        return DetectorOutput(center[:, 0], *others)
 
 
 class ShapesDetector:
@@ -98,8 +97,8 @@ class ShapesDetector:
         shape = out.shape_NCYX.softmax(1).max(1)
         score_NYX = torch.where(peak_NYX, center_NYX * shape.values, 0)
         color_NYX = out.color_NCYX.argmax(1)
-        found: list[list[Detection]] = [[] for _ in range(len(images_NHWC))]
-        names = list(COLORS)
+        found: list[list[Detection]] = [[] for _ in images_NHWC]
+        colors = list(COLORS)
         for n, y, x in (score_NYX > MIN_SCORE).nonzero().tolist():
             left, top, right, bottom = (10 * out.sides_NCYX[n, :, y, x]).tolist()
             cx, cy = (x + 0.5) * CELL, (y + 0.5) * CELL
@@ -108,7 +107,7 @@ class ShapesDetector:
                     label=SHAPES[int(shape.indices[n, y, x])],
                     score=float(score_NYX[n, y, x]),
                     box=(cx - left, cy - top, cx + right, cy + bottom),
-                    color=names[int(color_NYX[n, y, x])],
+                    color=colors[int(color_NYX[n, y, x])],
                 )
             )
         return [sorted(detections, key=lambda d: -d.score) for detections in found]
@@ -119,5 +118,4 @@ class ShapesDetectorConfig(DetectorConfig):
 
     def build(self, device: torch.device) -> ShapesDetector:
         """The detector; a copy of the package without its weights is a `WeightsError`."""
-
         return ShapesDetector.load(device)

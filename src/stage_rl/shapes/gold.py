@@ -107,11 +107,6 @@ class Inspection:
         return [Detection(p.shape, 1.0, p.box, p.color) for p in self.parts if p.is_object]
 
 
-def gold_detections(images_NHWC: NDArray[np.uint8]) -> list[list[Detection]]:
-    """The whole objects of each image."""
-    return [inspection.detections for inspection in inspect(images_NHWC)]
-
-
 def inspect(images_NHWC: NDArray[np.uint8]) -> list[Inspection]:
     """Takes images apart; uint8, 48 x 48.
 

@@ -26,11 +26,7 @@ from transformers import (
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
-IMAGE, BEGIN_OF_IMAGE, END_OF_IMAGE = (
-    "<image_placeholder>",
-    "<begin_of_image>",
-    "<end_of_image>",
-)
+IMAGE, BEGIN_OF_IMAGE, END_OF_IMAGE = "<image_placeholder>", "<begin_of_image>", "<end_of_image>"
 SPECIAL_TOKENS = (PAD, BOS, EOS, UNKNOWN, IMAGE, BEGIN_OF_IMAGE, END_OF_IMAGE)
 
 # Every prompt token is attended to at every image token, so the template adds none: the words of
@@ -96,11 +92,9 @@ def build_janus(
         image_mean=[0.5, 0.5, 0.5],
         image_std=[0.5, 0.5, 0.5],
     )
+    num_tokens = size.grid_side**2
     processor = JanusProcessor(
-        image_processor,
-        tokenizer,
-        chat_template=CHAT_TEMPLATE,
-        num_image_tokens=size.grid_side**2,
+        image_processor, tokenizer, chat_template=CHAT_TEMPLATE, num_image_tokens=num_tokens
     )
     return model.eval(), processor
 
@@ -116,15 +110,10 @@ def save_janus(
 def _tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
     """A word-level tokenizer: lower case, split at spaces and punctuation, one id for each word."""
     entries = [*SPECIAL_TOKENS, *words]
-    assert len(set(entries)) == len(entries), "a word is listed twice"
     vocabulary = {entry: index for index, entry in enumerate(entries)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    for word in words:
-        normal = tokenizer.normalizer.normalize_str(word)
-        pieces = tokenizer.pre_tokenizer.pre_tokenize_str(normal)
-        assert [piece for piece, _ in pieces] == [word], f"'{word}' is not one lower-case word"
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", special_tokens=[(BOS, vocabulary[BOS])]
     )
@@ -168,17 +157,9 @@ def _config(size: JanusSize, tokenizer: Any) -> JanusConfig:
         patch_size=size.patch_size,
         num_image_tokens=size.grid_side**2,
     )
-    image = tokenizer.convert_tokens_to_ids(IMAGE)
-    return JanusConfig(
-        text_config=text, vision_config=vision, vq_config=_vq_config(size), image_token_id=image
-    )
-
-
-def _vq_config(size: JanusSize) -> JanusVQVAEConfig:
-    """The image tokenizer; `projection_dim` is the head's inner width and the aligner's output."""
     halvings = size.patch_size.bit_length() - 1
-    assert 2**halvings == size.patch_size, "patch_size is a power of two"
-    return JanusVQVAEConfig(
+    # `projection_dim` is the inner width of the image head and the output of the aligner.
+    vq = JanusVQVAEConfig(
         embed_dim=size.codebook_dim,
         num_embeddings=size.codebook_size,
         latent_channels=size.latent_channels,
@@ -189,3 +170,5 @@ def _vq_config(size: JanusSize) -> JanusVQVAEConfig:
         projection_dim=size.width,
         image_token_embed_dim=size.width,
     )
+    image = tokenizer.convert_tokens_to_ids(IMAGE)
+    return JanusConfig(text_config=text, vision_config=vision, vq_config=vq, image_token_id=image)

@@ -8,7 +8,6 @@ OUT/detector.safetensors: the two files of the package that hold weights.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import sys
 import time
@@ -19,28 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
-from stage_rl.errors import CheckpointError, InputError
+from stage_rl.errors import InputError
 from stage_rl.files import replace_text, writing
 from stage_rl.policies.janus import load_janus
 from stage_rl.shapes.detector import WEIGHTS
 from stage_rl.shapes.model import JanusSize, build_janus, save_janus
 from stage_rl.shapes.pretrain_detector import train_detector
 from stage_rl.shapes.pretrain_policy import PolicyTraining, fill_pool, train_policy
-from stage_rl.shapes.pretrain_stage import Report
 from stage_rl.shapes.pretrain_tokenizer import TokenizerTraining, train_tokenizer
 from stage_rl.shapes.prompts import WORDS
 from stage_rl.training.run import environment
 
 SIZE = JanusSize(width=192, layers=6, heads=6, mlp=512, codebook_size=2048, codebook_dim=8)
-
-SHIPPED = "shipped"
-
-_FULL_DISK = re.compile("No space left|file write failed|unexpected pos|stream write")
-"""What torch says of a file that it could not write to its end."""
-
-COMPILERS = ("g++", "c++", "clang++", "cl")
 
 
 @dataclass(frozen=True)
@@ -90,69 +80,57 @@ def main(
         start_from=start_from,
     )
     check(plan)
-    try:
-        pretrain(plan, Path(out), workers=workers, report=lambda line: print(line, flush=True))
-    # safetensors wraps a full disk in an error of its own, torch in a RuntimeError.
-    except (OSError, SafetensorError, RuntimeError) as error:
-        what = " ".join(str(error).split())
-        if isinstance(error, RuntimeError) and not _FULL_DISK.search(what):
-            raise
-        raise CheckpointError(
-            f"{out}: could not be written ({what}); make room and run the same command again"
-        ) from error
+    pretrain(plan, Path(out), workers=workers)
 
 
 def check(plan: Plan) -> None:
     """Raises an InputError where a plan cannot be carried out."""
-    if plan.start_from not in ("", SHIPPED):
-        raise InputError(f"--start-from: unknown '{plan.start_from}'; write {SHIPPED}")
-    least = {
-        "seed": (plan.seed, 0),
-        "tokenizer-steps": (plan.tokenizer.steps, plan.tokenizer.decoder_steps + 1),
-        "decoder-steps": (plan.tokenizer.decoder_steps, 0),
-        "detector-steps": (plan.detector_steps, 1),
-        "policy-steps": (plan.policy.steps, 1),
-        "batch": (plan.policy.batch, 1),
-        "pool": (plan.policy.pool, plan.policy.batch),
-    }
-    for name, (value, lowest) in least.items():
-        if value < lowest:
-            raise InputError(f"--{name}: {value} is too small; write at least {lowest}")
+    if plan.start_from not in ("", "shipped"):
+        raise InputError(f"--start-from: unknown '{plan.start_from}'; write shipped")
+    for name, value, least in (
+        ("seed", plan.seed, 0),
+        ("tokenizer-steps", plan.tokenizer.steps, plan.tokenizer.decoder_steps + 1),
+        ("decoder-steps", plan.tokenizer.decoder_steps, 0),
+        ("detector-steps", plan.detector_steps, 1),
+        ("policy-steps", plan.policy.steps, 1),
+        ("batch", plan.policy.batch, 1),
+        ("pool", plan.policy.pool, plan.policy.batch),
+    ):
+        if value < least:
+            raise InputError(f"--{name}: {value} is too small; write at least {least}")
     if plan.policy.lr <= 0:
         raise InputError(f"--lr: {plan.policy.lr} is out of range; write a number above 0")
-    if plan.policy.compile and not any(map(shutil.which, COMPILERS)):
+    if plan.policy.compile and not any(map(shutil.which, ("g++", "c++", "clang++", "cl"))):
         raise InputError("no C++ compiler found; install one (such as g++), or add --no-compile")
 
 
-def pretrain(plan: Plan, out: Path, *, workers: int, report: Report) -> None:
+def pretrain(plan: Plan, out: Path, *, workers: int) -> None:
     """Carries out a plan, or goes on with it; an `out` that holds another one is an InputError."""
     work, checkpoint = out / "work", out / "checkpoint"
     if _claim(plan, out) and (checkpoint / "training.json").exists():
-        report(f"{out}: finished; name another --out to start again")
+        print(f"{out}: finished; name another --out to start again")
         return
+    detector = work / WEIGHTS.name
     if plan.start_from:
         model, processor = load_janus("shapes")
+        with writing(detector):
+            shutil.copyfile(WEIGHTS, detector)
     else:
         model, processor = build_janus(plan.size, words=WORDS, seed=plan.seed)
-    vq, detector = model.model.vqmodel, work / "detector.safetensors"
-    if plan.start_from:
-        shutil.copyfile(WEIGHTS, detector)
-    else:
         with _timed(work, "tokenizer"):
             state_file = work / "tokenizer.pt"
-            train_tokenizer(
-                vq, plan.tokenizer, seed=plan.seed, state_file=state_file, report=report
-            )
-        if not detector.exists():
-            with _timed(work, "detector"):
-                train_detector(detector, steps=plan.detector_steps, seed=plan.seed, report=report)
+            vq = model.model.vqmodel
+            train_tokenizer(vq, plan.tokenizer, seed=plan.seed, state_file=state_file)
+        with _timed(work, "detector"):
+            train_detector(detector, steps=plan.detector_steps, seed=plan.seed)
     with _timed(work, "pool"):
-        fill_pool(vq, work, plan.policy.pool, seed=plan.seed, workers=workers, report=report)
+        fill_pool(model.model.vqmodel, work, plan.policy.pool, seed=plan.seed, workers=workers)
     with _timed(work, "policy"):
-        train_policy(model, processor, plan.policy, seed=plan.seed, folder=work, report=report)
-    shutil.copyfile(detector, out / detector.name)
-    _write_checkpoint(plan, model, processor, out)
-    report(f"{checkpoint}: written")
+        train_policy(model, processor, plan.policy, seed=plan.seed, folder=work)
+    with writing(out):
+        shutil.copyfile(detector, out / detector.name)
+        _write_checkpoint(plan, model, processor, out)
+    print(f"{checkpoint}: written")
 
 
 def _claim(plan: Plan, out: Path) -> bool:
@@ -179,8 +157,8 @@ def _settings(plan: Plan) -> dict[str, Any]:
     """A plan by dotted key as its file holds it, without what does not decide the outcome."""
     flat: dict[str, Any] = {}
     for key, value in asdict(plan).items():
-        nested = value if isinstance(value, dict) else {"": value}
-        flat |= {f"{key}.{name}" if name else key: item for name, item in nested.items()}
+        items = value.items() if isinstance(value, dict) else ()
+        flat |= {f"{key}.{name}": item for name, item in items} or {key: value}
     del flat["policy.compile"]
     return json.loads(json.dumps(flat))  # tuples become lists
 

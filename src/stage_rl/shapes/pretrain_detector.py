@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from stage_rl.files import replace_file
 from stage_rl.shapes.detector import CELL, DetectorNet, DetectorOutput
-from stage_rl.shapes.pretrain_stage import Report, train_stage
+from stage_rl.shapes.pretrain_stage import train_stage
 from stage_rl.shapes.pretrain_tokenizer import to_pixels
 from stage_rl.shapes.scenes import COLORS, CUT_OFF, IMAGE_SIZE, SHAPES, Scene, random_scene, render
 from stage_rl.training.optim import apply_gradient
@@ -26,8 +26,8 @@ BATCH = 64
 PEAK_LR = 3e-3
 
 
-def train_detector(path: Path, *, steps: int, seed: int, report: Report) -> DetectorNet:
-    """Trains a detector and writes its weights in fp16."""
+def train_detector(path: Path, *, steps: int, seed: int) -> DetectorNet:
+    """Trains a detector and writes its weights in fp16; continues from the .pt file beside."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = DetectorNet()
@@ -45,7 +45,10 @@ def train_detector(path: Path, *, steps: int, seed: int, report: Report) -> Dete
         apply_gradient(optimizer, rate=rate, max_grad_norm=None)
         return f"loss {loss.item():.4f}"
 
-    train_stage("detector", train_step, steps=steps, lr=PEAK_LR, warmup_steps=50, report=report)
+    parts = {"net": net, "optimizer": optimizer}
+    train_stage(
+        path.with_suffix(".pt"), parts, train_step, steps=steps, lr=PEAK_LR, warmup_steps=50
+    )
     weights = {name: tensor.half().contiguous() for name, tensor in net.state_dict().items()}
     replace_file(path, lambda file: save_file(weights, file))
     return net

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from stage_rl.files import replace_file
 from stage_rl.policies.trunk import use_causal
-from stage_rl.shapes.pretrain_stage import Report, train_stage
+from stage_rl.shapes.pretrain_stage import train_stage
 from stage_rl.shapes.pretrain_tokenizer import tokenize
 from stage_rl.shapes.prompts import pretraining_caption, pretraining_record
 from stage_rl.shapes.scenes import CUT_OFF, render, scene_for
@@ -52,64 +52,62 @@ class PolicyTraining:
     """Fuse the decoder with torch.compile (needs a C++ compiler); 2 to 3 times faster on a CPU."""
 
 
-def fill_pool(vq: Any, folder: Path, size: int, *, seed: int, workers: int, report: Report) -> None:
+def fill_pool(vq: Any, folder: Path, size: int, *, seed: int, workers: int) -> None:
     """Draws and tokenizes the scenes that a pool misses, in processes of their own."""
-    missing = {n: part for n, part in chunk_sizes(size).items() if not _chunk(folder, n).exists()}
-    if workers < 2:
-        for number, part in missing.items():
-            _write_chunk(vq, folder, number, size=part, seed=seed)
-        return
     # As bytes: tensors sent to a process as they are would need shared memory.
     pickled, started = pickle.dumps(vq), time.monotonic()
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    missing = [
+        (pickled, file, part, (seed, _POOL_KEY + number))
+        for number, (file, part) in enumerate(chunks(folder, size).items())
+        if not file.exists()
+    ]
+    if workers < 2:
+        for job in missing:
+            _write_chunk(*job)
+        return
+    pool = ProcessPoolExecutor(
+        workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=torch.set_num_threads,
+        initargs=(1,),
+    )
     try:
-        jobs = [
-            pool.submit(_in_worker, pickled, folder, number, size=part, seed=seed)
-            for number, part in missing.items()
-        ]
+        jobs = [pool.submit(_write_chunk, *job) for job in missing]
         for done, job in enumerate(as_completed(jobs), 1):
             job.result()
             left_min = (time.monotonic() - started) / done * (len(jobs) - done) / 60
-            report(f"pool: chunk {done}/{len(jobs)}, {left_min:.1f} min left")
+            print(f"pool: chunk {done}/{len(jobs)}, {left_min:.1f} min left", flush=True)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def chunk_sizes(size: int) -> dict[int, int]:
-    """The scenes of each file of a pool, by its number."""
-    return {n: min(CHUNK, size - first) for n, first in enumerate(range(0, size, CHUNK))}
+def chunks(folder: Path, size: int) -> dict[Path, int]:
+    """The files of a pool and how many scenes each holds."""
+    firsts = range(0, size, CHUNK)
+    return {folder / f"pool-{n:04d}.npz": min(CHUNK, size - i) for n, i in enumerate(firsts)}
 
 
-def _chunk(folder: Path, number: int) -> Path:
-    return folder / f"pool-{number:04d}.npz"
-
-
-def _in_worker(pickled_vq: bytes, folder: Path, number: int, *, size: int, seed: int) -> None:
-    torch.set_num_threads(1)
-    _write_chunk(pickle.loads(pickled_vq), folder, number, size=size, seed=seed)
-
-
-def _write_chunk(vq: Any, folder: Path, number: int, *, size: int, seed: int) -> None:
-    rng = np.random.Generator(np.random.Philox(key=[seed, _POOL_KEY + number]))
+def _write_chunk(pickled_vq: bytes, path: Path, size: int, key: tuple[int, int]) -> None:
+    rng = np.random.Generator(np.random.Philox(key=list(key)))
     records = [pretraining_record(rng) for _ in range(size)]
     images = render([scene_for(record, rng, cut_off=CUT_OFF) for record in records])
+    vq = pickle.loads(pickled_vq)
     parts = [tokenize(vq, part) for part in np.array_split(images, -(-size // 100))]
     tokens_NT = torch.cat(parts).numpy().astype(np.uint16)
     texts = np.array([pretraining_caption(record, rng) for record in records])
-    path = _chunk(folder, number)
     replace_file(path, lambda file: np.savez(file, texts=texts, tokens=tokens_NT))
 
 
 def train_policy(
-    model: Any, processor: Any, training: PolicyTraining, *, seed: int, folder: Path, report: Report
+    model: Any, processor: Any, training: PolicyTraining, *, seed: int, folder: Path
 ) -> None:
     """Trains the model's decoder and image head in place; continues from `folder`/policy.pt.
 
     The pool's chunks must be in `folder`.
     """
-    chunks = [np.load(_chunk(folder, number)) for number in chunk_sizes(training.pool)]
-    texts = np.concatenate([chunk["texts"] for chunk in chunks])
-    tokens_NT = np.concatenate([chunk["tokens"] for chunk in chunks])
+    pool = [np.load(file) for file in chunks(folder, training.pool)]
+    texts = np.concatenate([chunk["texts"] for chunk in pool])
+    tokens_NT = np.concatenate([chunk["tokens"] for chunk in pool])
     loss_of = BaseLoss(model, tokens_NT.shape[1] + 16, compiled=training.compile)
     muon, adamw = optimizers(model, training.lr)
     losses: deque[float] = deque(maxlen=50)
@@ -128,15 +126,12 @@ def train_policy(
 
     model.train()
     train_stage(
-        "policy",
+        folder / "policy.pt",
+        {"model": model, "muon": muon, "adamw": adamw},
         train_step,
         steps=training.steps,
         lr=training.lr,
         warmup_steps=training.warmup_steps,
-        report=report,
-        show_every=50,
-        state_file=folder / "policy.pt",
-        parts={"model": model, "muon": muon, "adamw": adamw},
     )
     model.eval()
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stage_rl.shapes.pretrain_stage import Report, train_stage
+from stage_rl.shapes.pretrain_stage import train_stage
 from stage_rl.shapes.scenes import CUT_OFF, coverage, random_scene, render
 from stage_rl.training.optim import apply_gradient
 
@@ -42,9 +42,7 @@ class TokenizerTraining:
     """Of the moving averages behind the codebook."""
 
 
-def train_tokenizer(
-    vq: Any, training: TokenizerTraining, *, seed: int, state_file: Path, report: Report
-) -> None:
+def train_tokenizer(vq: Any, training: TokenizerTraining, *, seed: int, state_file: Path) -> None:
     """Trains `vq` (a JanusVQVAE) in place; continues from `state_file` when it exists."""
     vq.to(memory_format=torch.channels_last).train()
     vectors_VC = vq.quantize.embedding.weight.data
@@ -58,20 +56,15 @@ def train_tokenizer(
         apply_gradient(optimizer, rate=rate, max_grad_norm=1.0)
         vectors_VC.copy_(codebook.vectors_VC)
         codes = int((codebook.counts_V > 0.05).sum())
-        return (
-            f"reconstruction {reconstruction.item():.4f} "
-            f"commitment {commitment.item():.4f} codes {codes}"
-        )
+        return f"reconstruction {reconstruction:.4f} commitment {commitment:.4f} codes {codes}"
 
     train_stage(
-        "tokenizer",
+        state_file,
+        {"vq": vq, "optimizer": optimizer, "codebook": codebook},
         train_step,
         steps=training.steps,
         lr=training.lr,
         warmup_steps=training.warmup_steps,
-        report=report,
-        state_file=state_file,
-        parts={"vq": vq, "optimizer": optimizer, "codebook": codebook},
     )
     vq.eval()
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Collection, Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Collection, Mapping
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import model_validator
@@ -87,23 +87,20 @@ def evaluation_records() -> tuple[Record, ...]:
 
 
 @functools.cache
-def unseen_texts() -> frozenset[str]:
-    """The prompts that name an unseen pair."""
-    records = (record for task in ("colors", "color_attr") for record in _all_records(task))
-    return frozenset(record["prompt"] for record in records if names_unseen_pair(record))
+def held_out_texts() -> frozenset[str]:
+    """The prompts that name an unseen pair, or ask for what an evaluation prompt asks for.
 
-
-@functools.cache
-def _evaluated_texts() -> frozenset[str]:
-    """The prompts that ask for what an evaluation prompt asks for, in its words or in others."""
+    Single objects are the exception: there are eight, and both sets have them.
+    """
     tasks = [task for task in TASKS if task != "single_object"]
     evaluated = {content_of(record) for record in evaluation_records() if record["tag"] in tasks}
-    records = (record for task in tasks for record in _all_records(task))
-    return frozenset(record["prompt"] for record in records if content_of(record) in evaluated)
-
-
-def _all_records(task: str) -> Iterator[Record]:
-    return (record_at(task, place, VOCABULARY) for place in range(num_records(task, VOCABULARY)))
+    return frozenset(
+        record["prompt"]
+        for task in tasks
+        for place in range(num_records(task, VOCABULARY))
+        if names_unseen_pair(record := record_at(task, place, VOCABULARY))
+        or content_of(record) in evaluated
+    )
 
 
 def pretraining_record(rng: np.random.Generator) -> Record:
@@ -173,26 +170,19 @@ def transfer_record(rng: np.random.Generator) -> Record:
             return photo_record("colors", [clause], f"{with_article(color)} {shape}")
 
 
-class HeldOutSet(NamedTuple):
-    """A named list of prompts that training by reward never sees."""
-
-    name: str
-    records: tuple[Record, ...]
-
-
 @functools.cache
-def held_out_sets(num_prompts: int = 96) -> tuple[HeldOutSet, ...]:
-    """Retention (known from pretraining) and transfer (in neither training), without repeats."""
+def held_out_sets() -> Mapping[str, tuple[Record, ...]]:
+    """96 prompts each: retention (known from pretraining) and transfer (in neither training)."""
     makers = {"retention": retention_record, "transfer": transfer_record}
-    sets = []
+    sets: dict[str, tuple[Record, ...]] = {}
     for place, (name, make) in enumerate(makers.items()):
         rng = np.random.default_rng((_SPLIT_SEED, 100 + place))
         by_text: dict[str, Record] = {}
-        while len(by_text) < num_prompts:
+        while len(by_text) < 96:
             record = make(rng)
             by_text[record["prompt"]] = record
-        sets.append(HeldOutSet(name, tuple(by_text.values())))
-    return tuple(sets)
+        sets[name] = tuple(by_text.values())
+    return sets
 
 
 class ShapesPromptsConfig(GenEvalPromptsConfig):
@@ -214,8 +204,5 @@ class ShapesPromptsConfig(GenEvalPromptsConfig):
         return data if others == (None, None) else {**data, "mix": None}
 
     def held_out(self) -> Collection[str]:
-        """The texts that ask for what a held-out prompt asks for, or name an unseen pair.
-
-        Single objects are the exception: there are eight, and both sets have them.
-        """
-        return _evaluated_texts() | unseen_texts()
+        """The texts that a mix may not contain."""
+        return held_out_texts()

@@ -53,13 +53,9 @@ TONES = {
 
 TEXTURES = ("plain", "striped", "dotted", "wavy")
 
-UNSEEN_PAIRS = frozenset(
-    zip(
-        SHAPES,
-        ("purple", "orange", "white", "blue", "pink", "red", "brown", "green"),
-        strict=True,
-    )
-)
+_UNSEEN = ("purple", "orange", "white", "blue", "pink", "red", "brown", "green")
+
+UNSEEN_PAIRS = frozenset(zip(SHAPES, _UNSEEN, strict=True))
 """Class and colour pairs that no training image or caption contains."""
 
 SAME_COLOR_SHARE = 0.7
@@ -289,7 +285,9 @@ def _place(
     radii = SIZES[size] if size else tuple(r for r in RADII if r <= largest)
     for number, (clause, index, color) in enumerate(wanted):
         for _ in range(30):
-            thing = _draw(clause["class"], color, radii, rng)
+            radius = int(rng.choice(radii))
+            x, y = (int(rng.integers(radius + 1, IMAGE_SIZE - radius - 1)) for _ in range(2))
+            thing = Object(clause["class"], color, x, y, radius)
             thing = _across_border(thing, rng) if number == cut else thing
             if all(apart(thing, other) for _, other in placed) and _fits(clause, thing, placed):
                 placed.append((index, thing))
@@ -299,40 +297,28 @@ def _place(
     return [thing for _, thing in placed]
 
 
-def _draw(shape: str, color: str, radii: Sequence[int], rng: np.random.Generator) -> Object:
-    radius = int(rng.choice(radii))
-    x, y = (int(rng.integers(radius + 1, IMAGE_SIZE - radius - 1)) for _ in range(2))
-    return Object(shape, color, x, y, radius)
-
-
 def _across_border(thing: Object, rng: np.random.Generator) -> Object:
     """The object with its centre at most half its radius from one side of the image."""
     near = int(rng.integers(thing.radius // 2 + 1))
     far = IMAGE_SIZE - 1 - near
     side = rng.integers(4)
-    if side < 2:
-        return replace(thing, x=(near, far)[side])
-    return replace(thing, y=(near, far)[side - 2])
+    return replace(thing, **{"x" if side < 2 else "y": (near, far)[side % 2]})
 
 
 def _fits(clause: Mapping[str, Any], thing: Object, placed: Sequence[tuple[int, Object]]) -> bool:
-    """Whether an object stands clearly where its clause wants it."""
-    if not clause.get("position"):
-        return True
-    relation, target = clause["position"]
-    return all(
-        _clearly(relation, thing.x - other.x, thing.y - other.y)
-        for index, other in placed
-        if index == target
-    )
+    """Whether an object stands clearly where its clause wants it.
 
-
-def _clearly(relation: str, dx: int, dy: int) -> bool:
-    """One axis carries the relation, the other stays below half of it."""
-    along, across = {
-        "left of": (-dx, dy),
-        "right of": (dx, dy),
-        "above": (-dy, dx),
-        "below": (dy, dx),
-    }[relation]
-    return along > 0 and abs(across) <= along / 2
+    One axis carries the relation, the other stays below half of it.
+    """
+    relation, target = clause.get("position") or (None, None)
+    for other in (other for index, other in placed if index == target):
+        dx, dy = thing.x - other.x, thing.y - other.y
+        along, across = {
+            "left of": (-dx, dy),
+            "right of": (dx, dy),
+            "above": (-dy, dx),
+            "below": (dy, dx),
+        }[relation]
+        if along <= 0 or abs(across) > along / 2:
+            return False
+    return True

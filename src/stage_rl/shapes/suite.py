@@ -21,7 +21,7 @@ from stage_rl.evaluation.results import group_diversity, object_cells
 from stage_rl.evaluation.suites import PromptSet, Scorer, Scores, Suite
 from stage_rl.policies.base import Policy
 from stage_rl.prompts.files import as_prompts
-from stage_rl.rewards.base import RewardConfig, Score
+from stage_rl.rewards.base import Reward, RewardConfig, Score
 from stage_rl.rewards.geneval import judge
 from stage_rl.shapes import gold
 from stage_rl.shapes.prompts import evaluation_records, held_out_sets
@@ -36,9 +36,9 @@ def benchmark_prompts() -> tuple[Prompt, ...]:
     """The prompts by GenEval task, then the held-out sets; the index keys the random streams."""
     geneval = as_prompts(evaluation_records())
     held_out = [
-        Prompt(record["prompt"], number * INDEX_STRIDE + place, {**record, "set": held_out.name})
-        for number, held_out in enumerate(held_out_sets(), 1)
-        for place, record in enumerate(held_out.records)
+        Prompt(record["prompt"], number * INDEX_STRIDE + place, {**record, "set": name})
+        for number, (name, records) in enumerate(held_out_sets().items(), 1)
+        for place, record in enumerate(records)
     ]
     return (*geneval, *held_out)
 
@@ -48,29 +48,27 @@ def _task_of(prompt: Prompt) -> str:
     return prompt.metadata.get("set", prompt.metadata["tag"])
 
 
-class GoldJudge:
-    """The strict verdict of the gold judge; the extra `structure` tells whole shapes from blobs."""
-
-    def __call__(self, images_NHWC: Tensor, prompts: list[Prompt]) -> list[Score]:
-        scores = []
-        images = images_NHWC.numpy()
-        for image_HWC, seen, prompt in zip(images, gold.inspect(images), prompts, strict=True):
-            record = prompt.metadata
-            verdict = judge(seen.detections, record)
-            right = verdict.strict
-            if "set" in record:
-                right = right and gold.looks_right(seen, image_HWC, record)
-            extras = {"structure": gold.structure(seen, record)}
-            scores.append(Score(float(right), verdict.why, extras))
-        return scores
-
-
 class GoldJudgeConfig(RewardConfig):
     """The gold judge, for evaluation only."""
 
-    def build(self, device: torch.device) -> GoldJudge:
+    def build(self, device: torch.device) -> Reward:
         """The judge, which has no weights."""
-        return GoldJudge()
+        return judge_strictly
+
+
+def judge_strictly(images_NHWC: Tensor, prompts: list[Prompt]) -> list[Score]:
+    """The gold judge's verdicts; the extra `structure` tells whole shapes from blobs."""
+    scores = []
+    images = images_NHWC.numpy()
+    for image_HWC, seen, prompt in zip(images, gold.inspect(images), prompts, strict=True):
+        record = prompt.metadata
+        verdict = judge(seen.detections, record)
+        right = verdict.strict
+        if "set" in record:
+            right = right and gold.looks_right(seen, image_HWC, record)
+        extras = {"structure": gold.structure(seen, record)}
+        scores.append(Score(float(right), verdict.why, extras))
+    return scores
 
 
 def _measures(prompt: Prompt, scores: Scores) -> dict[str, float]:
