@@ -144,8 +144,8 @@ class DecoderWeights:
 class Policy(nn.Module):
     """An autoregressive text-to-image model, whose forward pass scores image tokens."""
 
-    module: nn.Module
-    """What is trained, sharded and saved."""
+    module: Any
+    """The module of the family, which is trained, sharded and saved."""
     codebook_size: int
     """V."""
     layout: TokenLayout

@@ -139,8 +139,8 @@ class JanusPolicy(Policy):
         uncond = Prefix(embed(uncond_PL.to(self.device)), lengths_P)
         return Prefix(embed(ids_PL.to(self.device)), lengths_P, uncond)
 
-    def embed(self, tokens_NT: Tensor) -> Tensor:
-        return self.module.prepare_embeddings_for_image_generation(tokens_NT)
+    def embed(self, tokens_NU: Tensor) -> Tensor:
+        return self.module.prepare_embeddings_for_image_generation(tokens_NU)
 
     def hidden(self, prefix: Prefix, tokens_NT: Tensor) -> Tensor:
         def rotary(states_NSD: Tensor, coords_1SA: Tensor) -> tuple[Tensor, Tensor]:
@@ -196,7 +196,7 @@ class JanusPolicy(Policy):
 
     @torch.no_grad()
     def _layer_weights(self) -> Iterator[LayerWeights]:
-        for layer in self.trunk_blocks:
+        for layer in self._trunk.layers:
             attention, mlp = layer.self_attn, layer.mlp
             linears = {
                 **{f"w{name}": getattr(attention, f"{name}_proj") for name in "qkvo"},

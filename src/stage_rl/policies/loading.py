@@ -138,7 +138,7 @@ def policy_config(path: str) -> PolicyConfig:
         model_type = json.loads(file.read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError, AttributeError):
         model_type = None
-    kind = MODEL_TYPES.get(model_type, "janus")
+    kind = MODEL_TYPES.get(str(model_type), "janus")
     return PolicyConfig.model_validate({"kind": kind, "path": path})
 
 

@@ -286,8 +286,7 @@ class Columns:
         assert layout.token_columns()[-1] == len(fixed_U) - 1, "the last column is a token"
         token_U = torch.full_like(fixed_U, layout.num_tokens)
         token_U[layout.token_columns()] = torch.arange(layout.num_tokens)
-        on_device = (values.to(device) for values in (fixed_U, token_U, coords_UA))
-        return cls(*on_device, layout.absolute)
+        return cls(fixed_U.to(device), token_U.to(device), coords_UA.to(device), layout.absolute)
 
     @property
     def num_columns(self) -> int:
