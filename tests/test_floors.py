@@ -70,20 +70,6 @@ def circle(imports: dict[str, set[str]]) -> list[str]:
     return []
 
 
-@pytest.fixture
-def package(tmp_path):
-    """A function from files and their text to the imports of a package that has them."""
-
-    def write(**texts):
-        for name, text in texts.items():
-            file = tmp_path / "stage_rl" / f"{name.replace('__', '/')}.py"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(text)
-        return imports_of(tmp_path / "stage_rl")
-
-    return write
-
-
 def test_no_import_points_up_and_none_runs_in_a_circle():
     imports = imports_of(ROOT)
     assert len(imports) > 50
@@ -91,33 +77,26 @@ def test_no_import_points_up_and_none_runs_in_a_circle():
     assert circle(imports) == []
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "import stage_rl.training.loop",
-        "from stage_rl.training import loop",
-        "def f():\n    from stage_rl.training.loop import train",
-        "if TYPE_CHECKING:\n    from stage_rl.training.loop import train",
-    ],
-)
-def test_an_upward_import_is_found_wherever_it_stands(package, text):
-    imports = package(rewards__base=text, training__loop="import stage_rl.rewards.base")
-    assert upward(imports) == {("rewards.base", "training.loop")}
-
-
-def test_a_circle_of_files_on_one_floor_is_found(package):
-    imports = package(
-        training__loop="from stage_rl.training.run import open_run",
-        training__run="from stage_rl.training.memory import plan",
-        training__memory="def f():\n    from stage_rl.training.loop import train",
-    )
-    assert upward(imports) == set()
-    assert set(circle(imports)) == {"training.loop", "training.run", "training.memory"}
-
-
-def test_a_relative_import_is_refused(package):
+def test_what_these_tests_look_for_is_found(tmp_path):
+    files = {
+        "rewards/base": "import stage_rl.training.loop",
+        "rewards/judge": "from stage_rl.training import loop",
+        "rewards/ocr": "def f():\n    from stage_rl.training.loop import train",
+        "rewards/vqa": "if TYPE_CHECKING:\n    from stage_rl.training.loop import train",
+        "training/loop": "from stage_rl.training.run import open_run",
+        "training/run": "def f():\n    from stage_rl.training.loop import train",
+    }
+    root = tmp_path / "stage_rl"
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / f"{name}.py").write_text(text)
+    imports = imports_of(root)
+    rewards = ("base", "judge", "ocr", "vqa")
+    assert upward(imports) == {(f"rewards.{name}", "training.loop") for name in rewards}
+    assert set(circle(imports)) == {"training.loop", "training.run"}
+    (root / "rewards" / "clip.py").write_text("from ..training import loop")
     with pytest.raises(AssertionError, match="write the import from stage_rl on"):
-        package(rewards__base="def f():\n    from ..training import loop")
+        imports_of(root)
 
 
 def test_rewards_know_neither_rollout_nor_policies_but_for_the_loading_of_weights():
