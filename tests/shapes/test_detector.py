@@ -131,18 +131,17 @@ def test_it_does_not_take_half_an_object_for_one(shipped):
     rng = np.random.default_rng(10)
     scenes = [random_scene(rng, cut_off=1.0) for _ in range(200)]
     found = shipped(torch.from_numpy(render(scenes)))
-    cut = [
-        (thing, n) for n, scene in enumerate(scenes) for thing in scene.objects if not thing.whole
-    ]
     near = [
         any(
             d.score > 0.3
             and d.label == thing.shape
             and abs((d.box[0] + d.box[2]) / 2 - thing.x) < 6
             and abs((d.box[1] + d.box[3]) / 2 - thing.y) < 6
-            for d in found[n]
+            for d in seen
         )
-        for thing, n in cut
+        for scene, seen in zip(scenes, found, strict=True)
+        for thing in scene.objects
+        if not thing.whole
     ]
-    assert len(cut) == 200
+    assert len(near) == 200
     assert np.mean(near) < 0.15

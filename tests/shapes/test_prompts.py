@@ -9,7 +9,6 @@ from stage_rl.prompts.files import as_prompts
 from stage_rl.prompts.geneval import TASKS, num_records, record_at, validate_metadata
 from stage_rl.prompts.leakage import find_leaks
 from stage_rl.rewards.geneval import judge
-from stage_rl.shapes.detector import ShapesDetectorConfig
 from stage_rl.shapes.gold import inspect
 from stage_rl.shapes.prompts import (
     EVALUATION_SIZES,
@@ -120,7 +119,6 @@ def test_a_wrong_caption_swaps_two_colors_or_changes_the_number():
 def test_the_same_seed_gives_the_same_prompts():
     assert mixed(num_prompts=64, seed=5) == mixed(num_prompts=64, seed=5)
     assert mixed(num_prompts=64, seed=5) != mixed(num_prompts=64, seed=6)
-    evaluation_records.cache_clear()
     first = evaluation_records()
     evaluation_records.cache_clear()
     assert evaluation_records() == first
@@ -145,13 +143,7 @@ def test_the_recipe_gives_the_mix_of_the_paper():
     tags = Counter(prompt.metadata["tag"] for prompt in prompts)
     # 512 in 0:1:7:1:4:5 of 18: 28.4, 199.1, 28.4, 113.8, 142.2; the two left over go to the largest
     # remainders, position and the first of two_object and colors.
-    assert tags == {
-        "two_object": 29,
-        "counting": 199,
-        "colors": 28,
-        "position": 114,
-        "color_attr": 142,
-    }
+    assert [tags[task] for task in TASKS] == [0, 29, 199, 28, 114, 142]
 
 
 def test_ratios_of_ones_own_replace_the_mix():
@@ -181,9 +173,3 @@ def test_a_file_replaces_the_mix(tmp_path):
     config = ShapesPromptsConfig.model_validate({"path": str(file)})
     assert config.mix is None
     assert [prompt.text for prompt in config.build()] == ["x"]
-
-
-def test_the_short_name_of_the_detector_is_found():
-    from stage_rl.rewards.base import DetectorConfig
-
-    assert isinstance(DetectorConfig.model_validate({"kind": "shapes"}), ShapesDetectorConfig)

@@ -1,5 +1,6 @@
 """`shapes-geneval`, run on a tiny random Janus."""
 
+import functools
 import json
 from collections import Counter
 
@@ -85,27 +86,18 @@ def test_a_policy_compared_with_itself_has_no_difference(few, tiny_shapes, tmp_p
 
 def test_a_run_gets_its_figures_and_its_grid(few, tiny_shapes, tmp_path):
     settings = EvaluationConfig(images_per_task=1, guidance_scale=None, seed=1)
-    other = evaluate_run(
-        tiny_shapes, tiny_shapes, evaluation=settings, guidance_scale=1.0, out=tmp_path
+    run_it = functools.partial(
+        *(evaluate_run, tiny_shapes, tiny_shapes), evaluation=settings, guidance_scale=1.0
     )
-    assert "base base, trained trained" in other
+    assert "base base, trained trained" in run_it(out=tmp_path)
     figures = json.loads((tmp_path / "evaluation.json").read_text())
     assert set(figures) == {"base", "trained", "difference"}
     assert figures["base"]["guidance_scale"] == 1.0
     with Image.open(tmp_path / "before_after.png") as picture:
         assert picture.size[0] > 2 * 4 * 192  # two halves of four images of 4 x 48 pixels
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "before_after.png",
-        "evaluation.json",
-    ]
+    assert {path.name for path in tmp_path.iterdir()} == {"before_after.png", "evaluation.json"}
     with pytest.raises(CheckpointError, match="could not be written"):
-        evaluate_run(
-            tiny_shapes,
-            tiny_shapes,
-            evaluation=settings,
-            guidance_scale=1.0,
-            out=tmp_path / "evaluation.json",
-        )
+        run_it(out=tmp_path / "evaluation.json")
 
 
 def test_a_folder_is_loaded_by_name(few, tiny_shapes_folder, tmp_path):

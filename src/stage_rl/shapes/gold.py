@@ -268,7 +268,7 @@ def _pieces(images: NDArray[np.float32], foreground_NHW: NDArray[np.bool_]) -> I
 
 def _background(image: NDArray[np.float32], foreground: NDArray[np.bool_]) -> NDArray[np.float32]:
     """The colour that the objects of an image stand on."""
-    for empty in (~ndimage.binary_dilation(foreground), ~foreground):
+    for empty in (~_grown(foreground), ~foreground):
         if empty.any():
             return np.median(image[empty], axis=0)
     return _TONES[0]  # nothing is background: no part can be an object either
@@ -289,10 +289,14 @@ def _coverage(
     color = int(np.bincount(nearest, minlength=len(_PALETTE)).argmax())
     along = _PALETTE[color] - background
     alpha = np.clip(((pixels - background) @ along) / (along @ along), 0, 1)
-    beside = ndimage.binary_dilation(mask)
-    reach = ndimage.binary_dilation(mask, iterations=RIM)
-    others = ndimage.binary_dilation((nearby > 0) & ~mask)
-    return color, along, np.where(reach & (beside | ~others), alpha, 0)
+    own = _grown(mask) | ~_grown((nearby > 0) & ~mask)
+    return color, along, np.where(_grown(mask, RIM) & own, alpha, 0)
+
+
+def _grown(mask: NDArray[np.bool_], steps: int = 1) -> NDArray[np.bool_]:
+    """A mask with the pixels beside it."""
+    grown: Any = ndimage.binary_dilation(mask, iterations=steps)
+    return grown
 
 
 def _parts(pieces: Sequence[_Piece]) -> list[Part]:

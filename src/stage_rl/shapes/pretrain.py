@@ -166,18 +166,13 @@ def _settings(plan: Plan) -> dict[str, Any]:
 @contextmanager
 def _timed(work: Path, stage: str) -> Iterator[None]:
     """Adds the seconds of a stage, over all runs of the command, to seconds.json."""
-    started = time.monotonic()
+    file, started = work / "seconds.json", time.monotonic()
     try:
         yield
     finally:
-        seconds = _seconds(work)
+        seconds = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         seconds[stage] = round(seconds.get(stage, 0) + time.monotonic() - started, 1)
-        replace_text(work / "seconds.json", json.dumps(seconds))
-
-
-def _seconds(work: Path) -> dict[str, float]:
-    file = work / "seconds.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        replace_text(file, json.dumps(seconds))
 
 
 def _write_checkpoint(plan: Plan, model: Any, processor: Any, out: Path) -> None:
@@ -189,7 +184,7 @@ def _write_checkpoint(plan: Plan, model: Any, processor: Any, out: Path) -> None
     record = {
         "command": " ".join(["stage", *sys.argv[1:]]),
         "seed": plan.seed,
-        "seconds": _seconds(out / "work"),
+        "seconds": json.loads((out / "work" / "seconds.json").read_text(encoding="utf-8")),
         **{key: made_with[key] for key in ("python", "packages", "threads")},
         "settings": _settings(plan),
     }

@@ -310,7 +310,7 @@ def _fits(clause: Mapping[str, Any], thing: Object, placed: Sequence[tuple[int, 
 
     One axis carries the relation, the other stays below half of it.
     """
-    relation, target = clause.get("position") or (None, None)
+    relation, target = clause.get("position") or ("", None)
     for other in (other for index, other in placed if index == target):
         dx, dy = thing.x - other.x, thing.y - other.y
         along, across = {
