@@ -36,7 +36,7 @@ def transformers_ids(policy, text):
     processor = policy.processor
     messages = [{"role": "user", "content": [{"type": "text", "text": text}]}]
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-    return processor(text=prompt, generation_mode="image", return_tensors="pt")
+    return processor(text=[prompt], generation_mode="image", return_tensors="pt")
 
 
 def test_janus_keeps_the_contract(tiny_janus):
