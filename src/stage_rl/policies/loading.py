@@ -36,7 +36,7 @@ from stage_rl.settings import MODEL_TYPES, SHIPPED_MODELS
 EXAMPLE = "deepseek-community/Janus-Pro-1B"
 
 DESCRIPTIONS = ("*.json", "*.jinja")
-"""Configuration, tokenizer and processor: small, and enough to refuse what is no Janus."""
+"""Configuration, tokenizer and processor: small, and enough to refuse what no family knows."""
 
 TENSORS = ("*.safetensors",)
 
@@ -86,7 +86,7 @@ class HubFolder:
         except (RepositoryNotFoundError, GatedRepoError) as error:
             raise WeightsError(
                 f"{self.name}: neither a folder nor a model of the hub that you may read; write "
-                f"a folder with a Janus checkpoint, a hub id such as {EXAMPLE}, or "
+                f"a folder with a checkpoint, a hub id such as {EXAMPLE}, or "
                 f"{' or '.join(SHIPPED_MODELS)}; for a gated model log in with `hf auth login`"
             ) from error
         except RevisionNotFoundError as error:
@@ -122,7 +122,7 @@ def find(path: str | Path) -> Source:
     match = HUB_ID.fullmatch(name)
     if match is None or name[0] in "./~" or ".." in name.split("/"):
         raise WeightsError(
-            f"{path}: no such folder; write a folder with a Janus checkpoint, "
+            f"{path}: no such folder; write a folder with a checkpoint, "
             f"a hub id such as {EXAMPLE}, or {' or '.join(SHIPPED_MODELS)}"
         )
     hub = HubFolder(name, match[1], match[2].strip("/"), match[3])
