@@ -80,7 +80,7 @@ class Engine:
         self._cuda_graph = policy.device.type == "cuda" if cuda_graph is None else cuda_graph
         self._decoder: Decoder | None = None
         self._cache: KeyValueCache | None = None
-        self._passes: dict[Hashable, _Pass] = {}
+        self._passes: dict[Hashable, Decoding] = {}
         self.passes: list[PassStats] = []
         """The passes since the last reload."""
         self.reload()
@@ -128,24 +128,24 @@ class Engine:
         num_rows = len(embeds_BLD) * group_size
         self.passes.append(PassStats(num_rows, columns.num_columns, lengths_B))
         cache = self._cache_for(num_rows, longest + columns.num_columns - 1)
-        current = self._pass_of(cache, sampling, uniforms_NT)
+        decoding = self._pass_of(cache, sampling, uniforms_NT)
         states_BD = self.decoder.prefill(
             embeds_BLD,
             lengths_B,
             columns.prompt_coords(longest),
-            current.cache,
+            decoding.cache,
             group_size=group_size,
         )
         logits_BV = self.decoder.logits(states_BD)
-        current.decoding.begin(
+        decoding.begin(
             _to_device(uniforms_NT, embeds_BLD.device),
             logits_BV.repeat_interleave(group_size, 0),
             lengths_B.repeat_interleave(group_size),
         )
         for column in range(columns.num_columns - 1):
-            current.advance(longest + column + 1)
-        current.decoding.draw()
-        return current.decoding.result()
+            decoding.advance(longest + column + 1)
+        decoding.draw()
+        return decoding.result()
 
     def release(self) -> None:
         """Gives the memory of the cache back; the next pass allocates and captures anew."""
@@ -160,22 +160,19 @@ class Engine:
             self._cache = self.decoder.new_cache(num_rows, num_slots)
         return self._cache.rows(num_rows)
 
-    def _pass_of(self, cache: KeyValueCache, sampling: Sampling, uniforms_NT: Tensor) -> _Pass:
+    def _pass_of(self, cache: KeyValueCache, sampling: Sampling, uniforms_NT: Tensor) -> Decoding:
         """The buffers of the last pass of this kind, where there was one."""
         key = (tuple(uniforms_NT.shape), cache.num_rows, sampling)
         if key not in self._passes:
             if len(self._passes) == KINDS_OF_PASS:
                 del self._passes[next(iter(self._passes))]
             decoding = Decoding(self.decoder, cache, sampling, self._columns, len(uniforms_NT))
-            self._passes[key] = _Pass(cache, decoding, self._advance_of(decoding, cache))
+            if self._cuda_graph:
+                # A captured step reads whatever the cache could hold.
+                captured = Captured(functools.partial(decoding.advance, cache.num_slots))
+                decoding.advance = lambda num_live: captured()
+            self._passes[key] = decoding
         return self._passes[key]
-
-    def _advance_of(self, decoding: Decoding, cache: KeyValueCache) -> Callable[[int], None]:
-        """The step as it is, or captured: then it reads whatever the cache could hold."""
-        if not self._cuda_graph:
-            return decoding.advance
-        captured = Captured(lambda: decoding.advance(cache.num_slots))
-        return lambda num_live: captured()
 
     def _free_bytes(self) -> int:
         """Memory that a cache can have: what is free, cached by torch, or the present cache's."""
@@ -183,15 +180,6 @@ class Engine:
         free, _ = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return free + unused + (self._cache.num_bytes if self._cache else 0)
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """Passes of one number of rows and one way to sample."""
-
-    cache: KeyValueCache
-    decoding: Decoding
-    advance: Callable[[int], None]
 
 
 def images_that_fit(free_bytes: int, bytes_per_image: int) -> int:
@@ -329,7 +317,7 @@ class Decoding:
         columns: Columns,
         num_images: int,
     ):
-        self._decoder, self._cache = decoder, cache
+        self._decoder, self.cache = decoder, cache
         self._sampling, self._columns = sampling, columns
         assert cache.num_rows in (num_images, 2 * num_images)
         device, num_tokens = columns.fixed_U.device, int((columns.fixed_U < 0).sum())
@@ -362,7 +350,7 @@ class Decoding:
             embeds_ND.repeat(len(self._positions_R) // len(embeds_ND), 1),
             self._positions_R,
             self._origins_R[:, None] + coords_1A,
-            self._cache,
+            self.cache,
             num_live=num_live,
         )
         self._decoder.logits(states_RD, self._logits_RV)
