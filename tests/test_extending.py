@@ -24,7 +24,13 @@ probe: {every: 0}
 
 
 def test_the_five_changes_are_there():
-    assert list(EXAMPLES) == ["A reward", "A prompt set", "Token credit", "A loss"]
+    assert list(EXAMPLES) == [
+        "A reward",
+        "A prompt set",
+        "Token credit",
+        "A loss",
+        "A model family",
+    ]
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

@@ -37,7 +37,6 @@ def test_every_benchmark_answers_help_with_its_options(name, stage):
         (["rollout", "--group-size=-1"], "--group-size: -1 is out of range; write at least 1"),
         (["rollout", "--guidance-scale", 1], "--guidance-scale: transformers' generate needs"),
         (["scale", "--group-sizes=8,1"], "--group-sizes: 1 is out of range; write at least 2"),
-        (["scale", "--guidance-scale", 1], "--guidance-scale: transformers' generate needs"),
         (["mismatch", "--num-prompts", 0], "--num-prompts: 0 is out of range; write at least 1"),
         (["decode-attention", "--rows=0"], "--rows: 0 is out of range; write at least 1"),
         (["step", "--rounds", 0], "--rounds: 0 is out of range; write at least 1"),

@@ -11,7 +11,6 @@ from torch import Tensor
 from stage_rl.bench.base import BenchResult, benchmark, columns, peak_bytes
 from stage_rl.bench.models import recipe_of
 from stage_rl.errors import InputError
-from stage_rl.policies.janus_sizes import size_of
 from stage_rl.training.loop import train_step
 from stage_rl.training.memory import predict
 from stage_rl.training.trainer import Trainer, build_trainer
@@ -42,9 +41,6 @@ def run(
     between two phases and those that operations return in one. `checkpointing` is `none`,
     `selective` or `full`.
     """
-    size = size_of(model)
-    if size is None:
-        raise InputError(f"{model}: its dimensions are not known; write a folder")
     recipe = recipe_of(
         model,
         [
@@ -58,6 +54,9 @@ def run(
         dtype=dtype,
         seed=seed,
     )
+    size = recipe.policy.size()
+    if size is None:
+        raise InputError(f"{model}: its dimensions are not known; write a folder")
     before = live_tensor_bytes()
     trainer = build_trainer(recipe, recipe.prompts.build())
     on_gpu = trainer.policy.device.type == "cuda"
