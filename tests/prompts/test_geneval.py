@@ -13,14 +13,12 @@ from stage_rl.prompts.files import as_prompts
 from stage_rl.prompts.geneval import (
     CLASSES,
     GENEVAL,
-    MIXES,
     TASKS,
     GenEvalPromptsConfig,
     Vocabulary,
     geneval_prompts,
     num_records,
     record_at,
-    training_mix,
     validate_metadata,
 )
 from stage_rl.types import Prompt
@@ -76,6 +74,14 @@ def test_nobody_is_given_a_colour():
     assert set(GENEVAL.colored) == set(CLASSES) - {"person"} != set(CLASSES)
 
 
+def config(**fields):
+    return GenEvalPromptsConfig.model_validate(fields)
+
+
+def mixed(**fields):
+    return [dict(prompt.metadata) for prompt in config(**fields).build()]
+
+
 def tags(mix):
     counts = Counter(record["tag"] for record in mix)
     return [counts[task] for task in TASKS]
@@ -84,34 +90,32 @@ def tags(mix):
 def test_mixes_have_the_published_shares():
     # 50,000 x (1, 5, 1, 7, 3) / 17 = 2941.18, 14705.88, 2941.18, 20588.24, 8823.53; the floors sum
     # to 49,998 and the two left over go to the remainders .88 (counting) and .53 (color_attr).
-    flow = training_mix(MIXES["flow_grpo"], 50_000, seed=0, exclude=EVALUATION)
+    flow = mixed(mix="flow_grpo")
     assert tags(flow) == [0, 2941, 14706, 2941, 20588, 8824]
-    stage = training_mix(MIXES["stage"], 180, seed=1, exclude=EVALUATION)
+    stage = mixed(mix="stage", num_prompts=180, seed=1)
     assert tags(stage) == [0, 10, 70, 10, 40, 50]
 
 
 def test_a_mix_holds_no_evaluation_prompt_and_repeats_evenly():
     # 240 counting prompts less the 80 of the evaluation leave 160; 480 draws take each three times.
-    mix = training_mix({"counting": 1}, 480, seed=0, exclude=EVALUATION)
+    mix = mixed(ratios={"counting": 1.0}, num_prompts=480)
     times = Counter(record["prompt"] for record in mix)
     assert not EVALUATION & times.keys()
     assert len(times) == 160
     assert set(times.values()) == {3}
     # There are enough of these to need no prompt twice.
-    mix = training_mix({"color_attr": 1}, 3000, seed=0, exclude=EVALUATION)
+    mix = mixed(ratios={"color_attr": 1.0}, num_prompts=3000)
     assert len({record["prompt"] for record in mix}) == 3000
 
 
 def test_a_mix_depends_on_the_seed_alone():
-    one, again, other = (
-        training_mix(MIXES["stage"], 90, seed=seed, exclude=EVALUATION) for seed in (3, 3, 4)
-    )
+    one, again, other = (mixed(mix="stage", num_prompts=90, seed=seed) for seed in (3, 3, 4))
     assert one == again != other
 
 
 def test_a_mix_of_evaluation_prompts_alone_is_a_recipe_error():
     with pytest.raises(RecipeError, match="single_object: every prompt is an evaluation prompt"):
-        training_mix({"single_object": 1}, 4, seed=0, exclude=EVALUATION)
+        mixed(ratios={"single_object": 1.0}, num_prompts=4)
 
 
 def load(path):
@@ -200,13 +204,7 @@ def test_a_class_is_anything_where_no_vocabulary_is_given():
     assert validate_metadata(record, "") == record
 
 
-def config(**fields):
-    return GenEvalPromptsConfig.model_validate(fields)
-
-
-def test_a_recipe_names_a_mix_or_its_own_ratios():
-    stage = config(mix="stage", num_prompts=18).build()
-    assert tags(p.metadata for p in stage) == [0, 1, 7, 1, 4, 5]
+def test_a_recipe_may_have_ratios_of_its_own():
     own = config(ratios={"counting": 1, "colors": 2.0}, num_prompts=3, seed=1).build()
     assert tags(p.metadata for p in own) == [0, 0, 1, 2, 0, 0]
     assert [p.index for p in own] == [0, 1, 2]

@@ -9,10 +9,10 @@ from stage_rl.errors import InputError
 from stage_rl.prompts.files import PromptsConfig, as_prompts
 from stage_rl.prompts.geneval import (
     INVERSE,
-    evaluation_texts,
+    GenEvalPromptsConfig,
+    TaskRatios,
     geneval_prompts,
     make_record,
-    training_mix,
 )
 from stage_rl.prompts.leakage import find_leaks, sentence
 from stage_rl.prompts.sets import noun_phrases
@@ -265,13 +265,10 @@ def test_a_leak_is_found_in_other_words():
 
 def test_a_training_mix_holds_no_evaluation_prompt_in_either_order():
     # Of the 240 counting prompts 160 are left; two_object has 6,320, of which 99 x 2 are out.
-    mix = training_mix(
-        {"two_object": 1, "position": 1, "color_attr": 1, "counting": 1},
-        12_000,
-        seed=0,
-        exclude=evaluation_texts(),
-    )
-    assert find_leaks(as_prompts(mix), as_prompts(geneval_prompts())) == []
+    tasks = ("two_object", "position", "color_attr", "counting")
+    ratios = TaskRatios(**dict.fromkeys(tasks, 1.0))
+    mix = GenEvalPromptsConfig(ratios=ratios, num_prompts=12_000).build()
+    assert find_leaks(mix, as_prompts(geneval_prompts())) == []
 
 
 @pytest.mark.parametrize(

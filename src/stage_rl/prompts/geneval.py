@@ -6,9 +6,11 @@ another detector) gets prompts of the same wording and the same metadata.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -222,20 +224,31 @@ def geneval_prompts(
     return list({json.dumps(record): record for record in records}.values())
 
 
-def evaluation_texts() -> frozenset[str]:
-    """The 553 evaluation prompts, and those that ask for the same with the objects swapped."""
-    records = geneval_prompts()
-    swapped = [_swap_objects(record) for record in records if len(record["include"]) == 2]
-    return frozenset(record["prompt"] for record in [*records, *swapped])
+def content_of(metadata: Mapping[str, Any]) -> Any:
+    """What a GenEval record asks for, whatever its order of words; None without clauses.
+
+    "A left of B" and "B right of A" ask for the same. What else the record holds, such as the
+    background of a prompt of the shapes world, counts as well.
+    """
+    if not metadata.get("include"):
+        return None
+    clauses = metadata["include"]
+    objects = sorted((one["class"], one["count"], one.get("color", "")) for one in clauses)
+    relations = sorted(
+        _relation(one, clauses[one["position"][1]]) for one in clauses if "position" in one
+    )
+    others = sorted(
+        (key, str(value))
+        for key, value in metadata.items()
+        if key not in ("tag", "include", "exclude", "prompt")
+    )
+    return tuple(objects), tuple(relations), tuple(others)
 
 
-def _swap_objects(record: Record) -> Record:
-    task, (one, other) = record["tag"], record["include"]
-    if task == "position":  # the first of the text is the second clause
-        relation = INVERSE[other["position"][0]]
-        return make_record(task, one["class"], other["class"], relation)
-    colors = (other["color"], one["color"]) if task == "color_attr" else ()
-    return make_record(task, other["class"], one["class"], *colors)
+def _relation(clause: Mapping[str, Any], target: Mapping[str, Any]) -> tuple[str, str, str]:
+    relation = clause["position"][0]
+    a, b = clause["class"], target["class"]
+    return min((a, relation, b), (b, INVERSE[relation], a))
 
 
 def num_records(task: str, vocabulary: Vocabulary = GENEVAL) -> int:
@@ -260,50 +273,6 @@ def _sizes(task: str, vocabulary: Vocabulary) -> list[int]:
     return [
         len(words) - taken for words, number in vocabulary.choices(task) for taken in range(number)
     ]
-
-
-def training_mix(
-    ratios: Mapping[str, float],
-    num_prompts: int,
-    *,
-    seed: int,
-    exclude: Collection[str],
-    vocabulary: Vocabulary = GENEVAL,
-) -> list[Record]:
-    """`num_prompts` shuffled records in the given ratio of tasks, none with an excluded text.
-
-    Shares are rounded by largest remainder. A task draws distinct prompts as long as there are any
-    and then repeats them evenly: counting has only 240 prompts, so a useful mix has to repeat them.
-    """
-    records: list[Record] = []
-    for task, count in _shares(ratios, num_prompts).items():
-        # A generator per task: a change of one ratio does not redraw the other tasks.
-        rng = np.random.default_rng((seed, TASKS.index(task)))
-        distinct: list[Record] = []
-        for place in rng.permutation(num_records(task, vocabulary)):
-            if len(distinct) == count:
-                break
-            record = record_at(task, int(place), vocabulary)
-            if record["prompt"] not in exclude:
-                distinct.append(record)
-        if count and not distinct:
-            raise RecipeError(
-                f"training mix: {task}: every prompt is an evaluation prompt; set its ratio to 0"
-            )
-        records += [distinct[i % len(distinct)] for i in range(count)]
-    order = np.random.default_rng((seed, len(TASKS))).permutation(num_prompts)
-    return [records[place] for place in order]
-
-
-def _shares(ratios: Mapping[str, float], total: int) -> dict[str, int]:
-    """`total` split by largest remainder; of equal remainders the earlier task goes first."""
-    whole_ratio = sum(ratios.values())
-    quotas = {task: total * ratios[task] / whole_ratio for task in TASKS if task in ratios}
-    shares = {task: math.floor(quota) for task, quota in quotas.items()}
-    by_remainder = sorted(shares, key=lambda task: shares[task] - quotas[task])
-    for task in by_remainder[: total - sum(shares.values())]:
-        shares[task] += 1
-    return shares
 
 
 class TaskRatios(Settings):
@@ -341,9 +310,9 @@ class GenEvalPromptsConfig(OneSourceConfig):
             raise complaint("ratios", "all are 0; give at least one task a positive ratio")
         return self
 
-    def held_out(self) -> Collection[str]:
-        """The texts that a mix may not contain."""
-        return evaluation_texts()
+    def held_out(self, record: Record) -> bool:
+        """Whether a mix may not ask for what a record asks for, in its words or in others."""
+        return content_of(record) in _evaluated()
 
     def build(self) -> tuple[Prompt, ...]:
         """The prompts, numbered in their order; a file with a fault is an `InputError`."""
@@ -353,13 +322,44 @@ class GenEvalPromptsConfig(OneSourceConfig):
                 Prompt(text, i, record and validate_metadata(record, where, self.vocabulary))
                 for i, (where, text, record) in placed
             )
+        return as_prompts(self._mix())
+
+    def _mix(self) -> list[Record]:
+        """Shuffled records in the ratio of the tasks, none of them held out.
+
+        A task draws distinct prompts as long as there are any and then repeats them evenly:
+        counting has only 240 prompts, so a useful mix has to repeat them.
+        """
         ratios = MIXES[self.mix] if self.mix else self.ratios.model_dump() if self.ratios else {}
-        return as_prompts(
-            training_mix(
-                ratios,
-                self.num_prompts,
-                seed=self.seed,
-                exclude=self.held_out(),
-                vocabulary=self.vocabulary,
-            )
-        )
+        records: list[Record] = []
+        for task, count in _shares(ratios, self.num_prompts).items():
+            # A generator per task: a change of one ratio does not redraw the other tasks.
+            rng = np.random.default_rng((self.seed, TASKS.index(task)))
+            places = rng.permutation(num_records(task, self.vocabulary))
+            drawn = (record_at(task, int(place), self.vocabulary) for place in places)
+            allowed = (record for record in drawn if not self.held_out(record))
+            distinct = list(itertools.islice(allowed, count))
+            if count and not distinct:
+                raise RecipeError(
+                    f"training mix: {task}: every prompt is an evaluation prompt; "
+                    "set its ratio to 0"
+                )
+            records += [distinct[i % len(distinct)] for i in range(count)]
+        order = np.random.default_rng((self.seed, len(TASKS))).permutation(self.num_prompts)
+        return [records[place] for place in order]
+
+
+def _shares(ratios: Mapping[str, float], total: int) -> dict[str, int]:
+    """`total` split by largest remainder; of equal remainders the earlier task goes first."""
+    whole_ratio = sum(ratios.values())
+    quotas = {task: total * ratios[task] / whole_ratio for task in TASKS if task in ratios}
+    shares = {task: math.floor(quota) for task, quota in quotas.items()}
+    by_remainder = sorted(shares, key=lambda task: shares[task] - quotas[task])
+    for task in by_remainder[: total - sum(shares.values())]:
+        shares[task] += 1
+    return shares
+
+
+@functools.cache
+def _evaluated() -> frozenset[Any]:
+    return frozenset(content_of(record) for record in geneval_prompts())

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple
 
-from stage_rl.prompts.geneval import INVERSE
+from stage_rl.prompts.geneval import content_of
 from stage_rl.types import Prompt
 
 
@@ -45,30 +45,3 @@ def sentence(leaks: list[Leak], num_evaluation: int) -> str:
 def plain_text(text: str) -> str:
     """A text as it is compared: small letters, single spaces, no full stop at the end."""
     return " ".join(text.lower().split()).rstrip(". ")
-
-
-def content_of(metadata: Mapping[str, Any]) -> Any:
-    """What a GenEval record asks for, whatever its order of words; None without clauses.
-
-    "A left of B" and "B right of A" ask for the same. What else the record holds, such as the
-    background of a prompt of the shapes world, counts as well.
-    """
-    if not metadata.get("include"):
-        return None
-    clauses = metadata["include"]
-    objects = sorted((one["class"], one["count"], one.get("color", "")) for one in clauses)
-    relations = sorted(
-        _relation(one, clauses[one["position"][1]]) for one in clauses if "position" in one
-    )
-    others = sorted(
-        (key, str(value))
-        for key, value in metadata.items()
-        if key not in ("tag", "include", "exclude", "prompt")
-    )
-    return tuple(objects), tuple(relations), tuple(others)
-
-
-def _relation(clause: Mapping[str, Any], target: Mapping[str, Any]) -> tuple[str, str, str]:
-    relation = clause["position"][0]
-    a, b = clause["class"], target["class"]
-    return min((a, relation, b), (b, INVERSE[relation], a))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +20,7 @@ from stage_rl.prompts.geneval import (
     TASKS,
     GenEvalPromptsConfig,
     Vocabulary,
+    content_of,
     make_record,
     num_records,
     photo_record,
@@ -27,7 +28,6 @@ from stage_rl.prompts.geneval import (
     record_at,
     with_article,
 )
-from stage_rl.prompts.leakage import content_of
 from stage_rl.settings import Count
 from stage_rl.shapes.scenes import COLORS, SHAPES, SIZES, TEXTURES, TONES, UNSEEN_PAIRS, seen_colors
 
@@ -87,20 +87,10 @@ def evaluation_records() -> tuple[Record, ...]:
 
 
 @functools.cache
-def held_out_texts() -> frozenset[str]:
-    """The prompts that name an unseen pair, or ask for what an evaluation prompt asks for.
-
-    Single objects are the exception: there are eight, and both sets have them.
-    """
-    tasks = [task for task in TASKS if task != "single_object"]
-    evaluated = {content_of(record) for record in evaluation_records() if record["tag"] in tasks}
-    return frozenset(
-        record["prompt"]
-        for task in tasks
-        for place in range(num_records(task, VOCABULARY))
-        if names_unseen_pair(record := record_at(task, place, VOCABULARY))
-        or content_of(record) in evaluated
-    )
+def _evaluated() -> frozenset[Any]:
+    """What the evaluation asks for, but for the eight single objects, which both sets have."""
+    tagged = (record for record in evaluation_records() if record["tag"] != "single_object")
+    return frozenset(content_of(record) for record in tagged)
 
 
 def pretraining_record(rng: np.random.Generator) -> Record:
@@ -203,6 +193,6 @@ class ShapesPromptsConfig(GenEvalPromptsConfig):
         others = (data.get("ratios"), data.get("path"))
         return data if others == (None, None) else {**data, "mix": None}
 
-    def held_out(self) -> Collection[str]:
-        """The texts that a mix may not contain."""
-        return held_out_texts()
+    def held_out(self, record: Record) -> bool:
+        """Whether a record names an unseen pair, or asks for what an evaluation prompt asks for."""
+        return names_unseen_pair(record) or content_of(record) in _evaluated()
