@@ -34,9 +34,7 @@ def test_titles_stand_over_rows_and_captions_under_images():
     assert dark[4:17].any()
     assert dark[209:261, 4:196].any()
     assert not dark[209:261, 200:].any()
-
-
-def test_a_long_caption_ends_within_its_place():
+    # A long caption ends within its place.
     picture = np.asarray(image_grid(plain(255), columns=1, captions=["word " * 200]))
     assert (picture[196:] < 100).any()
     assert picture.shape[0] == 4 + 192 + 52 + 4
