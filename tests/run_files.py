@@ -1,8 +1,11 @@
-"""Reads what a run wrote, for tests that compare runs."""
+"""Reads what a run wrote, and compares runs."""
 
 import json
 
+import torch
 from safetensors.torch import load_file
+
+from stage_rl.training.loop import train
 
 CLOCKED = ("time/", "memory/", "images_per_s", "tokens_per_s", "throughput/")
 """Metrics that differ from run to run."""
@@ -18,3 +21,18 @@ def steps_of(run):
 
 def untimed(lines):
     return [{k: v for k, v in line.items() if not k.startswith(CLOCKED)} for line in lines]
+
+
+def assert_resumes_to_the_bit(recipe, tmp_path, *overrides):
+    """Four steps, and two with two more, are one run; the former's folder."""
+    same = ("optimizer.schedule=constant", "probe.every=1", *overrides)
+    whole = train(recipe(*same, f"run.dir={tmp_path}/whole"))
+    train(recipe(*same, f"run.dir={tmp_path}/halves", "steps=2"))
+    resumed = train(recipe(*same, f"run.dir={tmp_path}/halves"))
+    one, other = parameters_of(whole, 4), parameters_of(resumed, 4)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    start = parameters_of(whole, 2)
+    assert any(not torch.equal(one[name], start[name]) for name in one)
+    assert untimed(steps_of(whole)) == untimed(steps_of(resumed))
+    return whole

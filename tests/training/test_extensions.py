@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from run_files import parameters_of, steps_of, untimed
+from run_files import assert_resumes_to_the_bit, parameters_of, steps_of, untimed
 
 from stage_rl.errors import RecipeError
 from stage_rl.training.credit import needs
@@ -92,10 +92,7 @@ def same_parameters(one, other, step):
 def test_a_users_credit_and_loss_train_in_any_micro_batches_and_resume_to_the_bit(
     methods, tmp_path
 ):
-    whole = train(methods(*ONE_RATE, *OURS, f"run.dir={tmp_path}/whole"))
-    train(methods(*ONE_RATE, *OURS, "steps=2", f"run.dir={tmp_path}/halves"))
-    resumed = train(methods(*ONE_RATE, *OURS, f"run.dir={tmp_path}/halves"))
-    assert same_parameters(whole, resumed, 4)
+    whole = assert_resumes_to_the_bit(methods, tmp_path, *ONE_RATE, *OURS)
     assert not same_parameters(whole, train(methods(*ONE_RATE, "steps=4")), 4)
     pieces = ("training.groups_per_microbatch=1", "steps=1", f"run.dir={tmp_path}/pieces")
     (line,), first = steps_of(train(methods(*ONE_RATE, *OURS, *pieces))), steps_of(whole)[0]

@@ -9,18 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from stage_rl.api import load
 from stage_rl.errors import CheckpointError, InputError
-from stage_rl.policies.base import base_digest
 from stage_rl.training.loop import train
 
 CPU = torch.device("cpu")
-
-
-def test_a_run_whose_name_holds_an_at_sign_is_found(recipe, tmp_path):
-    run = train(recipe("steps=1", f"run.dir={tmp_path}/a@b"))
-    newest, named = load(str(run), CPU), load(f"{run}@1", CPU)
-    assert base_digest(newest.module) == base_digest(named.module)
-    with pytest.raises(InputError, match="no checkpoint of step 7; the run has: 1"):
-        load(f"{run}@7", CPU)
 
 
 def test_a_folder_that_is_no_run_has_no_steps(tiny_janus_folder):

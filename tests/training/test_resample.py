@@ -4,9 +4,7 @@ import math
 
 import pytest
 import torch
-from run_files import parameters_of, steps_of, untimed
 
-from stage_rl.training.loop import train
 from stage_rl.training.resample import ATTEMPT_STRIDE, resample_groups
 from stage_rl.training.trainer import PROBE_STEP, build_trainer
 from stage_rl.types import Prompt, Rewards, Rollout
@@ -108,16 +106,3 @@ def test_the_streams_of_an_attempt_are_those_of_no_step_and_of_no_probe(recipe):
     # A group is the same whichever others are drawn with it.
     alone = trainer.sample(trainer.engine, prompts[1:], step=ATTEMPT_STRIDE)
     assert torch.equal(alone.tokens_NT, second.tokens_NT[wanted.rollout.group_size :])
-
-
-def test_a_run_draws_again_logs_it_and_resumes_to_the_bit(recipe, tmp_path):
-    coarse = "rewards=[{kind: 'loop_parts:Coarse'}]"
-    same = ("optimizer.schedule=constant", "probe.every=0")
-    again = ("rollout.resample_equal_groups=2", coarse, *same)
-    whole = train(recipe(f"run.dir={tmp_path}/whole", *again))
-    train(recipe(f"run.dir={tmp_path}/halves", *again, "steps=2"))
-    resumed = train(recipe(f"run.dir={tmp_path}/halves", *again))
-    assert untimed(steps_of(whole)) == untimed(steps_of(resumed))
-    one, other = parameters_of(whole, 4), parameters_of(resumed, 4)
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    assert sum(line["resample/groups"] for line in steps_of(whole)) > 0
