@@ -45,21 +45,15 @@ def credits(
 NO_ENTROPY = {"entropy": {"mode": "none"}}
 
 
-def test_similar_tokens_get_no_advantage_and_full_kl_weight():
-    result = credits(**NO_ENTROPY)
+# Mask (1 - sim) / 2 = (0, 1); its mean is 1/2: advantages times (0, 2), in the paper times (0, 1).
+@pytest.mark.parametrize(("preset", "factor"), [("default", 2), ("paper", 1)])
+def test_similar_tokens_get_no_advantage_and_full_kl_weight(preset, factor):
+    result = credits(preset=preset, **NO_ENTROPY)
     assert result.metrics["similarity/mean"][0].tolist() == [[1, -1], [1, -1]]
-    # mask (1 - sim) / 2 = (0, 1), mean 1/2: the advantages are multiplied by (0, 2)
-    assert result.metrics["mask/mean"][0].tolist() == [[0, 1], [0, 1]]
-    expected = [[0, 2 * ADVANTAGE], [0, -2 * ADVANTAGE]]
-    assert torch.allclose(result.advantages_PGT[0], torch.tensor(expected), atol=1e-5)
     # 0.5 + 0.5 x clip(sim + 1, 0, 1)
     assert result.kl_weight_PGT[0].tolist() == [[1, 0.5], [1, 0.5]]
-
-
-def test_the_paper_preset_leaves_the_mask_as_it_is():
-    result = credits(preset="paper", **NO_ENTROPY)
     assert result.metrics["mask/mean"][0].tolist() == [[0, 1], [0, 1]]
-    expected = [[0, ADVANTAGE], [0, -ADVANTAGE]]
+    expected = [[0, factor * ADVANTAGE], [0, -factor * ADVANTAGE]]
     assert torch.allclose(result.advantages_PGT[0], torch.tensor(expected), atol=1e-5)
 
 
@@ -73,12 +67,6 @@ def test_each_half_of_the_reweighting_can_be_left_out(reweight, masked, weighted
     assert (result.kl_weight_PGT != 1).any() == weighted
 
 
-def test_in_a_group_of_equal_rewards_the_entropy_reward_decides():
-    result = credits(((1.0, 1.0),), entropies=((2.0, 2.05),), advantage_eps=1e-4, reweight="none")
-    # bonuses 0.4 and 0.4 / 1.0025, std 7.05e-4: (4.99e-4) / (7.05e-4 + 1e-4) = 0.619
-    assert result.advantages_PGT.abs().mean() > 0.5
-
-
 def test_the_entropy_bonus_goes_to_the_best_of_the_group():
     settings = AlgorithmConfig()
     record = inputs(((1.0, 0.0),), (1.0,), ((3.0, 3.0),), settings)
@@ -86,16 +74,17 @@ def test_the_entropy_bonus_goes_to_the_best_of_the_group():
     assert record.rewards_PG.tolist() == [pytest.approx([1.2, 0.0])]
 
 
-def test_a_group_with_equal_rewards_learns_from_entropy_alone_by_default():
-    entropies = ((2.0, 5.0),)
-    result = credits(rewards=((1.0, 1.0),), entropies=entropies)
-    assert (result.advantages_PGT != 0).any()
-    dropped = credits(rewards=((1.0, 1.0),), entropies=entropies, equal_reward_groups="drop_policy")
-    assert (dropped.advantages_PGT == 0).all()
-    assert (dropped.kl_weight_PGT != 0).all()
-    without_kl = credits(rewards=((1.0, 1.0),), entropies=entropies, equal_reward_groups="drop_kl")
-    assert (without_kl.kl_weight_PGT == 0).all()
-    assert (without_kl.advantages_PGT != 0).any()
+@pytest.mark.parametrize(
+    ("handling", "advantages", "kl"),
+    [("keep", True, True), ("drop_policy", False, True), ("drop_kl", True, False)],
+)
+def test_a_group_with_equal_rewards_learns_from_entropy_alone_unless_dropped(
+    handling, advantages, kl
+):
+    settings = {"equal_reward_groups": handling} if handling != "keep" else {}
+    result = credits(((1.0, 1.0),), entropies=((2.0, 5.0),), **settings)
+    assert result.advantages_PGT.any() == advantages
+    assert result.kl_weight_PGT.all() == result.kl_weight_PGT.any() == kl
 
 
 def test_the_released_code_calls_undecided_groups_wholly_similar():

@@ -54,22 +54,15 @@ JANUS_PRO_7B = DecoderSize(
 SECONDS = {"time/sample_s": 2.0, "time/reference_s": 1.0, "time/learn_s": 4.0}
 
 
-def test_bytes_of_a_decode_by_hand():
+def test_bytes_and_operations_of_a_decode_by_hand():
     # T = 4, P = 5: a row's live slots are 4 x 5 + 4 x 5 / 2 = 30.
     drawn = RolloutStats(num_rows=6, num_tokens=4, prompt_slots=5, num_passes=2)
     # 2 passes x 4 tokens x 1000 + 6 rows x 7 x 30
     assert rollout_bytes(SMALL, drawn) == 8000 + 1260
-
-
-def test_operations_of_a_row_by_hand():
-    drawn = RolloutStats(num_rows=6, num_tokens=4, prompt_slots=5)
     # S = 9: 2 x (100 x 9 + 10 x 4) = 1880; attention 4 x 2 x 3 x 9 x 10 / 2 = 1080
     assert row_flops(SMALL, drawn) == 1880 + 1080
-
-
-def test_the_paper_s_step_reads_and_computes_what_the_estimates_say():
+    # The step of the paper: 576 x 12.3 GB = 7.1 TB of weights, 11.5 TB of live cache
     drawn = RolloutStats(num_rows=128, num_tokens=576, prompt_slots=30)
-    # 576 x 12.3 GB = 7.1 TB of weights, 11.5 TB of live cache
     assert rollout_bytes(JANUS_PRO_7B, drawn) == pytest.approx(7.1e12 + 11.5e12, rel=0.01)
     # reference f, policy f, backward 2 f: 1.9 PFLOP for 64 images
     assert 4 * 64 * row_flops(JANUS_PRO_7B, drawn) == pytest.approx(1.9e15, rel=0.03)
@@ -172,11 +165,9 @@ def test_on_a_gpu_each_phase_has_its_own_peak():
 
 
 CPU = torch.device("cpu")
-NAMES = ("logprobs", "guided_logprobs")
-FIGURES = ("mean", "max", "weight")
 
 
-def test_the_figures_by_hand():
+def test_the_figures_of_the_mismatch_by_hand():
     # Differences ln 2 and -ln 4: mean ln 8 / 2, largest ln 4; weights 2 and 1/4, mean 1.125.
     trainer, sampler = torch.tensor([[math.log(0.5), -3.0]]), torch.tensor([[math.log(0.25), -3.0]])
     sampler[0, 1] += math.log(4)
@@ -190,29 +181,22 @@ def test_the_figures_by_hand():
     )
 
 
-def test_importance_weights_are_capped_constants():
-    logprobs = torch.tensor([math.log(0.5), math.log(0.1)], requires_grad=True)
-    weights = truncated_importance(logprobs, torch.tensor([math.log(0.1), math.log(0.2)]), 2.0)
-    # 0.5 / 0.1 = 5, capped at 2; 0.1 / 0.2 = 0.5
-    assert weights.tolist() == pytest.approx([2.0, 0.5])
-    assert not weights.requires_grad
-
-
-def test_the_share_of_capped_weights_is_logged_where_they_are_used():
+def test_importance_weights_are_capped_constants_whose_share_is_logged_where_they_are_used():
+    trained = torch.log(torch.tensor([[0.5, 0.1, 0.5, 0.5]])).requires_grad_()
     sampler = torch.log(torch.tensor([[0.1, 0.2, 0.5, 0.5]]))
-    measured = Measured(torch.log(torch.tensor([[0.5, 0.1, 0.5, 0.5]])), torch.zeros(1, 4))
+    weights = truncated_importance(trained, sampler, 2.0)
+    # 0.5 / 0.1 = 5, capped at 2; 0.1 / 0.2 = 0.5
+    assert weights.tolist() == [pytest.approx([2.0, 0.5, 1, 1])]
+    assert not weights.requires_grad
+    measured = Measured(trained.detach(), torch.zeros(1, 4))
     drawn = Rollout((Prompt("a"),), 1, torch.zeros(1, 4), torch.zeros(1), sampler)
-    plain = trained_mismatch(measured, drawn, AlgorithmConfig())
-    assert "mismatch/capped" not in plain
+    assert "mismatch/capped" not in trained_mismatch(measured, drawn, AlgorithmConfig())
     truncated = AlgorithmConfig(importance_sampling="truncated", importance_cap=2.0)
     # one of four weights, 5, is above 2
     assert trained_mismatch(measured, drawn, truncated)["mismatch/capped"] == 0.25
-
-
-def test_a_rollout_without_log_probabilities_has_no_mismatch():
-    measured = Measured(torch.zeros(1, 4), torch.zeros(1, 4))
+    # A rollout without log-probabilities has no mismatch.
     drawn = Rollout((Prompt("a"),), 1, torch.zeros(1, 4), torch.zeros(1))
-    assert trained_mismatch(measured, drawn, AlgorithmConfig()) == {}
+    assert trained_mismatch(measured, drawn, truncated) == {}
 
 
 def untrained(policy, sampling, logprobs="conditional", num_images=2):
@@ -228,7 +212,7 @@ def untrained(policy, sampling, logprobs="conditional", num_images=2):
 )
 def test_the_distribution_that_is_not_trained_is_measured_too(tiny_janus, logprobs, name):
     numbers = untrained(tiny_janus, Sampling(3.0, 0.9), logprobs, num_images=100)
-    assert set(numbers) == {f"mismatch/{name}_{figure}" for figure in FIGURES}
+    assert set(numbers) == {f"mismatch/{name}_{figure}" for figure in ("mean", "max", "weight")}
     assert 0 < numbers[f"mismatch/{name}_max"] < 1e-3
     assert numbers[f"mismatch/{name}_weight"] == pytest.approx(1, abs=1e-3)
 
@@ -249,7 +233,7 @@ def test_nothing_is_measured_where_there_is_nothing_to_compare(tiny_janus, sampl
 def test_a_run_logs_both_distributions_in_every_form(recipe, logprobs):
     run = train(recipe("steps=2", "probe.every=2", f"algorithm.logprobs={logprobs}"))
     for line in steps_of(run):
-        for name in NAMES:
+        for name in ("logprobs", "guided_logprobs"):
             assert 0 < line[f"mismatch/{name}_max"] < 1e-3
             assert line[f"mismatch/{name}_mean"] <= line[f"mismatch/{name}_max"]
         assert line["grad/norm"] > 0

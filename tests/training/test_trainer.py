@@ -47,18 +47,12 @@ def test_a_reward_that_fails_its_self_test_does_not_train_unless_told_to(recipe)
     assert build_trainer(wanted, wanted.prompts.build()).recipe is wanted
 
 
-def test_the_recipe_says_how_many_images_are_sampled_at_one_time(recipe):
-    wanted = recipe("rollout.max_images=2")
+@pytest.mark.parametrize("release", [True, False])
+def test_the_recipe_says_how_many_images_are_sampled_at_one_time_and_what_is_kept(recipe, release):
+    wanted = recipe("rollout.max_images=2", f"rollout.release_cache={str(release).lower()}")
     trainer = build_trainer(wanted, wanted.prompts.build())
     assert trainer.engine.max_images == 2
     whole = build_trainer(recipe(), wanted.prompts.build())
     few, all_ = (t.sample(t.engine, t.prompts_of(0), step=0) for t in (trainer, whole))
     assert torch.equal(few.tokens_NT, all_.tokens_NT)
-
-
-@pytest.mark.parametrize("release", [True, False])
-def test_the_cache_is_given_back_after_sampling_where_the_recipe_says_so(recipe, release):
-    wanted = recipe(f"rollout.release_cache={str(release).lower()}")
-    trainer = build_trainer(wanted, wanted.prompts.build())
-    trainer.sample(trainer.engine, trainer.prompts_of(0), step=0)
     assert (trainer.engine._cache is None) is release
