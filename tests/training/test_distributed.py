@@ -20,8 +20,6 @@ from stage_rl.training.checkpoint import checkpoints, damage
 from stage_rl.training.loop import train, train_on
 from stage_rl.training.metrics import over_ranks
 
-EQUAL = {"tokens_identical": 1.0}
-
 
 class Pair(NamedTuple):
     total: Tensor
@@ -67,19 +65,15 @@ def test_numbers_of_ranks_are_means_largest_and_sums():
     }
 
 
-def test_without_torchrun_there_is_one_rank(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+def test_without_torchrun_there_is_one_rank_and_with_it_ranks_share_groups_in_order(monkeypatch):
+    names = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
+    for name in names:
         monkeypatch.delenv(name, raising=False)
     assert launched() == SINGLE
-    monkeypatch.setenv("RANK", "5")
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
     assert launched() == World(5, 8, 1)
-
-
-def test_ranks_share_whole_groups_in_order():
-    shares = [World(rank, 3).share("abcdef") for rank in range(3)]
-    assert shares == ["ab", "cd", "ef"]
+    assert [World(rank, 3).share("abcdef") for rank in range(3)] == ["ab", "cd", "ef"]
 
 
 @pytest.mark.parametrize(
