@@ -185,7 +185,9 @@ class Policy(nn.Module):
             chunk_rows=chunk_rows,
             entropy_grad=entropy_grad,
         )
-        return logprobs_N.view(tokens_NT.shape), entropy_N.view(tokens_NT.shape)
+        # FSDP2 hooks what a forward pass returns, which may be no view.
+        shape = tokens_NT.shape
+        return logprobs_N.view(shape).clone(), entropy_N.view(shape).clone()
 
     def states(
         self,
