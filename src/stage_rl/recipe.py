@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
@@ -36,9 +36,9 @@ class RolloutConfig(Settings):
     """Prompts of one step."""
     group_size: int = Field(default=8, ge=2)
     """Images per prompt."""
-    guidance_scale: NonNegative = Field(default=None, validate_default=False)
+    guidance_scale: NonNegative = Field(default=cast(Any, None), validate_default=False)
     """Unconditional + scale x (conditional - unconditional); 1 needs no unconditional rows. Left
-    out, that of the policy's family: 5 for Janus."""
+    out, that of the policy's family."""
     temperature: Positive = 1.0
     """Divides the guided logits."""
     top_k: Every = 0

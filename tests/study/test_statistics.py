@@ -20,7 +20,7 @@ from stage_rl.study.statistics import (
 def test_an_estimate_has_mean_error_and_interval():
     result = estimate([1.0, 2.0, 3.0, 4.0])
     # std 1.291, over sqrt(4)
-    assert (result.mean, result.count) == (2.5, 4)
+    assert (result.mean, result.num_seeds) == (2.5, 4)
     assert result.standard_error == pytest.approx(0.6455, abs=1e-4)
     assert result.interval is not None
     assert 1 <= result.interval[0] < 2.5 < result.interval[1] <= 4

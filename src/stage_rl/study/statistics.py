@@ -26,7 +26,7 @@ class Estimate(NamedTuple):
     """None for a single seed."""
     interval: tuple[float, float] | None
     """95 %, by bias-corrected and accelerated bootstrap; None for fewer than three seeds."""
-    count: int
+    num_seeds: int
 
 
 def estimate(values_N: ArrayLike, *, draws: int = 9999, seed: int = 0) -> Estimate:

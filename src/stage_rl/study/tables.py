@@ -130,7 +130,7 @@ def _contrasts(
         score = statistics.estimate(differences)
         rows.append(
             [
-                *(name, str(score.count), _cell(score, signed=True)),
+                *(name, str(score.num_seeds), _cell(score, signed=True)),
                 *(_interval(score, signed=True), f"{p:.4f}", f"{corrected:.4f}"),
             ]
         )
@@ -149,9 +149,9 @@ def _frontier(arms: Mapping[str, list[RunResult]], endpoint: str, base: float | 
             _, scores, divergences = run.course(endpoint)
             if divergences:
                 courses.append(([0.0, *divergences], [base, *scores]))
-        reached = [statistics.at_divergence(*course, DIVERGENCES) for course in courses]
+        reached = [statistics.at_divergence(k, scores, DIVERGENCES) for k, scores in courses]
         columns = [_mean(column, count=True) for column in zip(*reached, strict=True)]
-        areas = (statistics.frontier_area(*course, AREA_LIMIT) for course in courses)
+        areas = (statistics.frontier_area(k, scores, AREA_LIMIT) for k, scores in courses)
         rows.append([arm, *(columns or [""] * len(names)), _mean(areas, count=True)])
     return "\n".join(aligned(rows))
 
