@@ -333,7 +333,7 @@ class GenEvalPromptsConfig(OneSourceConfig):
         ratios = MIXES[self.mix] if self.mix else self.ratios.model_dump() if self.ratios else {}
         records: list[Record] = []
         for task, count in _shares(ratios, self.num_prompts).items():
-            # A generator per task: a change of one ratio does not redraw the other tasks.
+            # A generator per task: a change of one ratio leaves the other tasks as they are.
             rng = np.random.default_rng((self.seed, TASKS.index(task)))
             places = rng.permutation(num_records(task, self.vocabulary))
             drawn = (record_at(task, int(place), self.vocabulary) for place in places)
