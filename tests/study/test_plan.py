@@ -24,12 +24,12 @@ def study_file(tmp_path):
     return file
 
 
-def test_runs_go_cell_by_cell_and_seed_by_seed_with_the_overrides_in_order(study_file):
+def test_runs_go_seed_by_seed_and_cell_by_cell_with_the_overrides_in_order(study_file):
     study = load_study(study_file)
     assert study.name == "mine"
     assert [str(run) for run in study.runs()] == [
-        *("cold/grpo/1", "cold/grpo/2"),
-        *("hot/grpo/1", "hot/stage/1", "hot/grpo/2"),
+        *("cold/grpo/1", "hot/grpo/1", "hot/stage/1"),
+        *("cold/grpo/2", "hot/grpo/2"),
     ]
     hot = next(run for run in study.runs() if str(run) == "hot/stage/1")
     assert hot.overrides == ("steps=9", "algorithm.beta=0.01", "algorithm.reweight=both", "seed=1")

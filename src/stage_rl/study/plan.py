@@ -81,10 +81,10 @@ class Study(Settings):
         return self
 
     def runs(self) -> Iterator[StudyRun]:
-        """All runs, cell by cell and in it seed by seed: an early stop leaves whole seeds."""
+        """All runs, seed by seed and in it cell by cell: an early stop leaves whole seeds."""
         seeds = dict.fromkeys(s for arm in self.arms.values() for s in arm.seeds or self.seeds)
-        for cell, of_cell in self.cells.items():
-            for seed in seeds:
+        for seed in seeds:
+            for cell, of_cell in self.cells.items():
                 for name, arm in self.arms.items():
                     if seed not in (arm.seeds or self.seeds) or cell not in (arm.cells or (cell,)):
                         continue

@@ -23,6 +23,7 @@ from stage_rl.console import progress, stop_signals
 from stage_rl.distributed import pick_device
 from stage_rl.errors import InputError, Stopped
 from stage_rl.files import read_metrics, replace_text
+from stage_rl.recipe import Recipe
 from stage_rl.rollout.engine import Engine
 from stage_rl.study.plan import RunKey, Study, StudyRun
 from stage_rl.study.tables import recorded_steps
@@ -62,20 +63,18 @@ def run_study(study: Study, folder: Path, *, jobs: int | None = None) -> dict[st
     slots: list[int | None] = [*gpus] or [None] * (jobs or os.cpu_count() or 1)
     slots = [slots[index % len(slots)] for index in range(jobs or len(slots))]
     with stop_signals() as signals, progress(f"study {study.name}", total) as advance:
+        results = collect(study, folder)
+        results["base"] = _base_scores(study, runs, results["base"])
+        _write(folder, results)
         reasons = {}
         for run, reason in _run_all(waiting, folder, slots, advance=advance, signals=signals):
             reasons[run.key] = reason
             _write(folder, collect(study, folder, reasons))
-        results = collect(study, folder, reasons)
-        for cell in study.cells:
-            if not signals and cell not in results["base"]:
-                results["base"][cell] = _score_base(next(r for r in runs if r.cell == cell))
-        _write(folder, results)
     if signals:
         raise Stopped(
             f"{folder}: stopped; run the same command again to go on", signal_number=signals[0]
         )
-    return results
+    return collect(study, folder, reasons)
 
 
 def read_results(folder: Path) -> dict[str, Any]:
@@ -125,9 +124,26 @@ def _write(folder: Path, results: dict[str, Any]) -> None:
     replace_text(folder / "results.json", text + "\n")
 
 
-def _score_base(run: StudyRun) -> dict[str, float]:
-    """What the validation of a run says of its policy before the first step."""
-    recipe = load_recipe(run.recipe, run.overrides)
+def _base_scores(
+    study: Study, runs: Sequence[StudyRun], known: Mapping[str, dict[str, float]]
+) -> dict[str, dict[str, float]]:
+    """What the validation of each cell says of the policy before the first step; drawn once for
+    cells that differ in nothing that it sees.
+    """
+    found, drawn = dict(known), {}
+    for cell in study.cells:
+        if cell in found:
+            continue
+        first = next(run for run in runs if run.cell == cell)
+        recipe = load_recipe(first.recipe, first.overrides)
+        key = repr((recipe.policy, recipe.evaluation, recipe.rollout))
+        if key not in drawn:
+            drawn[key] = _score_base(recipe)
+        found[cell] = drawn[key]
+    return found
+
+
+def _score_base(recipe: Recipe) -> dict[str, float]:
     if recipe.evaluation is None:
         return {}
     policy = recipe.policy.build(pick_device(recipe.training.device, key="training.device"))
