@@ -22,8 +22,9 @@ from stage_rl.config import load_recipe, load_reward
 from stage_rl.console import on_stop_signal
 from stage_rl.distributed import concat, init_distributed, pick_device
 from stage_rl.errors import InputError, RewardError, Stopped
+from stage_rl.evaluation.request import Request, asked_of
 from stage_rl.evaluation.results import Comparison, Results
-from stage_rl.evaluation.run import IMAGES_AT_ONCE, Request, asked_of, compare_policies, run_suites
+from stage_rl.evaluation.run import IMAGES_AT_ONCE, compare_policies, run_suites
 from stage_rl.evaluation.understanding import (
     Answers,
     UnderstandingReport,

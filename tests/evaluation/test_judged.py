@@ -7,7 +7,8 @@ from tiny_vlms import save_vlm
 
 from stage_rl.errors import InputError
 from stage_rl.evaluation.judged import CVTG, GENEVAL2, ONEIG_TEXT
-from stage_rl.evaluation.run import Request, run_suites
+from stage_rl.evaluation.request import Request
+from stage_rl.evaluation.run import run_suites
 from stage_rl.prompts.questions import Header, Question, QuestionRecord, write_questions
 from stage_rl.rewards.base import Score
 

@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from stage_rl.config import load_reward
 from stage_rl.errors import InputError, RewardError, Stopped
 from stage_rl.evaluation import run
 from stage_rl.evaluation.aggregation import WISE_WEIGHTS, dependency_graph
-from stage_rl.evaluation.run import Request, run_suites, skipped
-from stage_rl.evaluation.suites import PUBLISHED, PromptSet, find_suite, parse_overrides
+from stage_rl.evaluation.request import Request
+from stage_rl.evaluation.run import run_suites, skipped
+from stage_rl.evaluation.scores import settings_that_score
+from stage_rl.evaluation.suites import ALL, PromptSet, find_suite, parse_overrides
 from stage_rl.rewards.base import RewardConfig, Score
 
 PER_PROMPT = {
@@ -96,7 +99,7 @@ def png_bytes(folder):
 
 def test_a_smoke_run_goes_through_every_benchmark(smoke):
     request, results = smoke
-    assert tuple(results) == PUBLISHED
+    assert tuple(results) == ALL
     for name, one in results.items():
         suite = find_suite(name)
         assert set(one.by_task) <= set(one.scores)
@@ -336,6 +339,23 @@ def test_a_reward_of_ones_own_adds_a_measure(few, tiny_shapes, tmp_path):
     assert CALLS == [8, 8]
     assert "left out: diversity" in result.table()
     assert result.setup.scorers["bright"]["failures"] == 1
+
+
+def test_what_changes_no_score_asks_nobody_again():
+    def hashed(kind, *settings):
+        return settings_that_score(load_reward(kind, settings))
+
+    geneval = ("detector={kind: mask2former}",)
+    assert hashed("geneval", *geneval, "detector.batch_size=1", "name=x") == hashed(
+        "geneval", *geneval, "timeout_s=5"
+    )
+    assert hashed("geneval", *geneval, "threshold=0.2") != hashed("geneval", *geneval)
+    judge = ("path=x/y", "mode=score_line")
+    assert hashed("judge", *judge, "batch_size=1") == hashed("judge", *judge)
+    assert hashed("judge", *judge, "tries=1") != hashed("judge", *judge)
+    assert hashed("ocr", "processes=2", "threads=2") == hashed("ocr")
+    assert hashed("external", "command=[x]", "cwd=y") == hashed("external", "command=[x]")
+    assert hashed("external", "command=[y]") != hashed("external", "command=[x]")
 
 
 def test_a_reward_that_fails_twice_ends_the_run_and_keeps_what_is_scored(

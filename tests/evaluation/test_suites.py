@@ -2,13 +2,12 @@
 
 import pytest
 
-from stage_rl.evaluation.published import FIGURES, JUDGED, departures, statements
-from stage_rl.evaluation.published import PUBLISHED as PUBLISHED_TABLES
+from stage_rl.evaluation.published import FIGURES, JUDGED, PUBLISHED, departures, statements
 from stage_rl.evaluation.results import ImageScore, Setup
 from stage_rl.evaluation.suites import (
+    ALL,
     GENEVAL,
     HPS,
-    PUBLISHED,
     T2I_COMPBENCH,
     find_suite,
     find_suites,
@@ -100,13 +99,13 @@ def test_the_evaluators_own_detector_is_no_departure(detector, is_own):
 
 def test_the_published_tables_add_up():
     # GenEval's overall is the mean of the six tasks, to the digits that are printed.
-    columns, models = PUBLISHED_TABLES["geneval", "correct"]
+    columns, models = PUBLISHED["geneval", "correct"]
     assert columns.split()[0] == "overall"
     for figures in models.values():
         overall, *tasks = figures.split()
         if "-" not in tasks:
             assert float(overall) == pytest.approx(sum(map(float, tasks)) / 6, abs=0.011)
-    for names, rows in PUBLISHED_TABLES.values():
+    for names, rows in PUBLISHED.values():
         assert all(len(figures.split()) == len(names.split()) for figures in rows.values())
 
 
@@ -116,7 +115,7 @@ def test_every_benchmark_names_scorers_that_exist():
             assert RewardConfig.model_validate({**scorer.settings, **scorer.smoke_settings})
         assert suite is find_suite(suite.name)
     assert next(suite.name for suite in find_suites(["ocr", "all"])) == "ocr"
-    assert len(find_suites(["ocr", "all"])) == len(PUBLISHED)
+    assert len(find_suites(["ocr", "all"])) == len(ALL)
 
 
 def part(name):

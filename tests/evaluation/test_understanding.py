@@ -12,7 +12,7 @@ from PIL import Image
 from stage_rl.api import evaluate_understanding
 from stage_rl.errors import InputError
 from stage_rl.evaluation import understanding
-from stage_rl.evaluation.run import Request
+from stage_rl.evaluation.request import Request
 from stage_rl.evaluation.understanding import (
     BENCHMARKS,
     YES_NO,

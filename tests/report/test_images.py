@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 from stage_rl import api, cli
 from stage_rl.errors import InputError
-from stage_rl.evaluation.run import Request, run_suite
+from stage_rl.evaluation.request import Request
+from stage_rl.evaluation.run import run_suite
 from stage_rl.evaluation.suites import PromptSet
 from stage_rl.report import images
 from stage_rl.report.figures import paper_style

@@ -12,7 +12,8 @@ import stage_rl
 from stage_rl.api import evaluate_against
 from stage_rl.errors import CheckpointError, InputError
 from stage_rl.evaluation import run
-from stage_rl.evaluation.run import Request, compare_policies, run_suite
+from stage_rl.evaluation.request import Request
+from stage_rl.evaluation.run import compare_policies, run_suite
 from stage_rl.evaluation.suites import PromptSet
 from stage_rl.prompts.geneval import TASKS
 from stage_rl.recipe import EvaluationConfig

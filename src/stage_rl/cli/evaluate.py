@@ -89,7 +89,8 @@ def evaluate(
     # torch is loaded for a run alone, not for --help.
     from stage_rl import api
     from stage_rl.distributed import environment, launched
-    from stage_rl.evaluation.run import Request, skipped
+    from stage_rl.evaluation.request import Request
+    from stage_rl.evaluation.run import skipped
     from stage_rl.evaluation.suites import parse_overrides
 
     if images is not None and model is not None:

@@ -10,13 +10,12 @@ Shape suffixes: N images, H x W pixels, C colour channels.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,18 +25,25 @@ import torch
 
 from stage_rl.console import progress, stop_signals
 from stage_rl.distributed import SINGLE, World, environment
-from stage_rl.errors import InputError, RewardError, Stopped
+from stage_rl.errors import InputError, Stopped
 from stage_rl.evaluation import published
 from stage_rl.evaluation.aggregation import PromptAnswers, prompt_answers, share_missing
 from stage_rl.evaluation.before_after import write_before_after, write_picture
 from stage_rl.evaluation.images import DrawnPrompt, find_images, planned
 from stage_rl.evaluation.needs import missing_data, missing_weights
+from stage_rl.evaluation.request import Request, asked_of, recipe_request
 from stage_rl.evaluation.results import Comparison, ImageScore, Results, Setup
+from stage_rl.evaluation.scores import (
+    ScoreFolder,
+    hash8,
+    read_record,
+    score_images,
+    settings_that_score,
+)
 from stage_rl.evaluation.smoke import IMAGES as SMOKE_IMAGES
 from stage_rl.evaluation.smoke import made_up_reward
 from stage_rl.evaluation.suites import (
-    PUBLISHED,
-    Overrides,
+    ALL,
     Scorer,
     Suite,
     check_names,
@@ -46,67 +52,19 @@ from stage_rl.evaluation.suites import (
     scorers_of,
 )
 from stage_rl.files import replace_text
-from stage_rl.policies.base import Policy, base_digest, resolve_guidance
+from stage_rl.policies.base import Policy, base_digest
 from stage_rl.recipe import EvaluationConfig
-from stage_rl.rewards.base import RewardConfig, Score
-from stage_rl.rewards.judge import WeightedReward, ask
+from stage_rl.rewards.base import RewardConfig
+from stage_rl.rewards.judge import WeightedReward
 from stage_rl.rollout.engine import Engine
 from stage_rl.rollout.sample import rollout
-from stage_rl.rollout.sampling import Sampling, check_seed
 from stage_rl.types import Prompt
 
 IMAGES_AT_ONCE = 64
 """Images after which files are written and a stop is heard."""
 
-NO_SCORES = {"name", "weight", "self_test", "timeout_s"}
-"""Settings of a reward that change no score."""
-
 MISSING = "answers missing"
 """The figure of the share of answers that could not be read."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to draw, with what to score it, and where everything goes."""
-
-    out: Path | None = None
-    """None: evaluations/MODEL-HASH8, by model, weights and way of sampling."""
-    data: Path | None = None
-    """Folder of the published prompt sets, or one of them."""
-    images: Path | None = None
-    """External images, in place of a model."""
-    images_per_prompt: int | None = None
-    """None: as the benchmark has it."""
-    images_per_task: int | None = None
-    """Images of each task, spread evenly over its prompts; where a benchmark counts by prompt,
-    images_per_prompt goes before."""
-    guidance_scale: float | None = None
-    """None: the benchmark's own, or 1 for a policy without guidance."""
-    temperature: float = 1.0
-    """Divides the guided logits; 0 draws the likeliest token."""
-    top_k: int | None = None
-    """Draw from so many likeliest tokens; 0: from all, None: as the family of the model."""
-    seed: int = 0
-    dtype: str = "mixed"
-    """Precision of the sampler: float32, or mixed for bf16 linear layers."""
-    smoke: bool = False
-    """A few prompts of the shapes world and made-up scores."""
-    scorers: Overrides = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Wrong numbers are an `InputError`."""
-        numbers = {"images_per_prompt": 1, "images_per_task": 1, "seed": 0}
-        for name, minimum in numbers.items():
-            value = getattr(self, name)
-            if value is not None and value < minimum:
-                raise InputError(f"{name}: {value} is out of range; write at least {minimum}")
-        check_seed(self.seed)
-
-    def sampling(self, suite: Suite, policy: Policy) -> Sampling:
-        """How a benchmark is drawn with a policy."""
-        scale = resolve_guidance(policy, self.guidance_scale, default=suite.guidance_scale)
-        top_k = policy.default_top_k if self.top_k is None else self.top_k
-        return Sampling(guidance_scale=scale, temperature=self.temperature, top_k=top_k)
 
 
 def run_suites(
@@ -160,7 +118,7 @@ def _lacking(names: Sequence[str], request: Request) -> list[tuple[Suite, str]]:
     """Of `all`, those whose prompts cannot be found, or whose judge would be downloaded first."""
     lacking: list[tuple[Suite, str]] = []
     for suite in [] if request.smoke else find_suites(names):
-        if suite.name not in PUBLISHED or suite.name in names:
+        if suite.name not in ALL or suite.name in names:
             continue
         why = missing_data(suite, request.data)
         if why is None and suite.aggregate is not None:
@@ -188,27 +146,6 @@ def run_suite(
     with TemporaryDirectory() as out:
         run = _Run(policy, request, model, Path(out), engine=engine, silent=silent)
         return run.results_of(job)
-
-
-def recipe_request(
-    evaluation: EvaluationConfig, *, guidance_scale: float, validation: bool = False, **more: Any
-) -> Request:
-    """What a recipe asks for after its last step, or as validation while it trains.
-
-    `guidance_scale` is that of the rollout, for an evaluation that names none.
-    """
-    own = evaluation.guidance_scale
-    number, seed = evaluation.images_per_task, evaluation.seed
-    if validation:
-        number, seed = evaluation.validation_images_per_task, evaluation.validation_seed
-    return Request(
-        data=evaluation.data_folder,
-        scorers=evaluation.scorers,
-        images_per_task=number,
-        guidance_scale=guidance_scale if own is None else own,
-        seed=seed,
-        **more,
-    )
 
 
 def check_evaluation(evaluation: EvaluationConfig) -> None:
@@ -250,15 +187,6 @@ def compare_policies(
         replace_text(out / "evaluation.json", json.dumps(figures, allow_nan=False))
         write_before_after(out, comparison, pairs, tasks)
     return comparison.table()
-
-
-def asked_of(evaluation: EvaluationConfig, guidance_scale: float) -> dict[str, Any]:
-    """What decides the comparison of `compare_policies`, as plain values."""
-    kept = {"benchmark", "scorers", "images_per_task", "guidance_scale", "seed"}
-    settings = evaluation.model_dump(mode="json", include=kept)
-    if settings["guidance_scale"] is None:
-        settings["guidance_scale"] = guidance_scale
-    return settings
 
 
 @dataclass(frozen=True)
@@ -436,8 +364,7 @@ class _Run:
         for name, (scorer, config) in job.scorers.items():
             made_up = name in job.made_up
             # Other settings of the reward have other scores.
-            settings = config.model_dump(mode="json", exclude=NO_SCORES)
-            which = "smoke" if made_up else _hash8(settings)
+            which = "smoke" if made_up else hash8(settings_that_score(config))
             folders[name] = folder = ScoreFolder(root / f"{name}-{which}")
             mine = drawn[self.world.rank :: self.world.size]
             asked = [one for one in mine if scorer.asks(one.prompt)]
@@ -451,7 +378,8 @@ class _Run:
             )
             label = f"{job.suite.name}: {name}"
             for some in self._batches(label, asked, lacking, lambda one: len(one.files)):
-                _score(WeightedReward(name, 1.0, reward), some, folder)
+                score_images(WeightedReward(name, 1.0, reward), some, folder)
+            del reward  # the next one may need all of the memory
         self.world.wait()
         return folders
 
@@ -529,7 +457,7 @@ def _open(policy: Policy | None, request: Request, model: str, world: World) -> 
         if request.top_k is not None:
             about["top_k"] = request.top_k
     slug = re.sub(r"[^A-Za-z0-9.@]+", "-", model).strip("-.")[-60:]
-    out = request.out or Path("evaluations") / f"{slug or 'images'}-{_hash8(about)}"
+    out = request.out or Path("evaluations") / f"{slug or 'images'}-{hash8(about)}"
     world.broadcast_object(lambda: _claim(out, about))
     return out
 
@@ -537,7 +465,7 @@ def _open(policy: Policy | None, request: Request, model: str, world: World) -> 
 def _claim(out: Path, about: Mapping[str, Any]) -> None:
     file = out / "setup.json"
     if file.exists():
-        kept = _read_record(file)
+        kept = read_record(file)
         if kept is None:
             raise InputError(f"{file}: is cut off or damaged; remove it, or name another --out")
         others = [key for key in {**kept, **about} if kept.get(key) != about.get(key)]
@@ -563,74 +491,3 @@ def _release(out: Path) -> None:
         if [path.name for path in out.iterdir()] == ["setup.json"]:
             (out / "setup.json").unlink()
             out.rmdir()
-
-
-@dataclass(frozen=True)
-class ScoreFolder:
-    """The scores of one reward on one prompt set: a file per prompt."""
-
-    path: Path
-
-    def read(self, drawn: DrawnPrompt) -> list[Score] | None:
-        """The scores of a prompt's images; None where they are not those of these files."""
-        file = self._file(drawn)
-        record = _read_record(file) if file.exists() else None
-        if record is None or record.get("made_of") != _made_of(drawn):
-            return None  # what was cut off is scored again
-        return [
-            Score(**{**score, "replies": tuple(score.get("replies", ()))})
-            for score in record["scores"]
-        ]
-
-    def write(self, drawn: DrawnPrompt, scores: Sequence[Score]) -> None:
-        """Keeps the scores of a prompt's images."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        record = {"made_of": _made_of(drawn), "scores": [asdict(score) for score in scores]}
-        replace_text(self._file(drawn), json.dumps(record, allow_nan=False) + "\n")
-
-    def _file(self, drawn: DrawnPrompt) -> Path:
-        return self.path / f"{drawn.place:05d}.json"
-
-
-def _read_record(file: Path) -> dict[str, Any] | None:
-    """A mapping that was written as JSON; None for anything else."""
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        return None
-    return record if isinstance(record, dict) else None
-
-
-def _made_of(drawn: DrawnPrompt) -> dict[str, Any]:
-    """What a prompt's scores depend on besides the reward: prompt, metadata, image files."""
-    stats = [(file.name, file.stat()) for file in drawn.files]
-    stamps = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-    metadata = json.dumps(dict(drawn.prompt.metadata), sort_keys=True, default=str)
-    return {"prompt": drawn.prompt.text, "hash": _hash8([metadata, stamps])}
-
-
-def _hash8(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def _score(item: WeightedReward, some: Sequence[DrawnPrompt], folder: ScoreFolder) -> None:
-    """Scores the images of some prompts; those of other sizes go in calls of their own."""
-    by_size: dict[tuple[int, ...], list[tuple[DrawnPrompt, torch.Tensor]]] = {}
-    for one in some:
-        images_GHWC = one.read_images()
-        by_size.setdefault(tuple(images_GHWC.shape[1:]), []).append((one, images_GHWC))
-    for same in by_size.values():
-        prompts = [one.prompt for one, images_GHWC in same for _ in images_GHWC]
-        images_NHWC = torch.cat([images_GHWC for _, images_GHWC in same])
-        scores = ask(item, images_NHWC, prompts)
-        if isinstance(scores, str):
-            scores = ask(item, images_NHWC, prompts)
-        if isinstance(scores, str):
-            raise RewardError(
-                f"reward '{item.name}' failed twice on '{prompts[0].text[:40]}' and what follows "
-                f"({scores}); put it right and run the same command again"
-            )
-        rest = iter(scores)
-        for one, images_GHWC in same:
-            folder.write(one, [next(rest) for _ in images_GHWC])

@@ -317,7 +317,7 @@ OCR = Suite(
     pooled=True,
 )
 
-PUBLISHED = tuple(name for name in BUILT_IN["benchmark"] if name != "shapes-geneval")
+ALL = tuple(name for name in BUILT_IN["benchmark"] if name != "shapes-geneval")
 """What `all` stands for."""
 
 
@@ -334,7 +334,7 @@ def find_suite(name: str) -> Suite:
 
 def find_suites(names: Iterable[str]) -> list[Suite]:
     """The benchmarks of these names, each once; `all` stands for the published ones."""
-    listed = [one for name in names for one in (PUBLISHED if name == "all" else (name,))]
+    listed = [one for name in names for one in (ALL if name == "all" else (name,))]
     return [find_suite(name) for name in dict.fromkeys(listed)]
 
 

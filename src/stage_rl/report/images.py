@@ -26,8 +26,9 @@ from stage_rl.algorithm import group_advantages, opposing_similarity
 from stage_rl.config import load_recipe
 from stage_rl.distributed import pick_device
 from stage_rl.errors import InputError
+from stage_rl.evaluation.request import Request
 from stage_rl.evaluation.results import OVERALL, group_diversity
-from stage_rl.evaluation.run import Request, run_suite
+from stage_rl.evaluation.run import run_suite
 from stage_rl.evaluation.suites import Suite, find_suite
 from stage_rl.policies.base import Policy, resolve_guidance
 from stage_rl.recipe import Recipe

@@ -22,6 +22,7 @@ from torch import Tensor
 from stage_rl.algorithm import equal_reward_groups, group_advantages, opposing_similarity
 from stage_rl.api import load
 from stage_rl.console import aligned, progress
+from stage_rl.evaluation.request import Request
 from stage_rl.evaluation.results import (
     OVERALL,
     Results,
@@ -29,7 +30,7 @@ from stage_rl.evaluation.results import (
     plain_scores,
     render_table,
 )
-from stage_rl.evaluation.run import Request, run_suite
+from stage_rl.evaluation.run import run_suite
 from stage_rl.policies.base import Policy
 from stage_rl.rewards.geneval import GenEvalReward, judge
 from stage_rl.rollout.engine import Engine

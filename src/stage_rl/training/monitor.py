@@ -17,8 +17,9 @@ from torch import Tensor
 
 from stage_rl.algorithm import equal_reward_groups, exact_kl, token_entropy
 from stage_rl.errors import DivergedError
+from stage_rl.evaluation.request import recipe_request
 from stage_rl.evaluation.results import OVERALL
-from stage_rl.evaluation.run import recipe_request, run_suite
+from stage_rl.evaluation.run import run_suite
 from stage_rl.policies.base import Policy
 from stage_rl.recipe import EvaluationConfig, LivenessConfig, Recipe, TripwiresConfig
 from stage_rl.rollout.engine import Engine

@@ -1,0 +1,111 @@
+"""Scores on disk: a file for each prompt, which is read again while its images are the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Container, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stage_rl.errors import RewardError
+from stage_rl.evaluation.images import DrawnPrompt
+from stage_rl.files import replace_text
+from stage_rl.rewards.base import RewardConfig, Score
+from stage_rl.rewards.judge import WeightedReward, ask
+
+NO_SCORES = {"name", "weight", "self_test", "timeout_s"}
+"""Settings of a reward that change no score."""
+
+SPEED = {"batch_size", "processes", "threads"}
+"""Those on whatever level that change its speed and memory alone."""
+
+
+def settings_that_score(config: RewardConfig) -> dict[str, Any]:
+    """The settings of a reward that its scores depend on."""
+    settings = config.model_dump(mode="json", exclude={*NO_SCORES, *config.changeable})
+    return _without(settings, SPEED)
+
+
+def _without(settings: dict[str, Any], names: Container[str]) -> dict[str, Any]:
+    """A tree of mappings without some of its keys, on whatever level."""
+    return {
+        key: _without(value, names) if isinstance(value, dict) else value
+        for key, value in settings.items()
+        if key not in names
+    }
+
+
+@dataclass(frozen=True)
+class ScoreFolder:
+    """The scores of one reward on one prompt set: a file per prompt."""
+
+    path: Path
+
+    def read(self, drawn: DrawnPrompt) -> list[Score] | None:
+        """The scores of a prompt's images; None where they are not those of these files."""
+        file = self._file(drawn)
+        record = read_record(file) if file.exists() else None
+        if record is None or record.get("made_of") != _made_of(drawn):
+            return None  # what was cut off is scored again
+        return [
+            Score(**{**score, "replies": tuple(score.get("replies", ()))})
+            for score in record["scores"]
+        ]
+
+    def write(self, drawn: DrawnPrompt, scores: Sequence[Score]) -> None:
+        """Keeps the scores of a prompt's images."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        record = {"made_of": _made_of(drawn), "scores": [asdict(score) for score in scores]}
+        replace_text(self._file(drawn), json.dumps(record, allow_nan=False) + "\n")
+
+    def _file(self, drawn: DrawnPrompt) -> Path:
+        return self.path / f"{drawn.place:05d}.json"
+
+
+def score_images(item: WeightedReward, some: Sequence[DrawnPrompt], folder: ScoreFolder) -> None:
+    """Scores the images of some prompts; those of other sizes go in calls of their own."""
+    by_size: dict[tuple[int, ...], list[tuple[DrawnPrompt, torch.Tensor]]] = {}
+    for one in some:
+        images_GHWC = one.read_images()
+        by_size.setdefault(tuple(images_GHWC.shape[1:]), []).append((one, images_GHWC))
+    for same in by_size.values():
+        prompts = [one.prompt for one, images_GHWC in same for _ in images_GHWC]
+        images_NHWC = torch.cat([images_GHWC for _, images_GHWC in same])
+        scores = ask(item, images_NHWC, prompts)
+        if isinstance(scores, str):
+            scores = ask(item, images_NHWC, prompts)
+        if isinstance(scores, str):
+            raise RewardError(
+                f"reward '{item.name}' failed twice on '{prompts[0].text[:40]}' and what follows "
+                f"({scores}); put it right and run the same command again"
+            )
+        rest = iter(scores)
+        for one, images_GHWC in same:
+            folder.write(one, [next(rest) for _ in images_GHWC])
+
+
+def read_record(file: Path) -> dict[str, Any] | None:
+    """A mapping that was written as JSON; None for anything else."""
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _made_of(drawn: DrawnPrompt) -> dict[str, Any]:
+    """What a prompt's scores depend on besides the reward: prompt, metadata, image files."""
+    stats = [(file.name, file.stat()) for file in drawn.files]
+    stamps = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    metadata = json.dumps(dict(drawn.prompt.metadata), sort_keys=True, default=str)
+    return {"prompt": drawn.prompt.text, "hash": hash8([metadata, stamps])}
+
+
+def hash8(value: Any) -> str:
+    """Eight hexadecimal digits for a value that JSON can hold."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
