@@ -2,8 +2,7 @@
 
 Torch's parallel regions are short. A thread that is done spins, because the next region is near;
 but where another process holds the core of the thread that all wait for, the spinning takes the
-time in which that one could run. So a thread spins for a few milliseconds, which spans the gaps
-between the regions of a step, and then sleeps; while others use the cores, at once.
+time in which that one could run. So while others use the cores, threads sleep at once.
 """
 
 from __future__ import annotations
@@ -14,25 +13,25 @@ import time
 from collections.abc import MutableMapping
 from pathlib import Path
 
-SPIN_COUNT = 300_000
-"""Turns of libgomp's waiting loop, as many as by its own default: fewer made an idle step slower,
-and beside others `sleep_beside_others` does more than any count."""
-
-WAITING = {"GOMP_SPINCOUNT": str(SPIN_COUNT), "KMP_BLOCKTIME": "1"}
-"""For GNU's OpenMP; for LLVM's and Intel's, in milliseconds (their default: 200)."""
+BLOCK_TIME = {"KMP_BLOCKTIME": "1"}
+"""Of LLVM's and Intel's OpenMP, in milliseconds; their own is 200."""
 
 LOAD = Path("/proc/loadavg")
 """Its fourth field is running/all threads of the system."""
 LOOKS, LOOK_EVERY_S = 4, 0.005
 
-CHOSEN_BY_USER = ("OMP_WAIT_POLICY", *WAITING)
+CHOSEN_BY_USER = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", *BLOCK_TIME)
 
 
 def limit_spinning(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Sets how long threads spin, unless the user has set it; call it before torch loads."""
-    if any(name in environment for name in CHOSEN_BY_USER):
-        return
-    environment.update(WAITING)
+    """Sets how long threads of LLVM's and Intel's OpenMP spin, unless the user has said how threads
+    wait; call it before torch loads.
+
+    GNU's spins for a few milliseconds by itself, and `sleep_beside_others` does more for it than
+    any `GOMP_SPINCOUNT`.
+    """
+    if not any(name in environment for name in CHOSEN_BY_USER):
+        environment.update(BLOCK_TIME)
 
 
 _parked: threading.Event | None = None
@@ -41,12 +40,14 @@ _parked: threading.Event | None = None
 
 def sleep_beside_others(threads: int) -> bool:
     """Lets the threads of torch sleep at once where they wait, while others use the cores, and spin
-    when they are alone again. Returns whether they sleep.
+    when they are alone again, unless the user has said how they wait. Returns whether they sleep.
 
     GNU's OpenMP hardly spins while it has more threads than cores, and a second team that does
     nothing makes them more. No number depends on it.
     """
     global _parked
+    if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        return False
     crowded = 1 < threads <= num_cores() < threads + busy_others()
     if crowded and _parked is None:
         _parked = threading.Event()

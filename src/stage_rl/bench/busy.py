@@ -19,13 +19,15 @@ from pydantic import NonNegativeInt, PositiveInt
 from stage_rl.bench.base import BenchResult, Group, flat, medians_in_turn, seconds_of, table
 from stage_rl.bench.models import recipe_of
 from stage_rl.errors import StageError
-from stage_rl.openmp import CHOSEN_BY_USER, SPIN_COUNT, WAITING, num_cores
+from stage_rl.openmp import CHOSEN_BY_USER, limit_spinning, num_cores
 from stage_rl.training.loop import train_step
 from stage_rl.training.trainer import build_trainer
 
 BAR = "idle <= 1.05x OpenMP's own waiting, busy <= 4x idle (CPU)"
 MAX_IDLE_COST, MAX_BUSY_FACTOR = 1.05, 4.0
 FORMATS = {"idle_s": ".2f", "busy_s": ".2f"}
+OWN_WAITING = {"GOMP_SPINCOUNT": "300000", "KMP_BLOCKTIME": "200"}
+"""What GNU's and LLVM's OpenMP take by themselves; said by the user, nothing else is done."""
 SERVE = "from stage_rl.bench.busy import serve; serve()"
 
 
@@ -35,15 +37,13 @@ def run(
     num_prompts: PositiveInt = 8,
     group_size: Group = 8,
     busy_processes: NonNegativeInt = 0,
-    spin_count: PositiveInt = SPIN_COUNT,
     rounds: PositiveInt = 3,
     overrides: str = "",
 ) -> BenchResult:
-    """Steps with the waiting that the command sets and with OpenMP's own, in turn; then the first
-    beside busy processes.
+    """Steps whose threads wait as the package has them wait and as OpenMP does by itself, in turn;
+    then the first beside busy processes.
 
-    `busy_processes`: 0 takes one for each core. `spin_count` is tried as GOMP_SPINCOUNT. Measure on
-    a machine without other work.
+    `busy_processes`: 0 takes one for each core. Measure on a machine without other work.
     """
     settings = {
         "model": model,
@@ -53,11 +53,12 @@ def run(
     }
     recipe_of(**settings)  # what is wrong with it shows here
     unset = {name: value for name, value in os.environ.items() if name not in CHOSEN_BY_USER}
-    limited = unset | WAITING | {"GOMP_SPINCOUNT": str(spin_count)}
+    limited = dict(unset)
+    limit_spinning(limited)
     with ExitStack() as stack:
         steps = {
             name: stack.enter_context(stepping(settings, environment))
-            for name, environment in (("own", unset), ("set", limited))
+            for name, environment in (("own", unset | OWN_WAITING), ("set", limited))
         }
         idle = medians_in_turn(steps, rounds)
         with burning(busy_processes or num_cores()):
