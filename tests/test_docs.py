@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from stage_rl.bench.record import into_page, page, read_records
 from stage_rl.study.run import read_results
 from stage_rl.study.tables import merge_results, study_tables
 
@@ -46,3 +47,9 @@ def test_the_tables_of_a_study_are_those_of_its_results(folder):
     shown = {line.rstrip() for line in (ROOT / "docs/results.md").read_text().splitlines()}
     tables = study_tables(merge_results([read_results(folder)])).splitlines()
     assert [line for line in tables if line.rstrip() not in shown] == []
+
+
+def test_the_tables_of_performance_are_those_of_the_committed_records():
+    file = ROOT / "docs/performance.md"
+    text = file.read_text(encoding="utf-8")
+    assert into_page(text, page(read_records(ROOT / "benchmarks")), file=file) == text

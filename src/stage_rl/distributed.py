@@ -59,6 +59,11 @@ class World:
         """Whether this rank writes the run folder and speaks to the user."""
         return self.rank == 0
 
+    @property
+    def sharded(self) -> bool:
+        """Whether parameters lie in shards."""
+        return self.size > 1
+
     def check_even(self, count: int, key: str) -> None:
         """A RecipeError where `count` groups of a recipe's key cannot be split over the ranks."""
         if count % self.size:

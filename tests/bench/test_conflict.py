@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from stage_rl.bench import conflict
-from stage_rl.bench.conflict import Tokens, report, slopes
+from stage_rl.bench.signal import conflict
+from stage_rl.bench.signal.conflict import Tokens, report, slopes
 from stage_rl.config import load_recipe
 from stage_rl.errors import InputError
 from stage_rl.training.measure import micro_batches

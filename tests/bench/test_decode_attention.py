@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stage_rl.bench import decode_attention
+from stage_rl.bench.gpu import decode_attention
 
 pytest.importorskip("triton")
 

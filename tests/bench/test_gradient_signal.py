@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from stage_rl.bench import gradient_signal
-from stage_rl.bench.gradient_signal import mean_cosine, step_gradient
+from stage_rl.bench.signal import gradient_signal
+from stage_rl.bench.signal.gradient_signal import mean_cosine, step_gradient
 from stage_rl.config import load_recipe
 from stage_rl.training.trainer import build_trainer
 

@@ -82,6 +82,13 @@ def compare(recipe: Recipe, num_ranks: int, folder: Path) -> dict[str, float]:
     spawn(_several, (num_ranks, _free_port(), folder), nprocs=num_ranks)
     several, resumed = (Trace(*parts) for parts in torch.load(folder / "several.pt"))
     back = trace(recipe, SINGLE, range(SAVED_AT, STEPS), resume=folder / "several")
+    return differences(alone, several, resumed=resumed, back=back)
+
+
+def differences(alone: Trace, several: Trace, *, resumed: Trace, back: Trace) -> dict[str, float]:
+    """Of one process and several; `resumed` several from the checkpoint of one, `back` one from
+    that of several.
+    """
     identical = [(a == b).float().mean() for a, b in zip(alone.tokens, several.tokens, strict=True)]
     # Later updates start from parameters that differ in their last bits.
     gradients = [
@@ -143,7 +150,7 @@ def _several(rank: int, num_ranks: int, port: int, folder: Path) -> None:
 
 
 def _in_a_row(tensors: Iterable[Tensor]) -> Tensor:
-    return torch.cat([full_tensor(tensor).flatten().clone() for tensor in tensors])
+    return torch.cat([full_tensor(tensor).flatten().cpu() for tensor in tensors])
 
 
 def _free_port() -> int:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from stage_rl.cli.options import FORWARD, JsonFile, read_options, write_json
+from stage_rl.cli.options import FORWARD, JsonFile, read_options, write_json, writing
 
 app = typer.Typer(
     help="Measure what costs time; `stage bench NAME --help` lists the options.",
@@ -15,6 +17,7 @@ app = typer.Typer(
 )
 
 BENCHMARKS = {
+    "gpu": "Whether a GPU computes what it should, and how fast: the acceptance run.",
     "rollout": "The engine against transformers' own generate.",
     "decode-attention": "The attention kernel against what a copy moves (GPU).",
     "scale": "What a step costs for each image, against group size and tokens.",
@@ -31,22 +34,44 @@ BENCHMARKS = {
     "step": "A training step against one built on generate and naive forms.",
 }
 
+MODULES = {
+    "gpu": "gpu.acceptance",
+    "decode-attention": "gpu.decode_attention",
+    "conflict": "signal.conflict",
+    "gradient-signal": "signal.gradient_signal",
+}
+"""Of the benchmarks that lie in a folder."""
+
+
+@app.command()
+def show(
+    folder: Annotated[Path, typer.Option(help="Records that --json left.")] = Path("benchmarks"),
+    into: Annotated[Path | None, typer.Option(help="Page to write them into.")] = None,
+) -> None:
+    """Print the measurements of a folder as tables, or write them into docs/performance.md."""
+    from stage_rl.bench.record import into_page, page, read_records
+
+    tables = page(read_records(folder))
+    if into is None:
+        typer.echo(tables)
+        return
+    with writing("--into", into):
+        into.write_text(into_page(into.read_text("utf-8"), tables, file=into), "utf-8")
+
 
 def _register(name: str, purpose: str) -> None:
     @app.command(name, help=purpose, context_settings=FORWARD)
     def measure(context: typer.Context, json_file: JsonFile = None) -> None:
-        module = importlib.import_module(f"stage_rl.bench.{name.replace('-', '_')}")
-        from stage_rl.bench.base import machine
+        place = MODULES.get(name, name.replace("-", "_"))
+        module = importlib.import_module(f"stage_rl.bench.{place}")
+        from stage_rl.bench.record import record_of
 
         settings = read_options(module.run, context.args)
         result = module.run(**settings)
         verdict = {True: "reached", False: "MISSED", None: "not set for these sizes"}
         line = f"{name}: {result.headline}; bar {module.BAR}: {verdict[result.reached]}"
         typer.echo("\n".join([*result.table, line]))
-        figures = {"name": name, "bar": module.BAR, "settings": settings, "machine": machine()}
-        for key in ("headline", "reached", "measures"):
-            figures[key] = getattr(result, key)
-        write_json(json_file, figures)
+        write_json(json_file, record_of(name, module.BAR, settings, result))
 
 
 for _name, _purpose in BENCHMARKS.items():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -153,6 +153,11 @@ class Engine:
         state.draw()
         state.cache = cache  # what it grew to is not kept
         return state.result()
+
+    @property
+    def states(self) -> Sequence[DecodeState]:
+        """The passes whose buffers are kept, the last one behind."""
+        return tuple(self._passes.values())
 
     def release(self) -> None:
         """Gives the memory of the cache back; the next pass allocates and captures anew."""
@@ -347,12 +352,12 @@ class DecodeState:
         self._positions_R = torch.zeros(cache.num_rows, dtype=torch.long, device=device)
         self._origins_R = torch.zeros_like(self._positions_R)
         vocabulary = len(decoder.head_layers[-1][0])
-        self._logits_RV = torch.empty((cache.num_rows, vocabulary), device=device)
+        self.logits_RV = torch.empty((cache.num_rows, vocabulary), device=device)
 
     def begin(self, uniforms_NT: Tensor, logits_RV: Tensor, lengths_R: Tensor) -> None:
         """Takes what a prefill left: the logits of the first column, and each row's prompt."""
         self._uniforms[:, :-1].copy_(uniforms_NT)
-        self._logits_RV.copy_(logits_RV)
+        self.logits_RV.copy_(logits_RV)
         self._positions_R.copy_(lengths_R)
         if not self._columns.absolute:
             self._origins_R.copy_(lengths_R)
@@ -373,16 +378,16 @@ class DecodeState:
             self.cache,
             num_live=num_live,
         )
-        self._decoder.logits(states_RD, self._logits_RV)
+        self._decoder.logits(states_RD, self.logits_RV)
         self._positions_R += 1
         self._column += 1
 
     def draw(self) -> Tensor:
         """Draws the token of every image and records it; the rows of the next inputs, N."""
         num_images, sampling = len(self._tokens), self._sampling
-        cond_NV = guided_NV = self._logits_RV[:num_images]
+        cond_NV = guided_NV = self.logits_RV[:num_images]
         if sampling.guided:
-            guided_NV = guide(cond_NV, self._logits_RV[num_images:], sampling.guidance_scale)
+            guided_NV = guide(cond_NV, self.logits_RV[num_images:], sampling.guidance_scale)
         token_1 = self._columns.token_U.index_select(0, self._column)
         uniforms_N = self._uniforms.index_select(1, token_1)[:, 0]
         tokens_N, guided_logprobs_N = draw(guided_NV, uniforms_N, sampling)

@@ -172,12 +172,17 @@ class Timer:
 
     def record(self, name: str) -> None:
         """Adds the time since the last call to time/NAME; NAME ends in _s. On a GPU also the peak
-        of the memory, under memory/ and the name with _gib.
+        of the memory in tensors, under memory/ and the name with _gib, and of what the allocator
+        held, with _reserved_gib.
         """
         if self._on_gpu:
             torch.cuda.synchronize()
-            peak, key = torch.cuda.max_memory_allocated(), f"memory/{name.removesuffix('_s')}_gib"
-            self.timings[key] = max(peak / 2**30, self.timings.get(key, 0.0))
+            phase = name.removesuffix("_s")
+            peaks = {"": torch.cuda.max_memory_allocated()}
+            peaks["_reserved"] = torch.cuda.max_memory_reserved()
+            for kind, peak in peaks.items():
+                key = f"memory/{phase}{kind}_gib"
+                self.timings[key] = max(peak / 2**30, self.timings.get(key, 0.0))
             torch.cuda.reset_peak_memory_stats()
         now = time.perf_counter()
         self.timings[f"time/{name}"] = self.timings.get(f"time/{name}", 0.0) + now - self._last

@@ -97,7 +97,7 @@ def build_trainer(
     prepare_blocks(policy.trunk_blocks, checkpointing=checkpointing, compiled=compiled)
     if reference.module is not policy.module:
         prepare_blocks(reference.trunk_blocks, compiled=compiled)
-    if world.size > 1:
+    if world.sharded:
         mixed = recipe.training.dtype == "mixed"
         shard(policy, reference, num_ranks=world.size, mixed=mixed)
     return Trainer(

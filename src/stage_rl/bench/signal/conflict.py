@@ -22,7 +22,7 @@ from torch import Tensor
 
 from stage_rl.algorithm import equal_reward_groups
 from stage_rl.bench.base import BenchResult, flat, table
-from stage_rl.bench.gradient_signal import without_update
+from stage_rl.bench.signal.gradient_signal import without_update
 from stage_rl.config import load_recipe
 from stage_rl.errors import InputError
 from stage_rl.evaluation.results import object_cells

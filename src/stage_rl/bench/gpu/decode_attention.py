@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
 
@@ -28,6 +29,8 @@ BAR = ">= 80% of a copy's bytes a second at length >= 256 (GPU), difference from
 MIN_SHARE = 0.8
 FROM_LENGTH = 256
 MAX_DIFFERENCE = 1e-2
+ROWS = 128
+"""Lengths that are compared at one time."""
 
 
 def run(
@@ -74,16 +77,7 @@ def run(
 
 
 def _interpreted() -> BenchResult:
-    # Triton chooses its interpreter when it is imported, and here it may have been.
-    script = "from stage_rl.bench.decode_attention import print_differences; print_differences()"
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    measures = json.loads(done.stdout.splitlines()[-1])
+    measures = in_interpreter("print_differences()")
     fp32, bf16 = (
         max(value for key, value in measures.items() if f"_{name}_" in key)
         for name in ("fp32", "bf16")
@@ -96,15 +90,46 @@ def _interpreted() -> BenchResult:
     )
 
 
+def in_interpreter(call: str) -> dict[str, float]:
+    """What a call of a function of this file prints as JSON, by a process with the interpreter.
+
+    Triton chooses it when it is imported, and here it may have been.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", f"from {__name__} import *; {call}"],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def print_differences() -> None:
     """Prints differences from torch as JSON, by precision and length."""
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     found = {
-        f"difference_{name}_l{length}": _difference(CacheShape(1, 2, 16, dtype), 2, length)
+        f"difference_{name}_l{length}": _difference(CacheShape(1, 2, 16, dtype), [length] * 2)
         for name, dtype in dtypes.items()
         for length in (1, 31, 64, 65, 200)
     }
     print(json.dumps(found))
+
+
+def differences_of_lengths(heads: int, head_dim: int, num_lengths: int) -> dict[str, float]:
+    """Largest difference from torch over every length up to `num_lengths`, by precision of the
+    cache; without a GPU in the interpreter.
+    """
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        return in_interpreter(
+            f"print(json.dumps(differences_of_lengths({heads}, {head_dim}, {num_lengths})))"
+        )
+    lengths = range(1, num_lengths + 1)
+    parts = [lengths[first : first + ROWS] for first in range(0, num_lengths, ROWS)]
+    return {
+        name: max(_difference(CacheShape(1, heads, head_dim, dtype), part) for part in parts)
+        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+    }
 
 
 def _form() -> str:
@@ -119,17 +144,17 @@ def _timed(
     """Seconds of each form at one length, and the difference from torch."""
     from stage_rl.rollout.kernels import FORMS, decode_attention  # triton is optional
 
-    inputs = _inputs(shape, num_rows, length)
+    inputs = _inputs(shape, [length] * num_rows)
     calls = {form: partial(decode_attention, *inputs, form=form) for form in FORMS}
-    return interleaved(calls, rounds, calls=20), _difference(shape, num_rows, length)
+    return interleaved(calls, rounds, calls=20), _difference(shape, [length] * num_rows)
 
 
-def _difference(shape: CacheShape, num_rows: int, length: int) -> float:
-    """Largest difference of the kernel, each form whole and split, from torch."""
+def _difference(shape: CacheShape, lengths: Sequence[int]) -> float:
+    """Largest difference of the kernel, each form whole and split, from torch; a row a length."""
     from stage_rl.rollout.kernels import FORMS, decode_attention  # triton is optional
 
-    query, keys, values, positions_R = _inputs(shape, num_rows, length)
-    theirs = eager_attention(query, keys, values, length_mask(positions_R, length))
+    query, keys, values, positions_R = _inputs(shape, lengths)
+    theirs = eager_attention(query, keys, values, length_mask(positions_R, max(lengths)))
     return max(
         (decode_attention(query, keys, values, positions_R, num_parts=parts, form=form) - theirs)
         .abs()
@@ -139,14 +164,14 @@ def _difference(shape: CacheShape, num_rows: int, length: int) -> float:
     )
 
 
-def _inputs(shape: CacheShape, num_rows: int, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _inputs(shape: CacheShape, lengths: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A query, random keys and values, and the last live position in every row."""
-    device = pick_device("auto")
-    cache = KeyValueCache.empty(shape, num_rows, length, device)
+    device, num_rows = pick_device("auto"), len(lengths)
+    cache = KeyValueCache.empty(shape, num_rows, max(lengths), device)
     generator = torch.Generator(device).manual_seed(0)
     for part in (*cache.keys, *cache.values):
         part.normal_(generator=generator)
     query_shape = (num_rows, shape.num_heads, 1, shape.head_dim)
     query = torch.randn(query_shape, device=device, generator=generator)
-    positions_R = torch.full((num_rows,), length - 1, device=device)
+    positions_R = torch.tensor(lengths, device=device) - 1
     return query, cache.keys[0], cache.values[0], positions_R
