@@ -161,7 +161,7 @@ SEVERAL = ("algorithm.loss=unclipped", "optimizer.updates_per_rollout=2")
         (SEVERAL, "algorithm.loss: unclipped is for one update per rollout; write clip, or "),
         (
             ["algorithm.entropy={mode: loss, scale: 0.1}"],
-            "algorithm.entropy.scale: has no effect with mode: loss; write penalty_scale",
+            "algorithm.entropy.scale: has no effect with entropy.mode: loss; write penalty_scale",
         ),
         (["steps=0", "seed=-1"], "steps: 0 is out of range; write a number above 0 (and 1 m"),
     ],

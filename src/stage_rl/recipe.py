@@ -5,11 +5,12 @@ The docstring under an attribute is the reference of its key: `stage recipes sho
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import (
     Field,
@@ -104,18 +105,6 @@ class EntropyConfig(Settings):
     """Which samples of a group get the bonus: those that share its best reward, or all."""
     centred: bool = False
     """Subtract the mean bonus of the samples that get one first."""
-
-    @model_validator(mode="after")
-    def _scales_what_it_adds(self) -> Self:
-        # A recipe that is written out in full has the default.
-        if self.mode == "loss" and self.scale != type(self).model_fields["scale"].default:
-            text = "has no effect with mode: loss; write penalty_scale"
-            raise validation_error("scale", text)
-        return self
-
-
-LOSSES_WITHOUT_CLIP = ("gspo", "gspo_token", "gmpo", "sapo")
-"""Whose range is a parameter of their own, or that have none."""
 
 
 class KlConfig(Settings):
@@ -238,6 +227,12 @@ class AlgorithmConfig(Settings):
         """Whether the KL in the loss is summed over the codebook."""
         return self.kl.estimator == "exact"
 
+    def through_weights(self, daw_gradient: str | None) -> bool:
+        """Whether `critical` has the gradient through its dynamic weight: as it is told, else with
+        the preset `release`.
+        """
+        return (daw_gradient or ("through" if self.preset == "release" else "")) == "through"
+
     @property
     def one_advantage_per_image(self) -> bool:
         """Whether all tokens of an image have one advantage, by a built-in rule of credit."""
@@ -269,6 +264,71 @@ def _of_former_version(data: dict[str, Any]) -> dict[str, Any]:
     if data.get("importance_sampling") == "truncated":
         data["importance_sampling"] = "token_truncate"
     return data
+
+
+class Idle(NamedTuple):
+    """Keys of the objective without effect where another key has one of some values."""
+
+    keys: tuple[str, ...]
+    other: str
+    values: tuple[str, ...]
+    instead: str = ""
+    """What to write; empty: the default."""
+
+
+IDLE = (
+    Idle(
+        (
+            *("reweight", "mask_normalization", "self_similarity", "equal_group_similarity"),
+            *("kl.a", "kl.b", "kl.weight_clip"),
+        ),
+        "credit",
+        tuple(name for name in BUILT_IN["credit"] if name != "stage"),
+    ),
+    Idle(("mask_normalization",), "reweight", ("kl",)),
+    Idle(("kl.a", "kl.b", "kl.weight_clip"), "reweight", ("advantages",)),
+    Idle(("clip", "clip_high"), "loss", ("unclipped", "gspo", "gspo_token", "gmpo", "sapo")),
+    Idle(("advantage_eps", "advantage_std_floor"), "loss", ("dr_grpo",)),
+    Idle(("importance_cap",), "importance_sampling", ("none",)),
+    Idle(
+        ("importance_floor",),
+        "importance_sampling",
+        ("none", "token_truncate", "sequence_truncate"),
+    ),
+    Idle(("whiten",), "advantage", ("sum",)),
+    Idle(("entropy.scale",), "entropy.mode", ("loss",), "penalty_scale"),
+    Idle(("entropy.scope", "entropy.centred"), "entropy.mode", ("loss",)),
+    Idle(("entropy.penalty_scale",), "entropy.mode", ("reward", "constant"), "scale"),
+)
+"""Who writes one of these believes that it changes something: it is refused. Not where another key
+switches the whole off, as an ablation does (`entropy.mode: none`, `reweight: none`)."""
+
+
+def idle_settings(settings: AlgorithmConfig) -> Iterator[tuple[str, str]]:
+    """Keys of the objective that were changed to no effect, and what to write instead."""
+    preset = PRESETS[settings.preset]
+    for rule in IDLE:
+        other = _value(settings, rule.other)
+        for key in rule.keys if other in rule.values else ():
+            section, _, name = key.rpartition(".")
+            owner = getattr(settings, section) if section else settings
+            default = type(owner).model_fields[name].default
+            of_preset = preset.get(section, {}) if section else preset
+            value = getattr(owner, name)
+            # A recipe that is written out in full has the values of its preset.
+            if value in (default, of_preset.get(name, default)):
+                continue
+            if key == "reweight" and value == "none":
+                continue
+            instead = rule.instead or (default if isinstance(default, str) else json.dumps(default))
+            yield key, f"has no effect with {rule.other}: {other}; write {instead}"
+
+
+def _value(settings: AlgorithmConfig, key: str) -> Any:
+    """By its dotted key; of a function its name."""
+    section, _, name = key.rpartition(".")
+    value = getattr(getattr(settings, section) if section else settings, name)
+    return value["kind"] if isinstance(value, dict) else value
 
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -533,7 +593,11 @@ class Recipe(Settings):
             if name in ("mean", "std", "equal_groups", "failed_groups"):
                 text = f"'{name}' is a metric of the summed reward; give the reward another name"
                 yield "rewards", text
+        for key, text in idle_settings(self.algorithm):
+            yield f"algorithm.{key}", text
+        yield from self._contradictions_of_the_credit()
         yield from self._contradictions_of_the_loss()
+        yield from self._contradictions_of_the_kl()
         if self.algorithm.logprobs != "conditional":
             for key, off in (("top_k", 0), ("top_p", 1)):
                 if getattr(self.rollout, key) != off:
@@ -562,6 +626,30 @@ class Recipe(Settings):
             text += f"most {self.steps}, or more steps"
             yield "optimizer.warmup_steps", text
 
+    def _contradictions_of_the_credit(self) -> Iterator[tuple[str, str]]:
+        settings, credit = self.algorithm, self.algorithm.credit
+        parameters = {"kind": credit} if isinstance(credit, str) else credit
+        released = parameters["kind"] == "entropy_bonus" and parameters.get("form") != "paper"
+        if released and parameters.get("kappa", 1.0) != 1.0:
+            text = "has no effect with form: release; write form: paper"
+            yield "algorithm.credit.kappa", text
+        if parameters["kind"] != "critical":
+            return
+        daw, gradient = parameters.get("daw", "release"), parameters.get("daw_gradient")
+        through = settings.through_weights(gradient)
+        if daw == "none" and gradient == "through":
+            text = "has no effect with daw: none; write detached, or daw: release"
+            yield "algorithm.credit.daw_gradient", text
+        elif through and self.optimizer.updates_per_rollout > 1:
+            text = "through is the gradient of one update per rollout; write detached, or "
+            yield "algorithm.credit.daw_gradient", f"{text}optimizer.updates_per_rollout=1"
+        if daw == "paper" and not through and settings.entropy.mode != "loss":
+            text = (
+                "paper is 0 where policy and reference are the same, as they are at first, and so"
+            )
+            text += " they stay; write release, or daw_gradient: through"
+            yield "algorithm.credit.daw", text
+
     def _contradictions_of_the_loss(self) -> Iterator[tuple[str, str]]:
         settings = self.algorithm
         loss = settings.loss_kind
@@ -569,7 +657,7 @@ class Recipe(Settings):
             text = "unclipped is for one update per rollout; write clip, or "
             yield "algorithm.loss", f"{text}optimizer.updates_per_rollout=1"
         high = settings.clip_high
-        if loss == "clip" and high is not None and high < settings.clip:
+        if loss in ("clip", "dr_grpo", "cispo") and high is not None and high < settings.clip:
             text = f"{high} is below algorithm.clip ({settings.clip}); write a larger one"
             yield "algorithm.clip_high", text
         if loss in ("gspo", "gmpo"):
@@ -579,19 +667,28 @@ class Recipe(Settings):
             if settings.importance_sampling.startswith("token"):
                 hint = f"write {settings.importance_sampling.replace('token', 'sequence')}"
                 yield "algorithm.importance_sampling", f"{text}; {hint}, or geometric_mask"
-        if settings.clip_high is not None and loss in ("unclipped", *LOSSES_WITHOUT_CLIP):
-            yield "algorithm.clip_high", f"has no effect with loss: {loss}; write null"
         if settings.importance_floor > settings.importance_cap:
             text = f"{settings.importance_floor} is above importance_cap; write a lower one"
             yield "algorithm.importance_floor", text
+
+    def _contradictions_of_the_kl(self) -> Iterator[tuple[str, str]]:
+        settings, rollout = self.algorithm, self.rollout
+        if settings.exact_kl and settings.beta == 0:
+            text = "exact takes memory and time, and algorithm.beta is 0; write k3"
+            yield "algorithm.kl.estimator", text
+        unguided = (self.guidance_scale, rollout.temperature) == (1, 1)
+        whole = (rollout.top_k, rollout.top_p) == (0, 1)
+        own_samples = settings.logprobs != "conditional" or (unguided and whole)
+        once = self.optimizer.updates_per_rollout == 1
+        if settings.kl.estimator == "k1" and settings.beta and own_samples and once:
+            text = "k1 pulls nowhere on samples of the policy that is scored; write k2, k3 or k3+"
+            yield "algorithm.kl.estimator", text
 
     def _contradictions_of_the_rewards(self) -> Iterator[tuple[str, str]]:
         settings, names = self.algorithm, [reward.name for reward in self.rewards]
         if settings.advantage == "gdpo" and settings.loss_kind == "dr_grpo":
             text = "gdpo divides by deviations, which dr_grpo leaves out; write sum, or loss=clip"
             yield "algorithm.advantage", text
-        if settings.advantage == "sum" and settings.whiten == "none":
-            yield "algorithm.whiten", "has no effect with advantage: sum; write batch"
         for number, reward in enumerate(self.rewards):
             others = [name for name in names if name != reward.name]
             if reward.requires and reward.requires.reward not in others:

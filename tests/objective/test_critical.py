@@ -105,8 +105,9 @@ def test_at_576_tokens_the_gradient_through_the_weight_grows_towards_the_front()
     mask[..., 57 : 57 + 4 * 114 : 4] = 1
     moved = torch.zeros_like(mask)
     factors, _ = advantage_weights(moved, mask, form="release", through=True)
-    found = [factors[0, 0, t - 1].item() for t in (1, 2, 10, 57)]
-    assert found == pytest.approx([6.18, 5.18, 3.35, 1.57], abs=0.01)
+    found = [factors[0, 0, t - 1].item() for t in (1, 2, 10, 57, 300)]
+    assert not mask[0, 0, 299]
+    assert found == pytest.approx([6.18, 5.18, 3.35, 1.57, 0.14], abs=0.01)
 
 
 def test_critical_tokens_have_all_of_the_loss_between_them():
@@ -124,6 +125,11 @@ def test_critical_tokens_have_all_of_the_loss_between_them():
         assert ((weight == 0) | (weight - 20 / 6 < 1e-12)).all()
         assert (weight.sum(-1) - 20).abs().max() < 1e-9
     assert outputs.metrics["credit/daw_mean"].tolist() == [[1, 1, 1]]
+    release = AlgorithmConfig(preset="release")
+    through = critical(inputs, AlgorithmConfig(), daw_gradient="through").policy_PGT
+    assert torch.equal(critical(inputs, release).policy_PGT, through)
+    detached = critical(inputs, release, daw_gradient="detached").policy_PGT
+    assert torch.equal(detached, outputs.policy_PGT)
     paper = critical(inputs, AlgorithmConfig(), daw="paper")
     assert (paper.policy_PGT == 0).all()
     assert (paper.kl_PGT == outputs.kl_PGT).all()

@@ -117,10 +117,30 @@ def test_only_what_a_rule_needs_is_computed_and_its_time_is_logged(
             ["loss=gspo", "credit=uniform", "importance_sampling=token_mask"],
             r"importance_sampling: gspo has .* write sequence_mask, or geometric_mask",
         ),
-        (["loss=sapo", "clip_high=0.3"], r"clip_high: has no effect with loss: sapo; write null"),
         (["advantage=gdpo", "loss=dr_grpo"], r"advantage: gdpo divides by deviations, which dr_g"),
-        (["whiten=none"], r"whiten: has no effect with advantage: sum; write batch"),
-        (["importance_floor=3"], r"importance_floor: 3\.0 is above importance_cap; write a lower"),
+        (
+            ["clip_high=0.1", "loss=cispo"],
+            r"clip_high: 0\.1 is below algorithm\.clip \(0\.2\); write",
+        ),
+        (["clip_high=0.1", "loss=dr_grpo"], r"clip_high: 0\.1 is below algorithm\.clip"),
+        (
+            ["credit={kind: critical, daw: paper}"],
+            r"credit\.daw: paper is 0 .* and so they stay; w",
+        ),
+        (
+            ["credit={kind: critical, daw: none, daw_gradient: through}"],
+            r"credit\.daw_gradient: has no effect with daw: none; write detached, or daw: release",
+        ),
+        (
+            ["credit={kind: entropy_bonus, kappa: 0.5}"],
+            r"credit\.kappa: has no effect with form: release; write form: paper",
+        ),
+        (["beta=0", "kl.estimator=exact"], r"kl\.estimator: exact takes memory .* is 0; write k3"),
+        (["kl.estimator=k1", "logprobs=guided"], r"kl\.estimator: k1 pulls nowhere .* write k2"),
+        (
+            ["importance_floor=3", "importance_sampling=token_mask"],
+            r"importance_floor: 3\.0 is above importance_cap; write a lower",
+        ),
         (["credit={kind: guidance, eta: exakt}"], r"credit\.eta: unknown value 'exakt'; did you"),
         (["credit={kind: high_entropy, share: 1.5}"], r"credit\.share: 1\.5 is out of range; wri"),
         (["credit={kind: critical, daw: 3}"], r"credit\.daw: unknown value 3; write 'release', "),
@@ -130,6 +150,58 @@ def test_only_what_a_rule_needs_is_computed_and_its_time_is_logged(
 def test_what_makes_no_sense_is_refused_when_the_recipe_is_read(recipe, overrides, message):
     with pytest.raises(RecipeError, match=r"algorithm\." + message):
         recipe(*(f"algorithm.{override}" for override in overrides))
+
+
+@pytest.mark.parametrize("preset", ["release", "default"])
+def test_a_gradient_through_the_weight_is_for_one_update(recipe, preset):
+    """Also where the preset says it."""
+    written = "{kind: critical, daw_gradient: through}" if preset == "default" else "critical"
+    known = (f"algorithm.preset={preset}", f"algorithm.credit={written}", "algorithm.loss=clip")
+    assert recipe(*known)
+    with pytest.raises(RecipeError, match=r"daw_gradient: through is the gradient of one update"):
+        recipe(*known, "optimizer.updates_per_rollout=2")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "other", "instead"),
+    [
+        ("reweight", "kl", "credit=critical", "both"),
+        ("mask_normalization", "none", "credit=uniform", "group_mean"),
+        ("self_similarity", 0, "credit={kind: high_entropy, scope: group}", "null"),
+        ("equal_group_similarity", 0.5, "credit=entropy_bonus", "null"),
+        ("kl.a", 0.3, "credit=guidance", "0.5"),
+        ("kl.weight_clip", "[0,2]", "credit=uniform", r"\[0\.0, 1\.0\]"),
+        ("mask_normalization", "none", "reweight=kl", "group_mean"),
+        ("kl.b", 0.3, "reweight=advantages", "0.5"),
+        ("clip", 0.1, "loss=sapo", "0.2"),
+        ("clip", 0.1, "loss=unclipped", "0.2"),
+        ("clip_high", 0.3, "loss=gspo_token", "null"),
+        ("advantage_std_floor", 0.1, "loss=dr_grpo", "0.0"),
+        ("importance_cap", 3, "importance_sampling=none", "2.0"),
+        ("importance_floor", 0.1, "importance_sampling=token_truncate", "0.5"),
+        ("whiten", "none", "advantage=sum", "batch"),
+        ("entropy.centred", "true", "entropy.mode=loss", "false"),
+        ("entropy.penalty_scale", 0.1, "entropy.mode=reward", "scale"),
+    ],
+)
+def test_a_setting_without_effect_is_refused_and_its_default_is_not(
+    recipe, key, value, other, instead
+):
+    other = f"algorithm.{other}"
+    with pytest.raises(
+        RecipeError, match=f"algorithm.{key}: has no effect with .*; write {instead}"
+    ):
+        recipe(f"algorithm.{key}={value}", other)
+    if key != "entropy.penalty_scale":
+        recipe(f"algorithm.{key}={instead}".replace("\\", ""), other)
+
+
+@pytest.mark.parametrize("credit", ["critical", "uniform", "guidance"])
+def test_what_a_preset_says_and_what_is_switched_off_goes_with_every_rule(recipe, credit):
+    for preset in ("paper", "release"):
+        recipe(
+            f"algorithm.preset={preset}", f"algorithm.credit={credit}", "algorithm.reweight=none"
+        )
 
 
 @pytest.mark.parametrize("loss", ["gspo", "gmpo"])

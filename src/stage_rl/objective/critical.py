@@ -30,14 +30,14 @@ def critical(
     settings: AlgorithmConfig,
     *,
     daw: Daw = "release",
-    daw_gradient: Literal["detached", "through"] = "detached",
+    daw_gradient: Literal["detached", "through"] | None = None,
 ) -> CreditOutputs:
     """GCPO: the critical tokens alone have an advantage and a KL, times T over their number.
 
     The advantage is weighted by how far the policy has moved from the reference up to the token
     (`daw`). `through` adds what a gradient through that weight would give, at ratio 1: exact for
-    one update per rollout. `paper` without the exponential learns nothing while policy and
-    reference are the same.
+    one update per rollout; None: with the preset `release`. `paper` without the exponential learns
+    nothing while policy and reference are the same.
     """
     entropy_PGT, embeds_PGTD = inputs.guided_entropy_PGT, inputs.embeddings_PGTD
     assert entropy_PGT is not None
@@ -49,7 +49,7 @@ def critical(
         inputs.logprobs_PGT - inputs.ref_logprobs_PGT,
         mask_PGT,
         form=daw,
-        through=daw_gradient == "through",
+        through=settings.through_weights(daw_gradient),
     )
     scale = mask_PGT.shape[-1] / mask_PGT[0, 0].sum()
     num_PG = mask_PGT.sum(-1)
@@ -139,8 +139,12 @@ def advantage_weights(
     """What each token's advantage is multiplied by, and the dynamic advantage weight alone, PGT.
 
     `moved_PGT` is the log-probability minus the reference's. The weight is the mean over the tokens
-    so far of exp(clip(moved)), in the paper of clip(moved). `through` adds what each token's
-    gradient gets through the weights of those behind it.
+    so far of exp(clip(moved)), in the paper of clip(moved). `through`: a token's gradient is also
+    that of the weights of those behind it. The factor of token j is then, m the mask and D `moved`,
+
+        c_j = m_j w_j + exp(clip D_j) 1[|D_j| <= 0.5] sum over t >= j of m_t / t
+
+    with 1 in place of exp(clip D_j) in the paper.
     """
     if form == "none":
         return mask_PGT, torch.ones_like(mask_PGT)
