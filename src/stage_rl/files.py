@@ -24,8 +24,7 @@ def writing(path: Path, *, hint: str = GO_ON) -> Iterator[None]:
         yield
     # safetensors and torch wrap a full disk in errors of their own.
     except (OSError, SafetensorError, RuntimeError) as error:
-        what = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise CheckpointError(f"{path}: could not be written ({what}); {hint}") from error
+        raise CheckpointError(f"{path}: could not be written ({_why(error)}); {hint}") from error
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -73,6 +72,14 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _why(error: Exception) -> str:
+    """The system's words, also where torch failed over them."""
+    for one in (error, error.__context__):
+        if isinstance(one, OSError) and one.strerror:
+            return one.strerror
+    return " ".join(str(error).split())
 
 
 def _create(path: Path) -> int:

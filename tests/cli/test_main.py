@@ -169,6 +169,28 @@ def test_what_the_machine_refuses_is_one_line(shell, code, said, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "taken"),
+    [
+        (("sample", "shapes", "a star", "--out", "a.png"), "a.png"),
+        (("report", "run", "--out", "a.html"), "a.html"),
+        (("figure", "curves", "run", "--out", "a.png"), "a.csv"),
+        (("figure", "similarity", "run", "--out", "a.pdf"), "a.png"),
+        (("eval", "shapes", "--json", "a.json"), "a.json"),
+        (("bench", "reweight", "--json", "a.json"), "a.json"),
+        (("data", "geneval", "--out", "a.jsonl"), "a.jsonl"),
+        (("data", "questions", "wise", "--from", "WISE", "--out", "a.jsonl"), "a.jsonl"),
+    ],
+)
+def test_no_option_writes_over_a_file(arguments, taken, tmp_path, monkeypatch, run_main):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / taken).write_text("somebody's")
+    option = arguments[-2]
+    said = f"error: {option} {taken}: is there already; name another, or remove it first\n"
+    assert run_main(*arguments) == (2, said)
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["somebody's"]
+
+
+@pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (("data", "geneval", "--out", "x", "--evaluation", "--num-prompts", "5"), "--num-prompts:"),

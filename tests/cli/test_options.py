@@ -7,7 +7,7 @@ import torch
 
 from stage_rl.bench import reweight
 from stage_rl.bench.base import BenchResult, Group
-from stage_rl.cli.options import read_options
+from stage_rl.cli.options import free_name, read_options
 from stage_rl.errors import InputError
 from stage_rl.settings import Seed
 
@@ -41,6 +41,15 @@ def test_figures_for_a_folder_that_is_not_there_are_refused_first(tmp_path, run_
     code, printed = run_main("bench", "reweight", "--json", file)
     assert code == 2
     assert "name a folder that is" in printed
+
+
+def test_a_name_that_nobody_asked_for_is_one_that_is_free(tmp_path):
+    figure = tmp_path / "curves.png"
+    assert free_name(figure) == figure
+    for name in ("curves.csv", "curves-2.png"):
+        (tmp_path / name).touch()
+    assert free_name(figure) == figure
+    assert free_name(figure, ".csv") == tmp_path / "curves-3.png"
 
 
 @pytest.mark.parametrize("verb", ["pretrain", "show"])

@@ -164,8 +164,9 @@ def test_json_keeps_every_image():
     figures = json.loads(json.dumps(results("mine", (1, 1, 0, 1)).to_json(), allow_nan=False))
     overall = figures["summary"]["gold"]["overall"]
     assert (overall["mean"], overall["num_prompts"]) == (0.75, 2)
-    # Student's t for 2 - 1 prompts: 12.706 at 97.5 %; the standard error is 0.25.
-    assert overall["interval"] == pytest.approx([0.75 - 12.706 / 4, 0.75 + 12.706 / 4], abs=1e-3)
+    # Student's t for 2 - 1 prompts: 12.706 at 97.5 %; the standard error is 0.25: 0.75 -+ 3.18.
+    # A share of right images ends at 0 and 1.
+    assert overall["interval"] == [0, 1]
     assert figures["scores"]["gold"] == {"colors": [[0, 0, 1], [0, 1, 1], [1, 0, 0], [1, 1, 1]]}
     assert (figures["model"], figures["seed"], figures["guidance_scale"]) == ("mine", 0, 3.0)
 
@@ -191,6 +192,25 @@ def test_what_one_model_has_no_measure_of_leaves_the_difference():
     comparison = Comparison(results("old", (0, 0, 0, 0)), trained)
     assert "diversity" not in comparison.table()
     assert set(comparison.to_json()["difference"]) == {"gold"}
+
+
+def test_an_interval_of_verdicts_ends_where_they_do_and_that_of_a_measure_does_not():
+    # By prompt +1 and 0: mean 0.5, standard error 0.5, with t = 12.706 an interval of +- 6.353.
+    halves = [(0, 0.5), (1, 0.5)], [(0, 1.5), (1, 0.5)]
+    old, new = results("old", (0, 0, 0, 0), halves[0]), results("new", (1, 1, 0, 0), halves[1])
+    comparison = Comparison(old, new)
+    assert comparison.difference("gold")["overall"].interval == (-1, 1)
+    low, high = 0.5 - 6.353, 0.5 + 6.353
+    interval = comparison.difference("diversity")["overall"].interval
+    assert interval == pytest.approx((low, high), abs=1e-3)
+    assert comparison.to_json()["difference"]["gold"]["overall"]["interval"] == (-1, 1)
+
+
+def test_a_table_names_the_models_only_where_the_columns_do_not():
+    told = Comparison(results("base", (0, 0, 0, 0)), results("trained", (1, 0, 0, 0))).table()
+    assert told.splitlines()[0] == str(SETUP)
+    others = Comparison(results("shapes", (0, 0, 0, 0)), results("runs/a", (1, 0, 0, 0))).table()
+    assert others.splitlines()[0] == f"{SETUP}: base shapes, trained runs/a"
 
 
 def test_results_of_different_streams_are_not_paired():

@@ -1,7 +1,8 @@
 """A tiny training that is killed, loses files and runs out of disk, again and again, and still ends
 bit by bit as one that nothing happened to.
 
-`python -m pytest -s -m slow tests/soak` prints the counts; SOAK_KILLS says how often it is killed.
+`python -m pytest -s -m slow tests/soak` prints the counts; SOAK_KILLS says how often it is killed,
+SOAK_FULL_DISKS how often its disk, of a few megabytes in a mount namespace, is full.
 """
 
 import os
@@ -20,6 +21,9 @@ from run_files import parameters_of, steps_of, untimed
 import stage_rl
 
 STEPS = 24
+LONGEST_S = 1800
+ROOM = 400_000
+"""Bytes that are left at most where a disk is full; a run takes more."""
 RECIPE = """
 steps: {steps}
 policy: {{kind: janus, path: {weights}}}
@@ -30,37 +34,75 @@ optimizer: {{lr: 1.0e-3}}
 probe: {{every: 4, num_prompts: 2, images_per_prompt: 1}}
 run: {{dir: {folder}, save_every: 2, keep_checkpoints: 3, log_images_every: 4}}
 """
-FULL_DISK = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))\n"
-TRAIN = """
-import sys
-from stage_rl.cli import main
-sys.argv = ["stage", "train", {file!r}]
-{limit}main()
-"""
+
+
+class SmallDisk:
+    """A file system of 16 MB that processes see which are started behind `enter`."""
+
+    SIZE = 16 * 2**20
+
+    def __init__(self, mount_point):
+        mount_point.mkdir()
+        mount = f"mount -t tmpfs -o size={self.SIZE} none '{mount_point}' && echo mounted && cat"
+        self._holder = subprocess.Popen(
+            ["unshare", "--map-root-user", "--mount", "sh", "-c", mount],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert self._holder.stdout is not None
+        self.message = self._holder.stdout.readline().strip()
+        target = ["--target", str(self._holder.pid)]
+        self.enter = ["nsenter", *target, "--user", "--preserve-credentials", "--mount"]
+        self.seen_as = mount_point
+        self.folder = Path(f"/proc/{self._holder.pid}/root{mount_point}")
+
+    def leave_room(self, num_bytes):
+        """Fills the disk but for so many bytes; 0 bytes of filling where None."""
+        filling = self.folder / "filling"
+        filling.unlink(missing_ok=True)
+        if num_bytes is not None:
+            free = shutil.disk_usage(self.folder).free
+            with filling.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, max(1, free - num_bytes))
+
+    def close(self):
+        """The file system goes with its last process."""
+        self._holder.communicate()
 
 
 class Soak:
-    """Trains in processes of its own, and does harm between and during them."""
+    """Trains in processes of its own, and does harm between and during them.
 
-    def __init__(self, folder, weights, seed):
-        self.folder, self.counts, self._rng = folder, Counter(), random.Random(seed)
-        self._file = folder / "soak.yaml"
-        self._weights = weights
+    `folder` holds the runs, which the processes know as `seen_as`.
+    """
 
-    def recipe(self, name):
-        run = self.folder / name
-        text = RECIPE.format(steps=STEPS, weights=self._weights, folder=run)
-        self._file.write_text(text)
-        return run
+    def __init__(self, folder, weights, *, kills, disk=None, full_disks=0):
+        self.folder, self.counts, self._rng = folder, Counter(), random.Random(0)
+        self._file, self._weights = folder / "soak.yaml", weights
+        self._wanted = {"kills": kills, "full disks": full_disks}
+        self._disk = disk
+        self._seen_as = disk.seen_as if disk else folder
+        self._run = folder
 
-    def train(self, *, room=None, kill_after=None):
+    def is_over(self):
+        return all(self.counts[what] >= number for what, number in self._wanted.items())
+
+    def begin(self, name):
+        """Makes a run the one that is trained from now on; its folder."""
+        self._run = self.folder / name
+        folder = self._seen_as / name
+        self._file.write_text(RECIPE.format(steps=STEPS, weights=self._weights, folder=folder))
+        return self._run
+
+    def train(self, *, kill_after=None):
         """A process's exit code; it is killed so many seconds after its first step."""
-        limit = FULL_DISK.format(room=room) if room else ""
         folders = (Path(stage_rl.__file__).parents[1], Path(__file__).parents[1])
-        path = os.pathsep.join(map(str, folders))
+        command = [sys.executable, "-m", "stage_rl", "train", str(self._seen_as / self._file.name)]
         process = subprocess.Popen(
-            [sys.executable, "-c", TRAIN.format(file=str(self._file), limit=limit)],
-            env={**os.environ, "PYTHONPATH": path},
+            [*(self._disk.enter if self._disk else ()), *command],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -72,14 +114,23 @@ class Soak:
             process.send_signal(signal.SIGKILL)
         said = process.communicate()[0]
         assert "Traceback" not in said, said
+        if process.returncode == 1:
+            self._was_full(said)
         return process.returncode
 
-    def harm(self, run):
+    def _was_full(self, said):
+        """Nothing but a full disk fails, in one line that says so."""
+        assert self._disk, said
+        (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+        assert "No space left on device" in line, said
+        self.counts["full disks"] += 1
+
+    def harm(self):
         """Damages the newest of several checkpoints: a byte, the end, or a whole file."""
-        saved = sorted((run / "checkpoints").glob("step_*"))
+        saved = sorted((self._run / "checkpoints").glob("step_*"))
         if len(saved) < 2:
             return
-        file = self._rng.choice([path for path in saved[-1].rglob("*") if path.is_file()])
+        file = self._rng.choice([path for path in sorted(saved[-1].rglob("*")) if path.is_file()])
         data = bytearray(file.read_bytes())
         how = self._rng.choice(["byte", "end", "file"])
         if how == "byte":
@@ -89,39 +140,61 @@ class Soak:
             file.unlink()
         self.counts[f"damaged: {how}"] += 1
 
-    def run_through(self, run, kills):
+    def run_through(self):
         """Trains to the end through kills, damage and full disks."""
-        while True:
-            happens = self._rng.random()
-            if happens < 0.2:
-                code = self.train(room=self._rng.randrange(1000, 400_000))
-                self.counts["full disks" if code else "finished"] += 1
-            elif self.counts["kills"] < kills:
+        code = -1
+        while code:
+            if self._disk and self.counts["full disks"] < self._wanted["full disks"]:
+                self._disk.leave_room(self._rng.randrange(1000, ROOM))
+                code = self.train()
+                self._disk.leave_room(None)
+            elif self.counts["kills"] < self._wanted["kills"]:
                 code = self.train(kill_after=self._rng.uniform(0, 3))
-                self.counts["kills" if code == -signal.SIGKILL else "finished"] += 1
+                self.counts["kills"] += code == -signal.SIGKILL
             else:
                 code = self.train()
                 assert code == 0
-            if code == 0:
-                return
-            if self._rng.random() < 0.4:
-                self.harm(run)
+            if code and self._rng.random() < 0.4:
+                self.harm()
+
+    def compare(self):
+        """Run after run until enough has happened; each must be the one that was left alone."""
+        started = time.monotonic()
+        whole = self.begin("whole")
+        assert self.train() == 0
+        wanted, lines = parameters_of(whole, STEPS), untimed(steps_of(whole))
+        while not self.is_over():
+            self.counts["runs"] += 1
+            run = self.begin(f"run{self.counts['runs']}")
+            self.run_through()
+            found = parameters_of(run, STEPS)
+            assert all(found[name].equal(wanted[name]) for name in wanted)
+            assert untimed(steps_of(run)) == lines
+            shutil.rmtree(run)
+        counts = ", ".join(f"{name} {number}" for name, number in sorted(self.counts.items()))
+        seconds = time.monotonic() - started
+        print(f"\n{counts}; all equal bit by bit; {seconds:.0f} s")
+        return seconds
 
 
 @pytest.mark.slow
-def test_a_run_ends_bit_by_bit_as_if_nothing_had_happened(tmp_path, tiny_janus_folder):
-    kills, started = int(os.environ.get("SOAK_KILLS", "50")), time.monotonic()
-    soak = Soak(tmp_path, tiny_janus_folder, seed=0)
-    whole = soak.recipe("whole")
-    assert soak.train() == 0
-    wanted, lines = parameters_of(whole, STEPS), untimed(steps_of(whole))
-    while soak.counts["kills"] < kills:
-        soak.counts["runs"] += 1
-        run = soak.recipe(f"run{soak.counts['runs']}")
-        soak.run_through(run, kills)
-        found = parameters_of(run, STEPS)
-        assert all(found[name].equal(wanted[name]) for name in wanted)
-        assert untimed(steps_of(run)) == lines
-        shutil.rmtree(run)
-    counts = ", ".join(f"{name} {number}" for name, number in sorted(soak.counts.items()))
-    print(f"\n{counts}; all equal bit by bit; {time.monotonic() - started:.0f} s")
+def test_a_run_that_is_killed_ends_as_if_nothing_had_happened(tmp_path, tiny_janus_folder):
+    kills = int(os.environ.get("SOAK_KILLS", "50"))
+    assert Soak(tmp_path, tiny_janus_folder, kills=kills).compare() < LONGEST_S * kills / 50
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    disk = SmallDisk(tmp_path / "disk")
+    if disk.message != "mounted":
+        disk.close()
+        pytest.skip(f"no file system can be mounted here: {disk.message}")
+    yield disk
+    disk.close()
+
+
+@pytest.mark.slow
+def test_a_run_whose_disk_is_full_ends_as_if_nothing_had_happened(small_disk, tiny_janus_folder):
+    number = int(os.environ.get("SOAK_FULL_DISKS", "10"))
+    soak = Soak(small_disk.folder, tiny_janus_folder, kills=0, disk=small_disk, full_disks=number)
+    soak.compare()

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 
 import pytest
@@ -53,7 +54,8 @@ def test_a_tracker_gets_the_recipe_the_metrics_and_the_grids(recipe, fake, packa
     column = "rewards.0.name=${oc.env:COLUMN}"
     run = train(recipe("steps=2", f"trackers=[{package}]", column))
     (_, options), *logged, end = module.calls
-    assert (options["project"], options["name"], options["resume"]) == ("stage-rl", "run", "allow")
+    assert (options["project"], options["resume"]) == ("stage-rl", "allow")
+    assert re.fullmatch("run-[0-9a-f]{8}", options["name"])
     assert options["config"]["optimizer"]["lr"] == 1e-3
     assert options["config"]["rewards"][0]["name"] == "${oc.env:COLUMN}"
     assert end == ("finish",)
@@ -66,6 +68,17 @@ def test_a_tracker_gets_the_recipe_the_metrics_and_the_grids(recipe, fake, packa
     first = json.loads((run / "images" / "000000.json").read_text())[0]["prompt"]
     assert grids[0].caption == first
     assert grids[0].size[0] > 3 * 192
+
+
+def test_a_resumed_run_is_one_run_of_a_tracker_and_one_of_its_name_is_not(recipe, fake, tmp_path):
+    module = fake("wandb")
+    every = ("optimizer.schedule=constant", "run.log_images_every=0", "trackers=[wandb]")
+    for steps, folder in ((1, "a"), (2, "a"), (1, "b")):
+        train(recipe(f"steps={steps}", f"run.dir={tmp_path}/{folder}/run", *every))
+    first, resumed, other = [call[1] for call in module.calls if call[0] == "init"]
+    assert (first["id"], first["name"]) == (resumed["id"], resumed["name"])
+    assert first["id"] != other["id"]
+    assert first["name"] != other["name"]
 
 
 def test_a_tracker_that_fails_warns_once_and_the_run_goes_on(recipe, fake, caplog):

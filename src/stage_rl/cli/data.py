@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from stage_rl.cli.options import writing
+from stage_rl.cli.options import refuse_taken, writing
 from stage_rl.errors import InputError, StageError
 from stage_rl.settings import BUILT_IN
 
@@ -35,6 +35,7 @@ def geneval(
     """Write a GenEval training set without any evaluation prompt, as a file to look at or share."""
     from stage_rl.prompts.geneval import GenEvalPromptsConfig, geneval_prompts
 
+    refuse_taken("--out", out)
     if evaluation and num_prompts:
         raise InputError("--num-prompts: the evaluation prompts are 553; leave it out")
     if evaluation:
@@ -58,6 +59,7 @@ def questions(
     out: Annotated[Path, typer.Option(help="Question file to write; .gz compresses it.")],
 ) -> None:
     """Write a benchmark's prompts and questions, from its published files, for `stage eval`."""
+    refuse_taken("--out", out)
     from stage_rl.prompts.question_sources import convert_questions
     from stage_rl.prompts.questions import write_questions
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from stage_rl.cli.options import finite, writing
+from stage_rl.cli.options import finite, free_name, refuse_taken, writing
 from stage_rl.errors import InputError
 
 app = typer.Typer(
@@ -22,7 +22,8 @@ MODEL = "Folder, hub id, run, RUN@STEP, RUN@best; or `shapes`."
 Out = Annotated[
     Path | None,
     typer.Option(
-        help="FILE.png, or FILE.pdf for both; the data lie beside it.", show_default="NAME.png"
+        help="FILE.png, or FILE.pdf for both; the data lie beside it.",
+        show_default="NAME.png, or the next that is free",
     ),
 ]
 Inputs = Annotated[
@@ -172,11 +173,16 @@ def before_after(
     _write(out, "before-after", run, prompts=prompts, num_images=images, **drawn)
 
 
+DATA = (".csv", ".json")
+"""How the file ends that holds what a figure draws."""
+
+
 def _write(out: Path | None, name: str, inputs: Any, **options: Any) -> None:
     """Draws and writes a figure; options that are None have the function's own defaults."""
-    out = out or Path(f"{name}.png")
+    out = out or free_name(Path(f"{name}.png"), *DATA)
     if out.suffix.lower() not in (".png", ".pdf") or not out.parent.is_dir():
         raise InputError(f"--out {out}: no place for a figure; write FILE.png or FILE.pdf")
+    refuse_taken("--out", out, ".png", *DATA)
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError(
             "stage figure: matplotlib is not installed; run pip install 'stage-rl[figures]'"

@@ -23,12 +23,32 @@ FORWARD = {"allow_extra_args": True, "ignore_unknown_options": True, "help_optio
 
 
 def writable(file: Path | None) -> Path | None:
-    """Refuses a file that cannot be written because its folder is missing."""
+    """Refuses a file that cannot be written, or that is there already."""
     if file is not None and not file.parent.is_dir():
         raise InputError(f"--json {file}: no folder '{file.parent}'; name a folder that is")
     if file is not None and (file.is_dir() or not os.access(file.parent, os.W_OK)):
         raise InputError(f"--json {file}: no file can be written there; name another")
+    if file is not None:
+        refuse_taken("--json", file)
     return file
+
+
+def refuse_taken(option: str, file: Path, *beside: str) -> None:
+    """An InputError for the file of an option, or one beside it by its suffix, that is there: no
+    option writes over what somebody has.
+    """
+    for one in (file, *map(file.with_suffix, beside)):
+        if one.is_file():
+            raise InputError(f"{option} {one}: is there already; name another, or remove it first")
+
+
+def free_name(file: Path, *beside: str) -> Path:
+    """The file, or NAME-2, NAME-3 ... where one is there: for a name that nobody has asked for."""
+    free, number = file, 1
+    while any(one.exists() for one in (free, *map(free.with_suffix, beside))):
+        number += 1
+        free = file.with_stem(f"{file.stem}-{number}")
+    return free
 
 
 Overrides = Annotated[

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from stage_rl.cli.options import writing
+from stage_rl.cli.options import refuse_taken, writing
 from stage_rl.errors import InputError
 
 INSTALL = "pip install 'stage-rl[report]'"
@@ -25,6 +25,8 @@ def report(
     """Write a page of curves, images, token maps and tables that opens in any browser."""
     if out is not None and (out.suffix.lower() != ".html" or not out.parent.is_dir()):
         raise InputError(f"--out {out}: no place for a report; write FILE.html in a folder that is")
+    if out is not None:
+        refuse_taken("--out", out)
     if not is_installed():
         raise InputError(f"stage report: plotly is not installed; run {INSTALL}")
     from stage_rl.report.page import report_page

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from stage_rl.cli.options import finite, writing
+from stage_rl.cli.options import finite, free_name, refuse_taken, writing
 from stage_rl.errors import InputError
 
 if TYPE_CHECKING:
@@ -46,13 +46,15 @@ def sample(
         ),
     ] = None,
     out: Annotated[
-        Path, typer.Option(help="FILE.png for a grid, or a folder for single images PROMPT-IMAGE.")
-    ] = Path("samples.png"),
+        Path | None,
+        typer.Option(
+            help="FILE.png for a grid, or a folder for single images PROMPT-IMAGE.",
+            show_default="samples.png, or the next that is free",
+        ),
+    ] = None,
 ) -> None:
     """Draw prompts with a model."""
-    is_grid = out.suffix.lower() == ".png"
-    if not out.parent.is_dir() or (not is_grid and (out.suffix or out.is_file())):
-        raise InputError(f"--out {out}: no place for images; write FILE.png or a folder")
+    out = _place(out)
     from stage_rl import api
     from stage_rl.console import progress
     from stage_rl.pictures import image_grid
@@ -73,11 +75,24 @@ def sample(
         )
     drawn_NHWC = rollout.images_NHWC.numpy()
     with writing("--out", out):
-        if is_grid:
+        if out.suffix:
             image_grid(drawn_NHWC, columns=images).save(out)
         else:
             _write_each(out, drawn_NHWC, images)
     typer.echo(str(out))
+
+
+def _place(out: Path | None) -> Path:
+    """A file that is not there yet, or a folder without files."""
+    if out is None:
+        return free_name(Path("samples.png"))
+    is_grid = out.suffix.lower() == ".png"
+    if not out.parent.is_dir() or (not is_grid and (out.suffix or out.is_file())):
+        raise InputError(f"--out {out}: no place for images; write FILE.png or a folder")
+    refuse_taken("--out", out)
+    if out.is_dir() and any(out.iterdir()):
+        raise InputError(f"--out {out}: holds files already; name another folder")
+    return out
 
 
 def _prompts(texts: list[str], file: Path | None) -> list[str]:

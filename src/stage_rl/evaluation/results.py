@@ -55,31 +55,40 @@ class Estimate:
     num_prompts: int
     freedom: float
     """Degrees of freedom of the standard error: prompts - 1, or those that Welch's rule gives."""
+    bounds: Interval = None
+    """Between which any mean lies, as that of verdicts does."""
 
     @property
     def interval(self) -> Interval:
-        """The 95 % interval, mean -+ t standard errors, t the quantile of Student's t."""
+        """The 95 % interval, mean -+ t standard errors, t the quantile of Student's t, as far as
+        the bounds go.
+        """
         if self.standard_error is None:
             return None
         half = float(student.ppf(0.975, self.freedom)) * self.standard_error
-        return self.mean - half, self.mean + half
+        low, high = self.bounds or (-math.inf, math.inf)
+        return max(low, self.mean - half), min(high, self.mean + half)
 
 
 TaskScores = Mapping[str, Estimate]
 """The estimate of each task, then that of all of them under `overall`."""
 
 
-def task_scores(scores: Iterable[ImageScore], *, pooled: bool = False) -> TaskScores:
+def task_scores(
+    scores: Iterable[ImageScore], *, pooled: bool = False, bounds: Interval = None
+) -> TaskScores:
     """The scores of one policy by task, tasks in the order they come in, and overall.
 
     That is the unweighted mean over the tasks or, `pooled`, over all images. Nothing for no scores.
+    `bounds` are those of each value.
     """
     kept = list(scores)
     if not kept:
         return {}
     tasks = {task: _clustered_mean(rows) for task, rows in _by_task(kept).items()}
     overall = _clustered_mean(kept) if pooled else _mean_of_tasks(list(tasks.values()))
-    return {**tasks, OVERALL: overall}
+    rows = {**tasks, OVERALL: overall}
+    return {name: replace(row, bounds=bounds) for name, row in rows.items()}
 
 
 def plain_scores(rows: TaskScores) -> dict[str, Any]:
@@ -120,6 +129,10 @@ def bootstrap_intervals(
 def _middle(mean_B: NDArray[np.float64]) -> Interval:
     low, high = np.quantile(mean_B, (0.025, 0.975))
     return float(low), float(high)
+
+
+def _are_verdicts(scores: Iterable[ImageScore]) -> bool:
+    return {one.value for one in scores} <= {0.0, 1.0}
 
 
 def _by_task(scores: Iterable[ImageScore]) -> dict[str, list[ImageScore]]:
@@ -250,7 +263,9 @@ class Results:
 
     def summary(self, measure: str) -> TaskScores:
         """The scores of a measure by task and overall."""
-        return task_scores(self.scores[measure], pooled=self.pooled)
+        scores = self.scores[measure]
+        bounds = (0.0, 1.0) if _are_verdicts(scores) else None
+        return task_scores(scores, pooled=self.pooled, bounds=bounds)
 
     def table(self) -> str:
         """All measures as text: mean +- standard error, and bootstrap intervals where they fit."""
@@ -337,10 +352,11 @@ class Comparison:
         olds = [before[key] for key in after]
         changes = [replace(after[key], value=after[key].value - before[key].value) for key in after]
         pooled = self.base.pooled
+        bounds = (-1.0, 1.0) if _are_verdicts([*olds, *after.values()]) else None
         return (
             task_scores(olds, pooled=pooled),
             task_scores(after.values(), pooled=pooled),
-            task_scores(changes, pooled=pooled),
+            task_scores(changes, pooled=pooled, bounds=bounds),
         )
 
     def table(self) -> str:

@@ -341,7 +341,8 @@ def _write_tensors(folder: Path, train_state: TrainState) -> None:
         for part, tensors in parts.items():
             whole = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
             save_file(whole, folder / f"{part}.safetensors")
-        torch.save(train_state.optimizer.state_dict(), folder / MOMENTS)
+        with (folder / MOMENTS).open("wb") as file:  # by its path torch hides why a write fails
+            torch.save(train_state.optimizer.state_dict(), file)
         return
     parts["optimizer"] = train_state.moments()
     named = {f"{part}.{name}": t for part, tensors in parts.items() for name, t in tensors.items()}

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import logging
 import os
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from PIL import Image
 
 from stage_rl.config import describe, values_to_show
 from stage_rl.errors import InputError
+from stage_rl.files import replace_text
 from stage_rl.recipe import Recipe
 from stage_rl.settings import resolve
 
@@ -78,12 +80,11 @@ class Wandb:
 
     def __init__(self, run: Path, recipe: Recipe) -> None:
         self._api = importlib.import_module(self.package)
-        config = values_to_show(recipe)
-        self._api.init(name=run.name, config=config, resume="allow", **self._place(run))
+        config, name = values_to_show(recipe), f"{run.name}-{_identity(run)}"
+        self._api.init(name=name, config=config, resume="allow", **self._place(run))
 
     def _place(self, run: Path) -> dict[str, Any]:
-        """The same identity for the same folder, so that a resumed run is one run."""
-        return {"id": run.name, "dir": str(run), **_project("WANDB_PROJECT")}
+        return {"id": _identity(run), "dir": str(run), **_project("WANDB_PROJECT")}
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         self._api.log(dict(numbers), step=step)
@@ -96,7 +97,9 @@ class Wandb:
 
 
 class Trackio(Wandb):
-    """A run of Trackio, whose functions are called as those of Weights & Biases."""
+    """A run of Trackio, whose functions are called as those of Weights & Biases; the name is what
+    it knows a run by.
+    """
 
     package = "trackio"
 
@@ -106,6 +109,16 @@ class Trackio(Wandb):
 
 def _project(variable: str) -> dict[str, str]:
     return {"project": os.environ.get(variable) or PROJECT}
+
+
+def _identity(run: Path) -> str:
+    """A random name, kept in the run folder: a resumed run is one run, and runs of one name, of two
+    people or of two folders, are two.
+    """
+    file = run / "tracker_id"
+    if not file.exists():
+        replace_text(file, secrets.token_hex(4))
+    return file.read_text(encoding="utf-8")
 
 
 def check_trackers(names: Sequence[str]) -> None:
