@@ -1,12 +1,18 @@
 """Inputs by the thousand: each is taken, or refused with one line of an error that a user can read.
 
-`make test` tries a few of each kind, the slow tests 10,000 together. The same ones every time.
+`make test` tries 30 of each of six kinds, the slow tests 2,500. The same ones every time.
 """
 
 import base64
+import contextlib
 import hashlib
+import io
 import json
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from toy_reward import Toy
 
+from stage_rl import cli
 from stage_rl.config import load_recipe
 from stage_rl.errors import CheckpointError, InputError, RecipeError
 from stage_rl.prompts.files import read_prompts
@@ -204,3 +211,69 @@ def test_checkpoints(number, tmp_path):
             one_line(error)
         else:
             assert sealed or changed[1] == files[changed[0]]
+
+
+def called(arguments):
+    """Exit code and error stream of the command line, called in this process."""
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["stage", *map(str, arguments)])
+        patch.setattr(sys, "path", list(sys.path))
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+            try:
+                cli.main()
+            except SystemExit as end:
+                return end.code, said.getvalue()
+    raise AssertionError
+
+
+def in_process(arguments):
+    """The same of a process of its own."""
+    folders = (Path(cli.__file__).parents[2], Path(__file__).parent, Path.cwd())
+    done = subprocess.run(
+        [sys.executable, "-m", "stage_rl", *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "call"),
+    [
+        (30, called),
+        pytest.param(2500, called, marks=pytest.mark.slow),
+        pytest.param(15, in_process, marks=pytest.mark.slow),
+    ],
+)
+def test_exit_codes_of_the_command_line(number, call, tiny_recipe, monkeypatch):
+    monkeypatch.chdir(tiny_recipe.parent)
+    text, file = tiny_recipe.read_bytes(), tiny_recipe.with_name("fuzzed.yaml")
+    prompts = tiny_recipe.with_name("prompts.jsonl")
+    good = b'{"prompt": "a red circle", "n": [1, {"x": null}]}\n{"prompt": "two"}\n'
+    # What no command line can hold: a NUL, and what has no bytes.
+    words = st.text(st.characters(exclude_characters="\0", codec="utf-8"), max_size=12)
+    trees = TREES.map(json.dumps).filter(lambda text: "\0" not in text)
+    keys = st.sampled_from(["steps", "seed", "rollout.group_size", "rewards.0", "run.dir"])
+    verbs = st.sampled_from(["train", "sample", "eval", "data", "report", "runs", "--help"])
+    lines = st.one_of(
+        st.tuples(st.just("train"), st.just(file), words),
+        st.tuples(st.just("train"), st.just(file), st.builds("{}={}".format, keys, trees)),
+        st.tuples(st.just("data"), st.just("check"), st.just(prompts), st.just("geneval")),
+        st.lists(verbs | words, max_size=3).map(tuple),
+    )
+
+    @tried(number, lines, damaged(text) | st.just(text), damaged(good) | st.just(good))
+    def run(arguments, recipe, listed):
+        file.write_bytes(recipe)
+        prompts.write_bytes(listed)
+        if arguments[:1] == ("train",):
+            arguments = (*arguments, "--dry-run")
+        code, said = call(arguments)
+        assert code in (0, 1, 2), (arguments, code)
+        assert "Traceback" not in said
+        if code:
+            help_page = "Usage: " in said
+            assert help_page or (said.startswith("error: ") and said.count("\n") == 1), said

@@ -108,11 +108,15 @@ class Soak:
             text=True,
         )
         assert process.stdout is not None
+        said = ""
         if kill_after is not None:
-            next((line for line in process.stdout if "begins" in line or "goes on" in line), "")
-            time.sleep(kill_after)
+            for line in process.stdout:
+                said += line
+                if "begins" in line or "goes on" in line:
+                    time.sleep(kill_after)
+                    break
             process.send_signal(signal.SIGKILL)
-        said = process.communicate()[0]
+        said += process.communicate()[0]
         assert "Traceback" not in said, said
         if process.returncode == 1:
             self._was_full(said)

@@ -37,6 +37,15 @@ def test_a_manifest_that_lists_nothing_is_damage(tmp_path):
     assert damage(tmp_path) == "manifest.json lists no state.json"
 
 
+def test_a_name_in_the_manifest_that_is_damaged_is_damage_and_nothing_is_to_be_removed(tmp_path):
+    for name in ("state.json", "policy.safetensors"):
+        (tmp_path / name).touch()
+    empty = hashlib.sha256(b"").hexdigest()
+    sums = {"state.json": empty, "polizy.safetensors": empty}
+    (tmp_path / "manifest.json").write_text(json.dumps(sums))
+    assert damage(tmp_path) == "polizy.safetensors is missing"
+
+
 def test_a_damaged_checkpoint_does_not_count_among_those_that_are_kept(recipe, caplog):
     every = ("run.save_every=1", "run.keep_checkpoints=2", "optimizer.schedule=constant")
     run = train(recipe("steps=3", *every))

@@ -449,13 +449,13 @@ def damage(folder: Path) -> str | None:
             lost = sorted(sums.keys() - present)
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             return f"{MANIFEST} cannot be read ({one_line(error)})"
+        if lost:  # or its name in the manifest is damaged, and then another seems to be unlisted
+            return f"{lost[0]} is missing"
         unlisted = sorted(present - sums.keys() - {MANIFEST})
         if unlisted:
             raise CheckpointError(
                 f"{folder / unlisted[0]}: {MANIFEST} lists no such file; remove it"
             )
-        if lost:
-            return f"{lost[0]} is missing"
         damaged = (name for name, wanted in sums.items() if _sum(folder / name) != wanted)
         return next((f"{name} is damaged" for name in damaged), None)
 
