@@ -50,23 +50,21 @@ def test_a_prefill_fills_the_rows_of_its_group(monkeypatch):
 
 
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
-def test_a_cache_in_one_block_grows_and_attends_like_one_of_many(dtype, atol):
+def test_a_cache_in_one_block_attends_like_one_of_many(dtype, atol):
     torch.manual_seed(0)
     new_2SRKE = torch.randn(2, 40, ROWS, HEADS, HEAD_DIM)
     shape, query = CacheShape(1, HEADS, HEAD_DIM), torch.randn(ROWS, HEADS, QUERIES, HEAD_DIM)
-    blocks = KeyValueCache.empty(shape, ROWS, 40, CPU)
-    grown = KeyValueCache.empty(replace(shape, dtype=dtype), ROWS, 5, CPU, one_block=True)
-    assert grown.num_positions == 32
+    many = KeyValueCache.empty(shape, ROWS, 40, CPU)
+    one = KeyValueCache.empty(replace(shape, dtype=dtype), ROWS, 40, CPU, one_block=True)
+    # 40 positions need two blocks of 32.
+    assert many.keys[0].shape == (2, ROWS, HEADS, 32, HEAD_DIM)
+    assert one.keys[0].shape == (1, ROWS, HEADS, 64, HEAD_DIM)
     for position, (keys, values) in enumerate(zip(*new_2SRKE, strict=True)):
         position_R = torch.full((ROWS,), position)
-        grown = grown.with_room(position + 1)
-        for cache in (blocks, grown):
+        for cache in (many, one):
             cache.append(0, keys, values, cache.flat_index(position_R))
-    # 40 positions need two blocks of 32, which lie in one.
-    assert grown.keys[0].shape == (1, ROWS, HEADS, 64, HEAD_DIM)
-    assert grown.with_room(64) is grown
     mask = length_mask(position_R, 40)
-    theirs = decode_attention(query, blocks.keys[0], blocks.values[0], mask)
-    ours = decode_attention(query.to(dtype), grown.keys[0], grown.values[0], mask.to(dtype))
+    theirs = decode_attention(query, many.keys[0], many.values[0], mask)
+    ours = decode_attention(query.to(dtype), one.keys[0], one.values[0], mask.to(dtype))
     assert ours.dtype == dtype
     assert_close(ours.float(), theirs, atol=atol, rtol=0)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, rms_norm, silu
+from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 BLOCK = 32
 """Positions that lie together."""
@@ -41,10 +41,9 @@ class CacheShape:
 class KeyValueCache:
     """Keys and values of every layer, in blocks of positions.
 
-    The live part must be read from end to end: gaps between the rows slow the reading. Where
-    addresses stay, the blocks are therefore outermost, and where a position lies does not depend on
-    their number. Else one block holds the positions that are in use, and grows (`with_room`): fewer
-    and larger matmuls.
+    The blocks are outermost: what is live is then read from end to end, and where a position lies
+    does not depend on their number. Torch's own attention wants the positions of a row side by
+    side: for it there is one block.
     """
 
     keys: tuple[Tensor, ...]
@@ -87,18 +86,6 @@ class KeyValueCache:
     def fits(self, num_rows: int, num_positions: int) -> bool:
         """Whether these rows and positions find room."""
         return self.num_rows >= num_rows and self.num_positions >= num_positions
-
-    def with_room(self, num_positions: int) -> KeyValueCache:
-        """This cache where it holds so many positions, else a copy in one block that does."""
-        more = math.ceil(num_positions / BLOCK) * BLOCK - self.num_positions
-        if more <= 0:
-            return self
-        assert len(self.keys[0]) == 1, "a cache of several blocks has all positions from the start"
-        keys, values = (
-            tuple(pad(part, (0, 0, 0, more)) for part in parts)
-            for parts in (self.keys, self.values)
-        )
-        return KeyValueCache(keys, values)
 
     def rows(self, num_rows: int) -> KeyValueCache:
         """A cache of so many rows in the memory of this one."""
@@ -176,8 +163,8 @@ Attend = Callable[[int, Tensor, HeadNorms], Tensor]
 class Backend:
     """The steps between the matmuls of a decode, by torch's own operations."""
 
-    fixed_cache = False
-    """Whether the cache must have its blocks of `BLOCK` positions from the start."""
+    blocks = False
+    """Whether it reads a cache in blocks of `BLOCK` positions."""
 
     def norm(
         self,
@@ -256,35 +243,23 @@ def apply_rotary(
 
 
 def length_mask(positions_R: Tensor, num_live: int) -> Tensor:
-    """0 for the positions a row has filled, -inf behind them, up to a whole block; R1S."""
-    num_positions = math.ceil(num_live / BLOCK) * BLOCK
-    position_S = torch.arange(num_positions, device=positions_R.device)
-    mask_RS = torch.zeros(len(positions_R), num_positions, device=positions_R.device)
+    """0 for the positions a row has filled, -inf behind them, R1S."""
+    position_S = torch.arange(num_live, device=positions_R.device)
+    mask_RS = torch.zeros(len(positions_R), num_live, device=positions_R.device)
     return mask_RS.masked_fill_(position_S > positions_R[:, None], -math.inf)[:, None]
 
 
 def decode_attention(
     query_RKJE: Tensor, keys_WRKUE: Tensor, values_WRKUE: Tensor, mask_R1S: Tensor
 ) -> Tensor:
-    """Attention of one token per row over the positions of the mask, RKJE.
-
-    The matmuls are in the dtype of the query, the softmax between them in fp32.
-
-    On a CPU batched matmuls and a softmax take a fraction of the time of SDPA at one query.
-    """
-    num_rows, num_heads, num_queries, head_dim = query_RKJE.shape
-    batch, block_size = num_rows * num_heads, keys_WRKUE.shape[3]
-    query = query_RKJE.reshape(batch, num_queries, head_dim) * head_dim**-0.5
-    num_blocks = mask_R1S.shape[-1] // block_size
-    keys, values = (
-        part[:num_blocks].view(num_blocks, batch, block_size, head_dim).to(query.dtype)
+    """Attention of one token per row over the positions of the mask, RKJE in the query's dtype."""
+    num_live = mask_R1S.shape[-1]
+    keys_RKSE, values_RKSE = (
+        # One block is read where it lies, several are copied side by side.
+        part.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :num_live].to(query_RKJE.dtype)
         for part in (keys_WRKUE, values_WRKUE)
     )
-    scores = [torch.bmm(query, block.transpose(1, 2)) for block in keys]
-    scores = scores[0] if num_blocks == 1 else torch.cat(scores, -1)
-    scores.view(num_rows, -1, num_blocks * block_size).add_(mask_R1S)
-    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype).split(block_size, -1)
-    mixed = torch.bmm(weights[0], values[0])
-    for weight, block in zip(weights[1:], values[1:], strict=True):
-        mixed.baddbmm_(weight, block)
-    return mixed.view(query_RKJE.shape)
+    # The query heads of a key-value head take the place of positions.
+    return scaled_dot_product_attention(
+        query_RKJE, keys_RKSE, values_RKSE, attn_mask=mask_R1S[:, None]
+    )

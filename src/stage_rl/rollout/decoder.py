@@ -129,11 +129,9 @@ class Decoder:
         head = sum(x.nbytes for layer in self.head_layers for x in layer if x is not None)
         return sum(layer.num_bytes for layer in self.layers) + self.final_norm.nbytes + head
 
-    def new_cache(
-        self, num_rows: int, num_positions: int, *, one_block: bool = False
-    ) -> KeyValueCache:
-        """An empty cache for the rows of a decode; with `one_block` it can grow."""
-        device = self.final_norm.device
+    def new_cache(self, num_rows: int, num_positions: int) -> KeyValueCache:
+        """An empty cache for the rows of a decode."""
+        device, one_block = self.final_norm.device, not self.backend.blocks
         shape = self.cache_shape
         return KeyValueCache.empty(shape, num_rows, num_positions, device, one_block=one_block)
 

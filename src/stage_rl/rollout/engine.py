@@ -79,8 +79,6 @@ class Engine:
         self._backend = _pick_backend(backend, policy.device)
         self._columns = Columns.of(policy.layout, policy.device)
         self._cuda_graph = policy.device.type == "cuda" if cuda_graph is None else cuda_graph
-        self._grows = not (self._cuda_graph or self._backend.fixed_cache)
-        """Whether the cache grows with the positions that are in use."""
         self._decoder: Decoder | None = None
         self._cache: KeyValueCache | None = None
         self._passes: dict[Hashable, DecodeState] = {}
@@ -132,8 +130,7 @@ class Engine:
         longest, columns = embeds_BLD.shape[1], self._columns
         num_rows = len(embeds_BLD) * group_size
         self.passes.append(PassStats(num_rows, columns.num_columns, lengths_B))
-        num_positions = longest if self._grows else longest + columns.num_columns - 1
-        cache = self._cache_for(num_rows, num_positions)
+        cache = self._cache_for(num_rows, longest + columns.num_columns - 1)
         state = self._pass_of(cache, sampling, uniforms_NT)
         states_BD = self.decoder.prefill(
             embeds_BLD,
@@ -151,7 +148,6 @@ class Engine:
         for column in range(columns.num_columns - 1):
             state.advance(longest + column + 1)
         state.draw()
-        state.cache = cache  # what it grew to is not kept
         return state.result()
 
     @property
@@ -166,10 +162,8 @@ class Engine:
         self._cache = None
 
     def _cache_for(self, num_rows: int, num_positions: int) -> KeyValueCache:
-        """A cache of so many rows and positions, in the last one's memory where addresses stay."""
-        if self._grows:
-            self._cache = self.decoder.new_cache(num_rows, num_positions, one_block=True)
-        elif self._cache is None or not self._cache.fits(num_rows, num_positions):
+        """A cache of so many rows and positions, in the last one's memory where they find room."""
+        if self._cache is None or not self._cache.fits(num_rows, num_positions):
             self.release()
             self._cache = self.decoder.new_cache(num_rows, num_positions)
         return self._cache.rows(num_rows)
@@ -369,7 +363,6 @@ class DecodeState:
         `num_live` bounds the positions that are read where the backend needs a bound.
         """
         embeds_ND = self._decoder.input_embeds[self.draw()]
-        self.cache = self.cache.with_room(num_live)
         coords_1A = self._columns.coords_UA.index_select(0, self._column)
         states_RD = self._decoder.step(
             embeds_ND.repeat(len(self._positions_R) // len(embeds_ND), 1),

@@ -26,7 +26,7 @@ from stage_rl.rollout.attention import Attend, Backend, HeadNorms, Heads, KeyVal
 class TritonBackend(Backend):
     """The same steps as kernels, which read the live positions alone and need no `num_live`."""
 
-    fixed_cache = True
+    blocks = True
 
     def norm(
         self,

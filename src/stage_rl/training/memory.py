@@ -134,8 +134,8 @@ class Work:
 
     @property
     def keeps_cache(self) -> bool:
-        """Whether the cache outlives a pass; on a CPU it grows anew in each."""
-        return self.on_gpu and not self.recipe.rollout.release_cache
+        """Whether the cache outlives a pass."""
+        return not self.recipe.rollout.release_cache
 
     @property
     def parameter_bytes(self) -> int:
