@@ -89,6 +89,7 @@ def test_the_recipe_of_a_benchmark_has_its_options():
     [
         ({"overrides": "rollout.dtype=bf16"}, "rollout.dtype"),
         ({"model": "no/folder"}, "no/folder: no such folder"),
+        ({"overrides": "algorithm.credit=uniform"}, "the eager form has the default objective"),
     ],
 )
 def test_a_wrong_option_is_one_line(options, message):

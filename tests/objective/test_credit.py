@@ -150,7 +150,7 @@ def test_the_share_of_entropy_differences_in_the_advantages():
     assert share_P.tolist() == pytest.approx([0, expected, 1], abs=1e-6)
 
 
-def test_the_mask_s_effective_tokens():
-    # Mask (0, 1): (0 + 1)^2 / (2 x 1).
+def test_the_tokens_that_a_mask_leaves_in_effect():
+    # Mask (0, 1), over its mean (0, 2): (0 + 2)^2 / (2 x 4).
     result = credits(settings=NO_ENTROPY)
-    assert result.metrics["mask/effective_tokens"].tolist() == [[0.5, 0.5]]
+    assert result.metrics["credit/ess"].tolist() == [[0.5, 0.5]]

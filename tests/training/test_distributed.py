@@ -141,10 +141,26 @@ def test_two_processes_train_in_mixed_precision(recipe, tmp_path):
             *("algorithm.importance_sampling=geometric_mask", "algorithm.loss=gspo_token"),
         ),
         ("algorithm.kl.estimator=exact", "optimizer.updates_per_rollout=2"),
+        (
+            *("algorithm.credit={kind: entropy_bonus, form: paper}", "algorithm.kl.estimator=k1"),
+            *("algorithm.loss=dr_grpo", "algorithm.importance_sampling=token_mask"),
+        ),
+        (
+            *("algorithm.credit={kind: high_entropy, scope: group}", "algorithm.kl.estimator=k2"),
+            *("algorithm.loss=sapo", "algorithm.importance_sampling=token_truncate"),
+        ),
+        (
+            *("algorithm.credit=uniform", "algorithm.kl.estimator=k3+", "algorithm.loss=gmpo"),
+            "algorithm.importance_sampling=sequence_truncate",
+        ),
+        (
+            *("algorithm.kl.estimator=rk3", "optimizer.updates_per_rollout=2"),
+            "algorithm.importance_sampling=sequence_mask",
+        ),
     ],
     ids=[
         *("microbatch", "lora", "all", "guided", "refresh", "failing", "resample", "methods"),
-        *("gdpo", "guidance", "exact"),
+        *("gdpo", "guidance", "exact", "bonus", "high", "sequence", "ratio"),
     ],
 )
 def test_two_processes_equal_one_in_other_recipes(recipe, tmp_path, overrides):

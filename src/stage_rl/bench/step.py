@@ -29,6 +29,7 @@ from stage_rl.bench.logprobs import naive_logprobs
 from stage_rl.bench.models import SIZES, recipe_of
 from stage_rl.bench.reweight import pair_loop_similarity
 from stage_rl.bench.rollout import generate, padded_ids, with_plain_attention
+from stage_rl.errors import InputError
 from stage_rl.policies.base import Policy
 from stage_rl.recipe import AlgorithmConfig, Recipe
 from stage_rl.rewards.judge import RewardFunctions
@@ -165,8 +166,9 @@ class EagerStep:
     """
 
     def __init__(self, recipe: Recipe, judge: RewardFunctions, device: torch.device):
-        settings = recipe.algorithm
-        assert settings == AlgorithmConfig(beta=settings.beta), "`loss` is the default preset"
+        if recipe.algorithm != AlgorithmConfig(beta=recipe.algorithm.beta):
+            text = "overrides: the eager form has the default objective; leave algorithm.* out but"
+            raise InputError(f"{text} for beta, or name a model of random weights")
         self.recipe, self.judge = recipe, judge
         self.policy = with_plain_attention(recipe.policy.build(device))
         self.reference = with_plain_attention(self.policy.reference())

@@ -10,8 +10,9 @@ annotated with.
 It is called for some whole groups at a time. What it returns are means over all their tokens: they
 are then weighted by the number of groups and added up, over micro-batches and processes.
 
-At ratio 1, as in the only update on a rollout, all built-in losses have one gradient, that of
--advantage x log-probability; `gspo` and `gmpo` with one advantage for all tokens of an image.
+At ratio 1, as in the only update on a rollout, the built-in losses have one gradient, that of
+-advantage x log-probability, with two exceptions: `gspo` and `gmpo` give every token of an image
+the mean of its advantages, and the advantage of `dr_grpo` is another one.
 
 Shape suffixes: P prompts, G group, T image tokens.
 """

@@ -32,13 +32,7 @@ def stage(inputs: CreditInputs, settings: AlgorithmConfig) -> CreditOutputs:
     if settings.weights_kl:
         kl = settings.kl
         kl_PGT = algorithm.kl_weight(sim_PGT, kl.a, kl.b, weight_clip=kl.weight_clip)
-    sum_PG, squares_PG = mask_PGT.sum(-1), mask_PGT.square().sum(-1)
-    effective_PG = sum_PG.square() / squares_PG.clamp_min(1e-12) / mask_PGT.shape[-1]
-    metrics = {
-        "similarity/mean": sim_PGT,
-        "mask/mean": mask_PGT,
-        "mask/effective_tokens": effective_PG,
-    }
+    metrics = {"similarity/mean": sim_PGT, "mask/mean": mask_PGT}
     return CreditOutputs(policy_PGT, kl_PGT, metrics=metrics)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from stage_rl.algorithm import exact_kl
 from stage_rl.policies.base import Policy
 from stage_rl.policies.logprobs import CONDITIONAL, UNCONDITIONAL, ReferenceRows, Scoring
+from stage_rl.policies.matmul import onednn_matmul
 from stage_rl.types import Measured, Prompt, Rollout
 
 
@@ -177,7 +178,12 @@ def needed_inputs(
 def guidance_kl(policy: Policy, batch: MicroBatch, precision: Precision) -> Tensor:
     """KL(conditional, unconditional) of every token, summed over the codebook, PGT."""
     both = []
-    with policy.unsharded():
+
+    def logits(rows_RD: Tensor) -> Tensor:
+        logits_RV = policy.head(rows_RD)
+        return logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
+
+    with policy.unsharded(), onednn_matmul(policy.device):
         for scoring in (CONDITIONAL, UNCONDITIONAL):
             states_NTD = policy.states(
                 batch.prompts,
@@ -188,7 +194,7 @@ def guidance_kl(policy: Policy, batch: MicroBatch, precision: Precision) -> Tens
             )
             both.append(states_NTD.flatten(0, 1).split(precision.logprob_rows))
         kl_R = [
-            exact_kl(policy.head(cond_RD).float(), policy.head(uncond_RD).float())
+            exact_kl(logits(cond_RD), logits(uncond_RD))
             for cond_RD, uncond_RD in zip(*both, strict=True)
         ]
     return batch.by_group(torch.cat(kl_R).view_as(batch.tokens_NT))
