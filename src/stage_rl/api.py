@@ -22,7 +22,7 @@ from stage_rl.config import load_recipe, load_reward
 from stage_rl.console import on_stop_signal
 from stage_rl.distributed import concat, init_distributed, pick_device
 from stage_rl.errors import InputError, RewardError, Stopped
-from stage_rl.evaluation.request import Request, asked_of
+from stage_rl.evaluation.request import Request, asked_of, evaluation_of
 from stage_rl.evaluation.results import Comparison, Results
 from stage_rl.evaluation.run import IMAGES_AT_ONCE, compare_policies, run_suites
 from stage_rl.evaluation.understanding import (
@@ -284,11 +284,12 @@ def evaluate_run(recipe: Recipe, folder: Path) -> str:
     Raises `Stopped` after Ctrl-C or SIGTERM.
     """
     saved, kept = latest_checkpoint(folder / "checkpoints"), folder / "evaluation.txt"
-    assert recipe.evaluation is not None
+    evaluation = evaluation_of(recipe)
+    assert evaluation is not None
     assert saved is not None
     # The run may have more steps than this recipe asks for.
     head = f"after {saved.state.step} steps; "
-    asked = asked_of(recipe.evaluation, recipe.guidance_scale)
+    asked = asked_of(evaluation, recipe.guidance_scale)
     if kept.exists() and _asked_before(folder, asked) == asked:
         text = kept.read_text(encoding="utf-8")
         if text.startswith(head):
@@ -303,7 +304,7 @@ def evaluate_run(recipe: Recipe, folder: Path) -> str:
         table = compare_policies(
             recipe.policy.build(device),
             load(folder, device),
-            evaluation=recipe.evaluation,
+            evaluation=evaluation,
             guidance_scale=recipe.guidance_scale,
             out=folder,
         )

@@ -126,17 +126,26 @@ def resolved_json(recipe: Recipe) -> str:
 
 def values_to_show(recipe: Recipe) -> dict[str, Any]:
     """The tree of a recipe for files and pages, where a value of the environment is a reference."""
-    return _put_references(recipe.model_dump(mode="json"), recipe.origin.references)
+    return put_references(recipe.model_dump(mode="json"), recipe.origin.references)
 
 
-def _put_references(value: Any, references: Mapping[str, str], key: str = "") -> Any:
+def put_references(value: Any, references: Mapping[str, str], key: str = "") -> Any:
     """A tree at a dotted key with the texts that references stand for replaced by them."""
     start = f"{key}." if key else ""
     if isinstance(value, dict):
-        return {k: _put_references(one, references, f"{start}{k}") for k, one in value.items()}
+        return {k: put_references(one, references, f"{start}{k}") for k, one in value.items()}
     if isinstance(value, list):
-        return [_put_references(one, references, f"{start}{n}") for n, one in enumerate(value)]
+        return [put_references(one, references, f"{start}{n}") for n, one in enumerate(value)]
     return references.get(key, value) if isinstance(value, str) else value
+
+
+def references_in(tree: Any) -> dict[str, str]:
+    """By dotted key the texts of a tree that read the environment."""
+    return {
+        key: text
+        for key, text in flatten(tree)
+        if isinstance(text, str) and FROM_ENVIRONMENT.search(text)
+    }
 
 
 def written_out(recipe: Recipe) -> str:
@@ -282,7 +291,7 @@ def _lines(
             yield from _items(value, references, f"{prefix}{key}.")
         else:
             plain = settings.model_dump(mode="json", include={key})[key]
-            plain = _put_references(plain, references, f"{prefix}{key}")
+            plain = put_references(plain, references, f"{prefix}{key}")
             yield f"{key}: {json.dumps(plain, ensure_ascii=False)}", comment
 
 

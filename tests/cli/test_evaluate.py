@@ -85,7 +85,12 @@ def test_eval_lists_what_each_benchmark_needs_and_what_is_missing(tmp_path, stag
     assert "--data has no questions/geneval2.jsonl; Qwen/Qwen3-VL-8B-" in lines["geneval2"]
     assert "--data has no coco/val2014" in lines["pope"]
     assert "mplug_scorer" in lines["dpg"]
-    assert "mplug/bin/python" in lines["dpg"]
+    assert "program 'mplug/bin/python'" in lines["dpg"]
+    (tmp_path / "val2014").mkdir()
+    done = stage("eval", "--benchmark", "list", "--data", tmp_path, "ocr.engine=paddleocr")
+    lines = {line.split()[0]: line for line in done.stdout.splitlines() if line}
+    assert lines["pope"].endswith("nothing")
+    assert lines["ocr"].endswith("package paddleocr")
     assert "--data" not in lines["drawbench"]
     assert "aesthetic.head: is required" in lines["drawbench"]
 
@@ -150,3 +155,6 @@ def test_questions_about_images_stand_alone(run_main):
     code, printed = run_main("eval", "x", "--benchmark", "pope", "--benchmark", "geneval")
     assert (code, printed.count("\n")) == (2, 1)
     assert printed.startswith("error: --benchmark pope: takes a MODEL, and no others beside it")
+    code, printed = run_main("eval", "x", "--benchmark", "pope", "--smoke")
+    assert (code, printed.count("\n")) == (2, 1)
+    assert printed.startswith("error: --smoke: pope asks about pictures of its own")

@@ -126,6 +126,7 @@ def test_ten_dimensions_of_janus_pro_have_the_published_mean():
     figures = ten_dimensions([row([v / 100 for v in published.values()], names=[*published])])
     assert figures["overall"] == pytest.approx(61.36, abs=0.005)
     assert figures["Attribute"] == pytest.approx(68.59)
+    assert "overall" not in ten_dimensions([row([1.0], names=["Style"])])  # nine are missing
     # Test points are pooled, not sub-dimensions: (1 + 0 + 0) / 3.
     names = ["Action - State", "Action - Hand", "Action - Hand"]
     assert ten_dimensions([row([1.0, 0.0, 0.0], names=names)])["Action"] == pytest.approx(100 / 3)

@@ -6,11 +6,16 @@ import pytest
 from tiny_vlms import save_vlm
 
 from stage_rl.errors import InputError
+from stage_rl.evaluation import run
 from stage_rl.evaluation.judged import CVTG, GENEVAL2, ONEIG_TEXT
 from stage_rl.evaluation.request import Request
-from stage_rl.evaluation.run import run_suites
+from stage_rl.evaluation.run import run_suite, run_suites
+from stage_rl.evaluation.smoke import MadeUpChat, smoke_prompts
+from stage_rl.evaluation.suites import ALL, PromptSet, Scorer, find_suite
 from stage_rl.prompts.questions import Header, Question, QuestionRecord, write_questions
 from stage_rl.rewards.base import Score
+from stage_rl.rewards.vlm import judge
+from stage_rl.rewards.vlm.judge import JudgeReward
 
 
 @pytest.fixture
@@ -38,10 +43,10 @@ def data(tmp_path):
 
 def test_a_tiny_judge_answers_a_benchmark_once(data, tiny_shapes):
     save_vlm("qwen3_vl", data / "judge")
-    judge = {"path": str(data / "judge"), "dtype": "float32", "answers": ["Yes", "yes"]}
+    tiny = {"path": str(data / "judge"), "dtype": "float32", "answers": ["Yes", "yes"]}
     out = data / "out"
     request = Request(
-        out=out, data=data, dtype="float32", guidance_scale=1.0, scorers={"judge": judge}
+        out=out, data=data, dtype="float32", guidance_scale=1.0, scorers={"judge": tiny}
     )
 
     def results():
@@ -59,11 +64,70 @@ def test_a_tiny_judge_answers_a_benchmark_once(data, tiny_shapes):
     # A question file of two prompts and a judge of random weights are not the benchmark.
     (line,) = [line for line in first.statements if line.startswith("not the published")]
     assert "not all images" in line
-    assert f"judged by {judge['path']}, the published figures by Qwen3-VL" in line
+    assert f"judged by {tiny['path']}, the published figures by Qwen3-VL" in line
+    assert "whether its questions" not in line
+    assert "its questions are those of x" in line
+    assert "judge.dtype=float32, the benchmark has bfloat16" in line
     stamps = [file.stat().st_mtime_ns for file in files]
     files[0].unlink()
     assert results() == first
     assert files[1].stat().st_mtime_ns == stamps[1]
+
+
+def test_every_judged_benchmark_runs_with_a_tiny_random_judge(tmp_path, tiny_shapes, monkeypatch):
+    save_vlm("qwen3_vl", tmp_path / "judge")
+
+    def tiny(name, verdicts, config):
+        small = {"path": str(tmp_path / "judge"), "dtype": "float32", "tries": 1}
+        limits = {"max_new_tokens": 4, "answers": ("Yes", "yes")}
+        return config.model_copy(update=small | limits).build(tiny_shapes.device)
+
+    real = PromptSet.prompts
+    monkeypatch.setattr(PromptSet, "prompts", lambda *args, **more: real(*args, **more)[:2])
+    monkeypatch.setattr(run, "made_up_reward", tiny)
+    request = Request(smoke=True, dtype="float32", guidance_scale=1.0, images_per_prompt=1)
+    figures = {}
+    for name in ALL:
+        suite = find_suite(name)
+        if suite.scorers.get("judge", Scorer({"kind": ""})).settings["kind"] != "judge":
+            continue
+        figures[name] = run_suite(tiny_shapes, name, request).figures
+    # Probabilities, words and texts can be read of anybody; a form takes a judge that knows it.
+    unread = {name for name, found in figures.items() if found["answers missing"] == 1}
+    assert unread == {"wise", "unigenbench", "tiif"}
+    assert all(figures[name]["images without a score"] == 1 for name in unread)
+    assert set(figures) - unread == {"geneval2", "oneig-alignment", "oneig-text", "longtext"}
+    assert 0 < figures["geneval2"]["GM"] < 100
+    assert figures["oneig-alignment"]["overall"] == figures["longtext"]["words read"] == 0
+
+
+def test_replies_that_were_kept_are_read_anew(data, tiny_shapes, monkeypatch):
+    suite, asked = find_suite("wise"), []
+    prompts = smoke_prompts("wise")[:2]
+    monkeypatch.setattr(PromptSet, "prompts", lambda *args, **more: prompts)
+    out = data / "wise"
+    request = Request(out=out, smoke=True, dtype="float32", guidance_scale=1.0)
+
+    def says(name, verdicts, config):
+        asked.append(name)
+
+        class Judge(JudgeReward):
+            def _replies(self, images, requests, longest):
+                return ["Verdict: right"] * len(requests)
+
+        return Judge(MadeUpChat(), config)
+
+    monkeypatch.setattr(run, "made_up_reward", says)
+
+    job = run._job(suite, request)
+    kept = run._Run(tiny_shapes, request, "tiny", out)
+    assert kept.results_of(job).figures["answers missing"] == 1
+    # A reader that knows more makes an answer of what was said, and asks nobody.
+    monkeypatch.setattr(judge, "read_score", lambda reply, numbers: [float("right" in reply)])
+    again = kept.results_of(job)
+    assert again.figures["answers missing"] == 0
+    assert [one.value for one in again.scores["score"]] == [1, 1]
+    assert asked == ["judge"]
 
 
 def test_a_benchmark_without_its_questions_says_where_they_go(tmp_path):

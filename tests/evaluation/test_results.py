@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from stage_rl.errors import InputError
+from stage_rl.evaluation.aggregation import ImageAnswers, PromptAnswers
+from stage_rl.evaluation.figures import NUM_DRAWS, figure_draws
 from stage_rl.evaluation.results import (
     Comparison,
     ImageScore,
@@ -211,6 +213,36 @@ def test_a_table_names_the_models_only_where_the_columns_do_not():
     assert told.splitlines()[0] == str(SETUP)
     others = Comparison(results("shapes", (0, 0, 0, 0)), results("runs/a", (1, 0, 0, 0))).table()
     assert others.splitlines()[0] == f"{SETUP}: base shapes, trained runs/a"
+
+
+def test_figures_of_two_models_are_paired_draw_by_draw():
+    def of(model, figure, draws):
+        one = results(model, (0, 1, 0, 1))
+        return replace(one, figures={"GM": figure}, figure_draws={"GM": draws}, overall_row="mean")
+
+    before, after = of("old", 10.0, (0.0, 20.0) * 200), of("new", 12.0, (2.0, 22.0) * 200)
+    assert before.figure_interval("GM") == (0, 20)
+    assert "GM  10.000 [0.000, 20.000]" in before.table()
+    comparison = Comparison(before, after)
+    # However far the draws spread, the difference is 2 in every one.
+    assert comparison.differences == {"GM": (2, (2, 2))}
+    rows = [line.split() for line in comparison.table().splitlines()]
+    assert ["GM", "10.000", "12.000", "+2.000", "[+2.000,", "+2.000]"] in rows
+    assert comparison.to_json()["figures"]["GM"] == {"mean": 2, "interval": (2, 2)}
+    assert of("x", 1.0, (1.0, None)).figure_interval("GM") is None
+
+
+def test_draws_take_as_many_prompts_of_each_task_again():
+    def share(rows):
+        return {"share": sum(row.images[0].values[0] for row in rows) / len(rows)}
+
+    rows = [PromptAnswers((ImageAnswers((value,)),)) for value in (0.0, 1.0, 1.0, 1.0)]
+    draws = figure_draws(rows, ["a", "a", "b", "b"], share)["share"]
+    # Of a: 0, 1/2 or 1 with chances 1/4, 1/2, 1/4; b is always 1.
+    assert set(draws) == {0.5, 0.75, 1.0}
+    assert draws.count(0.75) / NUM_DRAWS == pytest.approx(0.5, abs=0.1)
+    assert draws == figure_draws(rows, ["a", "a", "b", "b"], share)["share"]
+    assert figure_draws(rows, ["a", "b", "b", "b"], share) == {}
 
 
 def test_results_of_different_streams_are_not_paired():

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stage_rl.config import load_reward
+from stage_rl.config import load_recipe, load_reward
 from stage_rl.errors import InputError, RewardError, Stopped
 from stage_rl.evaluation import run
 from stage_rl.evaluation.aggregation import WISE_WEIGHTS, dependency_graph
-from stage_rl.evaluation.request import Request
+from stage_rl.evaluation.request import Request, asked_of, evaluation_of
 from stage_rl.evaluation.run import run_suites, skipped
 from stage_rl.evaluation.scores import settings_that_score
-from stage_rl.evaluation.suites import ALL, PromptSet, find_suite, parse_overrides
+from stage_rl.evaluation.suites import ALL, PromptSet, find_suite, parse_overrides, scorers_of
 from stage_rl.rewards.base import RewardConfig, Score
 
 PER_PROMPT = {
@@ -46,6 +46,7 @@ class PlainConfig(RewardConfig):
     """Scores an image by its brightness, and fails as often as it is told."""
 
     failures: int = 0
+    password: str = ""
 
     def build(self, device):
         left = [self.failures]
@@ -136,7 +137,12 @@ def test_the_figures_of_a_judge_are_those_that_papers_print(smoke):
         assert figure in results[name].figures, name
         assert 0 <= results[name].figures["answers missing"] < 0.5
     # Every question about an image has one answer: 6 categories, one auditor.
-    assert set(results["wise"].figures) == {"overall", *WISE_WEIGHTS, "answers missing"}
+    shares = {"answers missing", "images without a score"}
+    assert set(results["wise"].figures) == {"overall", *WISE_WEIGHTS, *shares}
+    wise = results["wise"]
+    assert wise.figures["images without a score"] == 1 - len(wise.scores["score"]) / 6
+    assert "mean of images" in wise.table()
+    assert "overall" in results["geneval"].table()
 
 
 def test_a_changed_aggregation_asks_no_judge_again(smoke, tiny_shapes, monkeypatch):
@@ -358,6 +364,36 @@ def test_what_changes_no_score_asks_nobody_again():
     assert hashed("external", "command=[y]") != hashed("external", "command=[x]")
 
 
+def test_a_secret_is_read_where_it_is_used_and_written_as_a_reference(
+    few, tiny_shapes, tmp_path, monkeypatch
+):
+    given = [f"bright.kind={PLAIN}", "bright.password=${oc.env:PASSWORD}", "diversity=null"]
+    settings = parse_overrides(given)
+    with pytest.raises(InputError, match=r"diversity: bright: .*PASSWORD.* not found.*; set it"):
+        diversity(tiny_shapes, out=tmp_path / "x", scorers=settings)
+    monkeypatch.setenv("PASSWORD", "hunter2")
+    seen = []
+    monkeypatch.setattr(PlainConfig, "build", lambda self, device: seen.append(self) or _bright)
+    result = diversity(tiny_shapes, out=tmp_path, scorers=settings)
+    assert {one.password for one in seen} == {"hunter2"}
+    assert result.setup.scorers["bright"]["password"] == "${oc.env:PASSWORD}"
+    written = [file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()]
+    assert written
+    assert not any(b"hunter2" in data for data in [*written, result.table().encode()])
+    # A recipe's are resolved when it is read, and written as references all the same.
+    scorers = f"{{bright: {{kind: '{PLAIN}', password: '${{oc.env:PASSWORD}}'}}}}"
+    evaluation = evaluation_of(load_recipe("shapes_smoke", [f"evaluation.scorers={scorers}"]))
+    assert evaluation is not None
+    asked = asked_of(evaluation, 1.0)
+    assert asked["scorers"]["bright"]["password"] == "${oc.env:PASSWORD}"
+    known = scorers_of(find_suite("diversity"), evaluation.scorers, smoke=True)
+    assert known["bright"][1].password == "hunter2"
+
+
+def _bright(images_NHWC, prompts):
+    return [Score(float(image.float().mean()), "brightness") for image in images_NHWC]
+
+
 def test_a_reward_that_fails_twice_ends_the_run_and_keeps_what_is_scored(
     few, tiny_shapes, tmp_path, monkeypatch
 ):
@@ -401,6 +437,15 @@ def test_prompts_that_cannot_be_found_are_named(tmp_path):
     assert "longtext is not run: Qwen/Qwen2.5-VL-7B-Instruct is not on this machine" in lines
     there = Request(data=tmp_path, scorers={"judge": {"path": str(tmp_path)}})
     assert not any(line.startswith("longtext") for line in skipped(["all"], there))
+    # What reads and what answers is looked for before anything is drawn.
+    for name, where in (("ocr", "ocr/test.txt"), ("dpg", "questions/dpg.jsonl")):
+        (tmp_path / where).parent.mkdir(exist_ok=True)
+        (tmp_path / where).touch()
+        (line,) = skipped(
+            ["all"], Request(data=tmp_path / where, scorers={"ocr": {"engine": "paddleocr"}})
+        )[{"ocr": 3, "dpg": 5}[name] :][:1]
+        part = {"ocr": "package paddleocr", "dpg": "program 'mplug/bin/python'"}[name]
+        assert line == f"{name} is not run: {part} is not on this machine"
     assert skipped(["ocr"], Request()) == []
     with pytest.raises(InputError, match="unknown 'genevl'"):
         run_suites(None, ["genevl"], Request(), model="none")

@@ -1,8 +1,10 @@
 """What a benchmark measures, what is held against the paper, and what cannot be."""
 
+import hashlib
+
 import pytest
 
-from stage_rl.evaluation.published import FIGURES, JUDGED, PUBLISHED, departures, statements
+from stage_rl.evaluation.published import FIGURES, PUBLISHED, departures, statements
 from stage_rl.evaluation.results import ImageScore, Setup
 from stage_rl.evaluation.suites import (
     ALL,
@@ -11,25 +13,40 @@ from stage_rl.evaluation.suites import (
     T2I_COMPBENCH,
     find_suite,
     find_suites,
+    own_settings,
     parse_overrides,
     scorers_of,
 )
 from stage_rl.rewards.base import RewardConfig, Score
-from stage_rl.rewards.clip import HpsConfig
+from stage_rl.rewards.detectors import openmmlab
+from stage_rl.rewards.detectors.openmmlab import is_official
+from stage_rl.rewards.external import MPLUG_SCORER
 from stage_rl.types import Prompt
 
-SCORERS = {"hps": HpsConfig.model_validate({"jpeg_quality": 75})}
+JPEG = ("hps.jpeg_quality=75",)
+HEAD = ("aesthetic.head=none",)
 
 
-def said(benchmark, ours, *, guidance_scale=5.0, temperature=1.0, top_k=0, **changes):
-    drawn = {"temperature": temperature, "top_k": top_k}
-    setup = Setup(benchmark, "", guidance_scale, 0, "mixed", **drawn)
-    known = {"complete": True, "smoke": False, "scorers": {}, "left_out": ()} | changes
-    return statements(benchmark, ours, departures(setup, **known), smoke=known["smoke"])
+def said(benchmark, ours, settings=(), *, others=(), smoke=False, missing=0.0, **changes):
+    """What follows a table where the rewards have these settings beside the benchmark's."""
+    drawn = {"guidance_scale": 5.0, "temperature": 1.0, "top_k": 0} | changes
+    suite = find_suite(benchmark)
+    scorers = scorers_of(suite, parse_overrides(settings), smoke=smoke)
+    configs = {name: config for name, (_, config) in scorers.items()}
+    shown = {name: config.model_dump(mode="json") for name, config in configs.items()}
+    known = departures(
+        Setup(benchmark, "", scorers=shown, **drawn),
+        smoke=smoke,
+        scorers=configs,
+        own=own_settings(suite, scorers),
+        missing=missing,
+        others=others,
+    )
+    return statements(benchmark, ours, known, smoke=smoke)
 
 
 def test_published_figures_stand_beside_ours():
-    lines = said("hps", {"hps": {"overall": 29.123}}, scorers=SCORERS)
+    lines = said("hps", {"hps": {"overall": 29.123}}, JPEG)
     assert lines[:2] == ["", "published (STAGE, arXiv 2509.25027):"]
     assert [line.split() for line in lines[2:]] == [
         ["hps", "overall"],
@@ -37,8 +54,11 @@ def test_published_figures_stand_beside_ours():
         ["Janus-Pro-7B", "28.64"],
     ]
     # A measure that was not taken has none; a benchmark that is not the paper's says nothing.
-    assert sum("published" in line for line in said("drawbench", {"pickscore": {}})) == 1
-    assert said("shapes-geneval", {"gold": {}}, complete=False) == []
+    assert (
+        sum(line.startswith("published") for line in said("drawbench", {"pickscore": {}}, HEAD))
+        == 1
+    )
+    assert said("shapes-geneval", {"gold": {}}, others=["x"]) == []
 
 
 @pytest.mark.parametrize(
@@ -47,23 +67,28 @@ def test_published_figures_stand_beside_ours():
         ({"guidance_scale": 3.0}, "drawn with guidance 3, the paper's is 5"),
         ({"temperature": 0.5}, "drawn at temperature 0.5, the paper's is 1"),
         ({"top_k": 9}, "drawn from the 9 likeliest tokens, the paper's from all"),
-        ({"complete": False}, "not all images of the benchmark are there"),
-        ({"left_out": ["x"]}, "left out: x"),
-        (
-            {"scorers": {"hps": HpsConfig.model_validate({})}},
-            "the paper scores JPEG files of quality 75; add hps.jpeg_quality=75",
-        ),
+        ({"others": ["not all"]}, "the published protocol: not all"),
+        ({"settings": ()}, "the paper scores JPEG files of quality 75; add hps.jpeg_quality=75"),
+        ({"settings": ("hps.path=x/y",)}, "hps.path=x/y is not known to be xswu/HPSv2"),
+        ({"settings": ("hps=null", "h.kind=hps_v3")}, "left out: hps"),
     ],
 )
 def test_another_protocol_is_said_below_the_figures(changes, reason):
-    lines = said("hps", {"hps": {"overall": 29.0}}, **{"scorers": SCORERS} | changes)
+    lines = said("hps", {"hps": {"overall": 29.0}}, **{"settings": JPEG} | changes)
     assert lines[-1].startswith("not the published protocol: ")
     assert reason in lines[-1]
     assert any("28.64" in line for line in lines)
 
 
+def test_hps_v3_stands_beside_figures_of_other_prompts():
+    lines = said("hps", {"hps_v3": {"overall": 9.0}}, ("hps_v3.kind=hps_v3", *JPEG))
+    assert ["Kolors", "10.55"] in [line.split() for line in lines]
+    assert "not the published protocol (hps_v3): its published figures are of" in lines[-1]
+    assert not any("HPDv3" in line for line in said("hps", {"hps": {}}, JPEG))
+
+
 def test_a_smoke_run_is_held_against_nothing():
-    (line,) = said("hps", {"hps": {"overall": 0.5}}, scorers=SCORERS, smoke=True)
+    (line,) = said("hps", {"hps": {"overall": 0.5}}, JPEG, smoke=True)
     assert "a smoke run" in line
 
 
@@ -81,32 +106,61 @@ def test_what_differs_is_said_row_by_row():
         assert any(begin in line for line in lines)
 
 
-@pytest.mark.parametrize(
-    ("detector", "is_own"),
-    [
-        ({"path": "a/model"}, False),
-        ({"path": "weights/x.pth", "batch_size": 2}, True),
-        ({"path": "weights/x.pth", "shortest_side": 600}, False),
-        ({"path": "weights/x.pth", "jpeg_quality": 75}, False),
-    ],
-)
-def test_the_evaluators_own_detector_is_no_departure(detector, is_own):
-    settings = {"kind": "geneval", "detector": {"kind": "mask2former", **detector}}
-    scorers = {"geneval": RewardConfig.model_validate(settings)}
-    last = said("geneval", {"correct": {"overall": 0.8}}, scorers=scorers)[-1]
-    assert ("not the evaluator's own" not in last) == is_own
+def test_settings_nearer_to_the_paper_are_no_departure():
+    own, release = (
+        "\n".join(said("t2i-compbench", {"score": {}}, settings))
+        for settings in ((), ("spatial.compat=release", "depth.compat=release"))
+    )
+    assert "'on top of' can hold" in own
+    assert "its axes are in order" in own
+    assert "compat" not in release
+    other = said("t2i-compbench", {"score": {}}, ("spatial.threshold=0.5",))[-1]
+    assert "spatial.threshold=0.5, the benchmark has " in other
+
+
+def test_the_evaluators_own_detector_is_known_by_its_sum(tmp_path, monkeypatch):
+    file = tmp_path / "x.pth"
+    file.write_bytes(b"weights")
+    assert not is_official(str(file))
+    is_official.cache_clear()
+    sums = hashlib.sha256(b"weights").hexdigest()
+    monkeypatch.setattr(openmmlab, "OFFICIAL_SHA256", sums[:8])
+
+    def last(**settings):
+        texts = [f"geneval.detector.{key}={value}" for key, value in settings.items()]
+        return said("geneval", {"correct": {"overall": 0.8}}, texts)[-1]
+
+    own = last(path=file, batch_size=2)
+    assert own == (
+        "not the published protocol: CLIP tells colours in fp32, there under fp16 autocast"
+    )
+    assert "not the evaluator's own" in last(path="weights/other.pth")
+    assert "not the evaluator's own" in last(path=file, jpeg_quality=75)
+    assert "detector.clip=x/y is not known to be openai/clip" in last(path=file, clip="x/y")
+    assert (
+        "geneval.threshold=0.25, the benchmark has 0.3"
+        in said("geneval", {}, ["geneval.threshold=0.25"])[-1]
+    )
 
 
 def test_the_published_tables_add_up():
     # GenEval's overall is the mean of the six tasks, to the digits that are printed.
-    columns, models = PUBLISHED["geneval", "correct"]
-    assert columns.split()[0] == "overall"
-    for figures in models.values():
+    table = PUBLISHED["geneval", "correct"]
+    assert table.columns[0] == "overall"
+    for figures in table.models.values():
         overall, *tasks = figures.split()
         if "-" not in tasks:
             assert float(overall) == pytest.approx(sum(map(float, tasks)) / 6, abs=0.011)
-    for names, rows in PUBLISHED.values():
-        assert all(len(figures.split()) == len(names.split()) for figures in rows.values())
+    for table in PUBLISHED.values():
+        assert table.source
+        assert all(len(row.split()) == len(table.columns) for row in table.models.values())
+    # WISE's overall is the weighted sum, UniGenBench's the mean of its ten.
+    for figures in PUBLISHED["wise", FIGURES].models.values():
+        overall, culture, *others = map(float, figures.split())
+        assert overall == pytest.approx(0.4 * culture + 0.12 * sum(others), abs=1e-4)
+    models = PUBLISHED["unigenbench", FIGURES].models
+    overall, *ten = map(float, models["Janus-Pro"].split())
+    assert overall == pytest.approx(sum(ten) / 10, abs=0.005)
 
 
 def test_every_benchmark_names_scorers_that_exist():
@@ -168,45 +222,53 @@ def test_hps_is_reported_a_hundredfold():
     assert measures == {"hps": pytest.approx(28.64)}
 
 
-def test_another_judge_than_the_published_one_is_said():
-    def lines(judge):
-        known = {"kind": "judge", "mode": "token_probability", "template": "{question}"}
-        scorers = {"judge": RewardConfig.model_validate(known | {"path": judge})}
-        return said("geneval2", {FIGURES: {"GM": 12.345, "AM": 40.0}}, scorers=scorers)
-
-    same = lines("Qwen/Qwen3-VL-8B-Instruct")
-    assert not any("not comparable" in line for line in same)
-    assert [line.split() for line in same if line.startswith("this model")] == [
+def test_the_published_judge_is_no_departure():
+    lines = said("geneval2", {FIGURES: {"GM": 12.345, "AM": 40.0}}, guidance_scale=1.0, top_k=5)
+    assert not any("not the published" in line for line in lines)
+    assert [line.split() for line in lines if line.startswith("this model")] == [
         ["this", "model", "12.35", "40"]
     ]
-    assert "judged by x/y, the published figures by Qwen3-VL-8B-Instruct" in lines("x/y")[-1]
     # A column of the user's own stands before the suite's and is no judge of it.
-    added = {"mine": RewardConfig.model_validate({"kind": "external", "command": ["true"]})}
-    assert not any("judged by" in line for line in said("wise", {}, scorers=added))
-    # A program is DPG's judge; a model in its place is another.
-    external = RewardConfig.model_validate({"kind": "external", "command": ["true"]})
-    assert not any("judged by" in line for line in said("dpg", {}, scorers={"judge": external}))
-    assert "2.0% of the answers are missing" in said("wise", {}, missing=0.02)[-1]
-    assert "missing" not in said("wise", {}, missing=0.01)[-1]
+    added = said("wise", {}, ["mine.kind=external", "mine.command=[x]", "judge.batch_size=2"])
+    assert added[-1] == "not the published protocol: the judge answers without vLLM"
+    assert not any(
+        "judged by" in line for line in said("dpg", {}, [f"judge.command=[py, {MPLUG_SCORER}]"])
+    )
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "settings", "reason"),
+    [
+        ("geneval2", ["path=x/y"], "by x/y, the published figures by Qwen3-VL-8B-Instruct, bf16"),
+        ("geneval2", ["mode=yes_share"], "mode=yes_share, the benchmark has token_probability"),
+        ("geneval2", ["dtype=float16"], "judge.dtype=float16, the benchmark has bfloat16"),
+        ("oneig-alignment", ["answers=[yep,Yep]"], 'judge.answers=["yep", "Yep"], the benchmark'),
+        ("dpg", ["command=[py,/x/mplug_scorer.py]"], "judged by /x/mplug_scorer.py, the published"),
+        ("dpg", ["kind=vqa_score"], "judge.kind=vqa_score, the benchmark has external"),
+        ("unigenbench", ["path=x/3B"], "judged by x/3B, the published figures by Gemini-2.5-Pro"),
+        ("unigenbench", [], "judged by CodeGoat24/UniGenBench-EvalModel-qwen3vl-32b-v1, the"),
+        ("cvtg", [], "judged by rapidocr, the published figures by PaddleOCR 2.10: not comparable"),
+    ],
+)
+def test_another_judge_or_way_to_ask_than_the_published_is_said(benchmark, settings, reason):
+    lines = said(benchmark, {}, [f"judge.{text}" for text in settings])
+    assert reason in lines[-1]
+
+
+def test_a_copy_of_the_judge_on_disk_may_be_the_same(tmp_path):
+    last = said("geneval2", {}, [f"judge.path={tmp_path}"])[-1]
+    assert last.endswith("bf16: comparable if that is Qwen/Qwen3-VL-8B-Instruct")
+
+
+def test_too_many_images_without_a_score_void_the_comparison():
+    assert "2.0% of the images have no score" in said("wise", {}, missing=0.02)[-1]
+    assert "no score" not in said("wise", {}, missing=0.01)[-1]
 
 
 def test_another_kind_of_scorer_takes_none_of_the_settings_of_the_one_it_replaces():
     overrides = parse_overrides(["judge.kind=judge", "judge.path=x/y", "judge.mode=yes_share"])
     (_, config) = scorers_of(find_suite("dpg"), overrides, smoke=False)["judge"]
     assert (config.kind, config.model_dump()["path"]) == ("judge", "x/y")
-
-
-def test_judged_tables_have_a_cell_for_every_column():
-    for name, table in JUDGED.items():
-        assert find_suite(name).aggregate is not None
-        for figures in table.models.values():
-            assert len(figures.split()) == len(table.columns)
-    # WISE's overall is the weighted sum, UniGenBench's the mean of its ten.
-    for figures in JUDGED["wise"].models.values():
-        overall, culture, *others = map(float, figures.split())
-        assert overall == pytest.approx(0.4 * culture + 0.12 * sum(others), abs=1e-4)
-    overall, *ten = map(float, JUDGED["unigenbench"].models["Janus-Pro"].split())
-    assert overall == pytest.approx(sum(ten) / 10, abs=0.005)
 
 
 def test_prompt_sets_that_come_with_the_package_have_the_size_they_name():

@@ -124,6 +124,11 @@ def test_answers_are_kept_and_only_what_is_missing_is_asked(tmp_path, stub, monk
     assert ask(stub, "pope", tmp_path, limit=2).given == ("no", "no")
     assert ask(stub, "pope", tmp_path).given == ("no", "no", "yes", "yes", "yes", "yes")
     assert stub.asked == 6
+    # Another question is another answer.
+    other = tuple(replace(item, text="What?") for item in items(6))
+    monkeypatch.setitem(understanding.BENCHMARKS, "pope", replace(known, items=lambda _: other))
+    ask(stub, "pope", tmp_path, limit=1)
+    assert stub.asked == 7
     (folder / "2.jpg").unlink()
     monkeypatch.setattr(understanding, "base_digest", lambda policy: "other weights")
     with pytest.raises(InputError, match=r"has no coco/val2014/2\.jpg"):

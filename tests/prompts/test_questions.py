@@ -10,8 +10,14 @@ import pytest
 
 import stage_rl
 from stage_rl.errors import InputError
+from stage_rl.prompts import question_sources
 from stage_rl.prompts.files import PromptsConfig
-from stage_rl.prompts.question_sources import SOURCES, UNIGENBENCH_TEMPLATE, convert_questions
+from stage_rl.prompts.question_sources import (
+    SOURCES,
+    UNIGENBENCH_TEMPLATE,
+    convert_questions,
+    unlike_published,
+)
 from stage_rl.prompts.questions import questions_of, read_questions, write_questions
 
 SHIPPED = Path(stage_rl.__file__).parent / "evaluation" / "questions"
@@ -44,7 +50,8 @@ def dpg_clone(folder: Path, *, dependency: str = "1") -> Path:
 
 @pytest.fixture
 def one_prompt(monkeypatch):
-    source = replace(SOURCES["dpg"], num_prompts=1)
+    files = dict.fromkeys(SOURCES["dpg"].files, "")
+    source = replace(SOURCES["dpg"], num_prompts=1, files=files)
     monkeypatch.setitem(SOURCES, "dpg", source)  # pyright: ignore[reportArgumentType]
 
 
@@ -79,10 +86,45 @@ def test_a_parent_that_is_not_there_is_named(tmp_path, one_prompt):
 def test_another_version_is_refused_with_what_was_found(tmp_path):
     (tmp_path / "geneval2_data.jsonl").write_text("{}\n")
     expected = SOURCES["geneval2"].files["geneval2_data.jsonl"]
-    with pytest.raises(InputError, match=rf"geneval2_data.jsonl: sha256 \w+, expected {expected}"):
+    with pytest.raises(InputError, match=rf"geneval2_data.jsonl: sum \w+, expected {expected}"):
         convert_questions("geneval2", tmp_path)
-    with pytest.raises(InputError, match="1 prompts, expected 1065"):
+    with pytest.raises(InputError, match=r"sum git blob [0-9a-f]{40}, expected git blob 98457fc99"):
         convert_questions("dpg", dpg_clone(tmp_path))
+
+
+def test_a_file_by_hand_or_of_another_benchmark_is_no_published_one(tmp_path, one_prompt):
+    header, records = convert_questions("dpg", dpg_clone(tmp_path))
+    file = tmp_path / "dpg.jsonl"
+    write_questions(file, header, records)
+    assert unlike_published(file) == "whether its questions are the published ones is not known"
+    text = file.read_text()
+    file.write_text(text.replace("Is it red?", "Is it blue?"))
+    assert unlike_published(file) == "its questions were changed after they were written"
+    file.write_text(text.replace("ELLA at 3c228f1", "ELLA at 0000000"))
+    assert str(unlike_published(file)).endswith(
+        "those of github.com/TencentQQGYLab/ELLA at 0000000"
+    )
+    settings = {"kind": "questions", "path": str(file), "benchmark": "wise"}
+    with pytest.raises(InputError, match=r"dpg\.jsonl: holds the questions of 'dpg'; write those"):
+        PromptsConfig.model_validate(settings).build()
+    file.write_text(text.replace('"parents": [1]', '"parents": [5]'))
+    with pytest.raises(InputError, match=r"dpg\.jsonl: prompt '7': question 2 depends on 5"):
+        read_questions(file)
+
+
+def test_a_row_of_another_form_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "CVTG").mkdir()
+    (tmp_path / "CVTG/2.json").write_text('{"data_list": [{"prompt": "x"}]}')
+    with pytest.raises(InputError, match=r"CVTG/2\.json: entry 1 has no prompt or no index"):
+        convert_questions("cvtg", tmp_path)
+    (tmp_path / "CVTG/2.json").write_text('{"data": []}')
+    with pytest.raises(
+        InputError, match=r"rows have another form \(KeyError: 'data_list'\); check"
+    ):
+        convert_questions("cvtg", tmp_path)
+    # Git's own name of the content "hello" and a line feed.
+    (tmp_path / "x").write_text("hello\n")
+    assert question_sources._blob(tmp_path / "x") == "ce013625030ba8dba906f756967f9e9ca394464a"
 
 
 def test_a_broken_line_is_named_by_its_number(tmp_path):

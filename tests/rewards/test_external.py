@@ -15,7 +15,7 @@ from stage_rl.types import Prompt
 
 CPU = torch.device("cpu")
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "deqa_scorer.py"
-MPLUG = EXAMPLE.with_name("mplug_scorer.py")
+MPLUG = Path(external.MPLUG_SCORER)
 PROMPTS = [Prompt(f"prompt {i}", i, {"place": i}) for i in range(5)]
 
 BRIGHTNESS = """

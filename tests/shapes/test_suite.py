@@ -94,7 +94,7 @@ def test_a_run_gets_its_figures_and_its_grid(few, tiny_shapes, tmp_path):
     title = run_it(out=tmp_path).splitlines()[0]
     assert title.endswith("1 images per task, guidance 1, seed 1, mixed")
     figures = json.loads((tmp_path / "evaluation.json").read_text())
-    assert set(figures) == {"asked", "base", "trained", "difference"}
+    assert set(figures) == {"asked", "base", "trained", "difference", "figures"}
     assert figures["base"]["guidance_scale"] == 1.0
     shown = json.loads((tmp_path / "before_after.json").read_text())
     assert shown["measure"] == "gold"

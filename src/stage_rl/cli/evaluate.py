@@ -97,11 +97,15 @@ def evaluate(
         # Without a model the first setting stands in its place.
         model, settings = None, [model, *(settings or ())]
     if benchmark == [LIST]:
+        if model is not None and "=" in model:
+            settings = [model, *(settings or ())]
         _list(data, parse_overrides(settings or ()))
         return
     asked = [name for name in benchmark or () if name in UNDERSTANDING]
     if asked and (model is None or len(asked) < len(benchmark or ())):
         raise InputError(f"--benchmark {asked[0]}: takes a MODEL, and no others beside it")
+    if asked and smoke:
+        raise InputError(f"--smoke: {asked[0]} asks about pictures of its own; leave it out")
     if smoke and images is None:
         model = model or "shapes"
     names = benchmark or [SHAPES]

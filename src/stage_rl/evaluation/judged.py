@@ -29,8 +29,9 @@ from stage_rl.evaluation.aggregation import (
     word_overlap,
 )
 from stage_rl.evaluation.suites import PromptSet, Scorer, Scores, Suite, values
-from stage_rl.prompts.question_sources import SOURCES
+from stage_rl.prompts.question_sources import SOURCES, unlike_published
 from stage_rl.prompts.questions import QuestionsPromptsConfig
+from stage_rl.rewards.external import MPLUG_SCORER
 from stage_rl.types import Prompt
 
 JUDGE = "judge"
@@ -78,6 +79,7 @@ def _suite(
             where=file,
             kind="questions",
             is_set=lambda path: path.is_file() and path.name.split(".")[0] == name,
+            departure=unlike_published,
             first_index=100_000 * place,
             size=source.num_prompts,
         ),
@@ -139,7 +141,7 @@ DPG = _suite(
         JUDGE: Scorer(
             {
                 "kind": "external",
-                "command": ["mplug/bin/python", "docs/examples/mplug_scorer.py"],
+                "command": ["mplug/bin/python", MPLUG_SCORER],
                 "timeout_s": 900,
             }
         )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,11 @@ import torch
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from stage_rl.errors import InputError
+from stage_rl.evaluation.published import WEIGHTS
 from stage_rl.evaluation.results import aligned
 from stage_rl.evaluation.suites import Overrides, Suite, scorers_of
 from stage_rl.evaluation.understanding import BENCHMARKS
-
-WEIGHTS = ("path", "head", "base", "clip")
-"""Settings that name weights, on whatever level of a reward."""
+from stage_rl.rewards.base import RewardConfig
 
 
 def missing_data(suite: Suite, data: Path | None) -> str | None:
@@ -27,19 +25,29 @@ def missing_data(suite: Suite, data: Path | None) -> str | None:
     return f"--data has no {prompt_set.where}"
 
 
+def missing_parts(suite: Suite, overrides: Overrides) -> list[str]:
+    """The packages and programs of its rewards that are not on this machine, in words."""
+    return _of_scorers(suite, overrides, lambda config: config.missing())
+
+
 def missing_weights(suite: Suite, overrides: Overrides) -> list[str]:
-    """The weights and programs of its rewards that are not on this machine."""
+    """The weights of its rewards that are not on this machine."""
+
+    def absent(config: RewardConfig) -> list[str]:
+        return [path for path in _weights(config.model_dump()) if not is_here(path)]
+
+    return _of_scorers(suite, overrides, absent)
+
+
+def _of_scorers(
+    suite: Suite, overrides: Overrides, missing: Callable[[RewardConfig], Sequence[str]]
+) -> list[str]:
     try:
         scorers = scorers_of(suite, overrides, smoke=False)
     except InputError as error:
         return [str(error).partition(";")[0].removeprefix(f"{suite.name}: ")]
-    missing: list[str] = []
-    for _, config in scorers.values():
-        settings = config.model_dump()
-        missing += [path for path in _weights(settings) if not is_here(path)]
-        program = settings.get("command", ())[:1]
-        missing += [name for name in program if shutil.which(name) is None]
-    return list(dict.fromkeys(missing))
+    found = [one for _, config in scorers.values() for one in missing(config)]
+    return list(dict.fromkeys(found))
 
 
 def is_here(path: str) -> bool:
@@ -55,7 +63,7 @@ def needs_table(suites: list[Suite], data: Path | None, overrides: Overrides) ->
     rows = [["benchmark", "prompts", "judged by", "on one GPU", "missing here"]]
     rows += [_row(suite, data, overrides) for suite in suites]
     for one in BENCHMARKS.values():
-        there = data is not None and (data / one.where).exists()
+        there = data is not None and any((data / where).exists() for where in one.places)
         missing = "nothing" if there else f"--data has no {one.where}"
         rows.append([one.name, one.size, "the model answers", "minutes", missing])
     there = torch.cuda.is_available()
@@ -76,7 +84,8 @@ def _row(suite: Suite, data: Path | None, overrides: Overrides) -> list[str]:
         for name, scorer in suite.scorers.items()
     )
     absent = missing_data(suite, data)
-    missing = [*([absent] if absent else []), *missing_weights(suite, overrides)]
+    weights, parts = missing_weights(suite, overrides), missing_parts(suite, overrides)
+    missing = list(dict.fromkeys([*([absent] if absent else []), *weights, *parts]))
     gpu = suite.gpu or "not measured"
     return [suite.name, prompts, judges, gpu, "; ".join(missing) or "nothing"]
 

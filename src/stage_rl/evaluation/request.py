@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stage_rl.config import values_to_show
 from stage_rl.errors import InputError
 from stage_rl.evaluation.suites import Overrides, Suite
 from stage_rl.policies.base import Policy, resolve_guidance
-from stage_rl.recipe import EvaluationConfig
+from stage_rl.recipe import EvaluationConfig, Recipe
 from stage_rl.rollout.sampling import Sampling, check_seed
 
 
@@ -76,6 +77,16 @@ def recipe_request(
         seed=seed,
         **more,
     )
+
+
+def evaluation_of(recipe: Recipe) -> EvaluationConfig | None:
+    """What a recipe evaluates, its rewards with references to the environment, which are read
+    where they are used and written as they are.
+    """
+    if recipe.evaluation is None:
+        return None
+    shown = values_to_show(recipe)["evaluation"]["scorers"]
+    return recipe.evaluation.model_copy(update={"scorers": shown})
 
 
 def asked_of(evaluation: EvaluationConfig, guidance_scale: float) -> dict[str, Any]:

@@ -32,6 +32,10 @@ Interval = tuple[float, float] | None
 """Lowest and highest value; None: not known."""
 
 
+Draws = Mapping[str, tuple[float | None, ...]]
+"""Every figure, draw by draw of the bootstrap; None where a draw has no such figure."""
+
+
 @dataclass(frozen=True)
 class ImageScore:
     """One image's score: 1 or 0 where it is a verdict, or any number."""
@@ -124,6 +128,26 @@ def bootstrap_intervals(
         row: None if row in single else _middle(mean_B)
         for row, mean_B in {**means, OVERALL: overall_B}.items()
     }
+
+
+def interval_of(draws: Sequence[float | None]) -> Interval:
+    """The 95 % percentile interval; None without draws, or where one of them has no figure."""
+    known = [value for value in draws if value is not None]
+    if not known or len(known) < len(draws):
+        return None
+    return _middle(np.asarray(known))
+
+
+def paired_interval(before: Sequence[float | None], after: Sequence[float | None]) -> Interval:
+    """That of the difference of two models by equal draws."""
+    if len(before) != len(after):
+        return None
+    return interval_of(
+        [
+            None if old is None or new is None else new - old
+            for old, new in zip(before, after, strict=True)
+        ]
+    )
 
 
 def _middle(mean_B: NDArray[np.float64]) -> Interval:
@@ -240,6 +264,10 @@ class Results:
     """The overall mean is that of all images, not of the tasks."""
     figures: Mapping[str, float] = field(default_factory=dict)
     """What the published tools print besides."""
+    figure_draws: Draws = field(default_factory=dict)
+    """Those of the bootstrap, of figures that are made from a judge's answers."""
+    overall_row: str = OVERALL
+    """What the row of all tasks is called in print."""
     statements: tuple[str, ...] = ()
     """Lines that follow the table: published figures, and in what their protocol is another."""
 
@@ -277,9 +305,19 @@ class Results:
                 columns["95 % bootstrap"] = self._bootstrap(name)
         others = [name for name in self.scores if name not in self.by_task]
         rows = [[name, _cell(self.summary(name)[OVERALL])] for name in others]
-        rows += [[name, f"{value:.3f}"] for name, value in self.figures.items()]
-        lines = [f"{self.model}: {self.setup}", "", render_table(columns), ""]
+        for name, value in self.figures.items():
+            interval = self.figure_interval(name)
+            rows.append([name, f"{value:.3f}" + (f" {_cell(interval)}" if interval else "")])
+        shown_columns = {
+            name: {self.overall_row if row == OVERALL else row: one for row, one in column.items()}
+            for name, column in columns.items()
+        }
+        lines = [f"{self.model}: {self.setup}", "", render_table(shown_columns), ""]
         return "\n".join([*lines, *aligned(rows), *self.statements])
+
+    def figure_interval(self, name: str) -> Interval:
+        """The 95 % bootstrap interval of a figure."""
+        return interval_of(self.figure_draws.get(name, ()))
 
     def to_frame(self) -> Any:
         """Every score as a row of a pandas `DataFrame`: measure, task, prompt, image, value."""
@@ -304,6 +342,7 @@ class Results:
             "summary": {name: plain_scores(self.summary(name)) for name in self.scores},
             "bootstrap": {name: self._bootstrap(name) for name in self.scores},
             "figures": dict(self.figures),
+            "figure_intervals": {name: self.figure_interval(name) for name in self.figures},
             "statements": list(self.statements),
             "scores": {
                 name: {
@@ -369,17 +408,44 @@ class Comparison:
         for name in self.trained.scores:
             if name not in self.base.by_task:
                 lines += [[name, *cells] for _, *cells in self._rows(name)[-1:]]
+        if self.differences:
+            lines += [[], ["figures", *head], *self._figure_rows()]
         title = str(self.base.setup)
         if (self.base.model, self.trained.model) != ("base", "trained"):
             title += f": base {self.base.model}, trained {self.trained.model}"
         return "\n".join([title, "", *aligned(lines)])
+
+    @property
+    def differences(self) -> Mapping[str, tuple[float, Interval]]:
+        """Trained minus base of every figure of a judge's answers, with its paired interval."""
+        before, after = self.base.figure_draws, self.trained.figure_draws
+        return {
+            name: (
+                self.trained.figures[name] - self.base.figures[name],
+                paired_interval(before[name], after[name]),
+            )
+            for name in after
+            if name in before
+        }
+
+    def _figure_rows(self) -> list[list[str]]:
+        return [
+            [
+                name,
+                f"{self.base.figures[name]:.3f}",
+                f"{self.trained.figures[name]:.3f}",
+                f"{change:+.3f}",
+                _cell(interval, "+"),
+            ]
+            for name, (change, interval) in self.differences.items()
+        ]
 
     def _rows(self, measure: str) -> list[list[str]]:
         """A line for each task, and one for all of them."""
         before, after, change = self._paired(measure)
         return [
             [
-                row,
+                self.base.overall_row if row == OVERALL else row,
                 f"{before[row].mean:.3f}",
                 f"{after[row].mean:.3f}",
                 f"{moved.mean:+.3f}",
@@ -395,6 +461,10 @@ class Comparison:
             "base": self.base.to_json(),
             "trained": self.trained.to_json(),
             "difference": {name: plain_scores(one) for name, one in differences.items() if one},
+            "figures": {
+                name: {"mean": change, "interval": interval}
+                for name, (change, interval) in self.differences.items()
+            },
         }
 
 

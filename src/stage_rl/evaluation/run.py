@@ -23,16 +23,18 @@ from typing import Any
 
 import torch
 
+from stage_rl.config import put_references, references_in
 from stage_rl.console import progress, stop_signals
 from stage_rl.distributed import SINGLE, World, environment
 from stage_rl.errors import InputError, Stopped
 from stage_rl.evaluation import published
 from stage_rl.evaluation.aggregation import PromptAnswers, prompt_answers, share_missing
 from stage_rl.evaluation.before_after import write_before_after, write_picture
+from stage_rl.evaluation.figures import figure_draws
 from stage_rl.evaluation.images import DrawnPrompt, find_images, planned
-from stage_rl.evaluation.needs import missing_data, missing_weights
+from stage_rl.evaluation.needs import missing_data, missing_parts, missing_weights
 from stage_rl.evaluation.request import Request, asked_of, recipe_request
-from stage_rl.evaluation.results import Comparison, ImageScore, Results, Setup
+from stage_rl.evaluation.results import OVERALL, Comparison, Draws, ImageScore, Results, Setup
 from stage_rl.evaluation.scores import (
     ScoreFolder,
     hash8,
@@ -49,6 +51,7 @@ from stage_rl.evaluation.suites import (
     check_names,
     find_suite,
     find_suites,
+    own_settings,
     scorers_of,
 )
 from stage_rl.files import replace_text
@@ -65,6 +68,9 @@ IMAGES_AT_ONCE = 64
 
 MISSING = "answers missing"
 """The figure of the share of answers that could not be read."""
+
+UNSCORED = "images without a score"
+"""The figure of the share of images of which an answer could not be read."""
 
 
 def run_suites(
@@ -115,7 +121,9 @@ def skipped(names: Sequence[str], request: Request) -> list[str]:
 
 
 def _lacking(names: Sequence[str], request: Request) -> list[tuple[Suite, str]]:
-    """Of `all`, those whose prompts cannot be found, or whose judge would be downloaded first."""
+    """Of `all`, those whose prompts or programs cannot be found, or whose judge would be
+    downloaded first.
+    """
     lacking: list[tuple[Suite, str]] = []
     for suite in [] if request.smoke else find_suites(names):
         if suite.name not in ALL or suite.name in names:
@@ -124,6 +132,8 @@ def _lacking(names: Sequence[str], request: Request) -> list[tuple[Suite, str]]:
         if why is None and suite.aggregate is not None:
             absent = missing_weights(suite, request.scorers)
             why = f"{absent[0]} is not on this machine" if absent else None
+        if why is None and (absent := missing_parts(suite, request.scorers)):
+            why = f"{absent[0]} is not on this machine"
         if why is not None:
             lacking.append((suite, why))
     return lacking
@@ -265,11 +275,22 @@ class _Run:
         scores = _image_scores(job, drawn, folders)
         main = scores.get(suite.by_task[0], ())
         figures = dict(suite.figures_of(main)) if main else {}
+        draws: Draws = {}
         if suite.aggregate is not None and suite.answers in folders:
             rows = _answers(drawn, folders[suite.answers])
             figures |= {**suite.aggregate(rows), MISSING: share_missing(rows)}
+            if not self.silent:
+                tasks = [suite.task_of(one.prompt) for one in drawn]
+                draws = figure_draws(rows, tasks, suite.aggregate)
+            number = sum(len(one.files) for one in drawn)
+            figures[UNSCORED] = 1 - len(main) / number if number else 0.0
         configs = {name: config for name, (_, config) in job.scorers.items()}
-        scorers = {name: config.model_dump(mode="json") for name, config in configs.items()}
+        scorers = {
+            name: put_references(
+                config.model_dump(mode="json"), references_in(self.request.scorers.get(name))
+            )
+            for name, config in configs.items()
+        }
         if self.policy is not None and self.request.images is None:
             sampling = self.request.sampling(suite, self.policy)
             setup = Setup(
@@ -289,13 +310,11 @@ class _Run:
             setup = Setup(suite.name, images, scorers=scorers, temperature=None)
         departures = published.departures(
             setup,
-            complete=len(drawn) == len(job.prompts)
-            and (suite.aggregate is None or len(drawn) == suite.prompt_set.size)
-            and all(len(one.files) == suite.images_per_prompt for one in drawn),
+            others=self._other_images(job, drawn),
             smoke=self.request.smoke,
             scorers=configs,
-            left_out=[name for name in suite.scorers if name not in configs],
-            missing=figures.get(MISSING, 0.0),
+            own=own_settings(suite, job.scorers),
+            missing=figures.get(UNSCORED, 0.0),
         )
         results = Results(
             model=self.model,
@@ -304,6 +323,8 @@ class _Run:
             by_task=suite.by_task,
             pooled=suite.pooled,
             figures=figures,
+            figure_draws=draws,
+            overall_row=OVERALL if suite.aggregate is None else "mean of images",
         )
         means = {
             name: {row: score.mean for row, score in results.summary(name).items()}
@@ -312,6 +333,19 @@ class _Run:
         means[published.FIGURES] = figures
         statements = published.statements(suite.name, means, departures, smoke=self.request.smoke)
         return replace(results, statements=tuple(statements))
+
+    def _other_images(self, job: _Job, drawn: Sequence[DrawnPrompt]) -> list[str]:
+        """In what these are not the images that the benchmark asks for, in words."""
+        suite, reasons = job.suite, []
+        is_complete = (
+            len(drawn) == len(job.prompts)
+            and (suite.aggregate is None or len(drawn) == suite.prompt_set.size)
+            and all(len(one.files) == suite.images_per_prompt for one in drawn)
+        )
+        if not is_complete:
+            reasons.append("not all images of the benchmark are there")
+        other = suite.prompt_set.unlike_published(self.request.data)
+        return reasons if other is None or self.request.smoke else [*reasons, other]
 
     def drawn(self, job: _Job) -> list[DrawnPrompt]:
         """The prompts with their images; those of this rank are drawn where they are missing."""
@@ -365,7 +399,7 @@ class _Run:
             made_up = name in job.made_up
             # Other settings of the reward have other scores.
             which = "smoke" if made_up else hash8(settings_that_score(config))
-            folders[name] = folder = ScoreFolder(root / f"{name}-{which}")
+            folders[name] = folder = ScoreFolder(root / f"{name}-{which}", config)
             mine = drawn[self.world.rank :: self.world.size]
             asked = [one for one in mine if scorer.asks(one.prompt)]
             lacking = [one for one in asked if folder.read(one) is None]

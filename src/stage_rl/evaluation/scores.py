@@ -44,17 +44,21 @@ class ScoreFolder:
     """The scores of one reward on one prompt set: a file per prompt."""
 
     path: Path
+    reward: RewardConfig
 
     def read(self, drawn: DrawnPrompt) -> list[Score] | None:
-        """The scores of a prompt's images; None where they are not those of these files."""
+        """The scores of a prompt's images, a judge's replies read anew; None where they are not
+        those of these files.
+        """
         file = self._file(drawn)
         record = read_record(file) if file.exists() else None
         if record is None or record.get("made_of") != _made_of(drawn):
             return None  # what was cut off is scored again
-        return [
+        kept = (
             Score(**{**score, "replies": tuple(score.get("replies", ()))})
             for score in record["scores"]
-        ]
+        )
+        return [self.reward.reread(drawn.prompt, score) for score in kept]
 
     def write(self, drawn: DrawnPrompt, scores: Sequence[Score]) -> None:
         """Keeps the scores of a prompt's images."""

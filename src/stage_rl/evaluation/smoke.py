@@ -17,7 +17,7 @@ from torch import Tensor
 
 from stage_rl.prompts.files import as_prompts, read_records
 from stage_rl.rewards.base import Reward, RewardConfig, Score
-from stage_rl.rewards.vlm.judge import JudgeReward, JudgeRewardConfig
+from stage_rl.rewards.vlm.judge import JudgeReward, JudgeRewardConfig, Request
 from stage_rl.types import Prompt
 
 IMAGES = 2
@@ -33,7 +33,7 @@ def smoke_prompts(prompt_set: str) -> tuple[Prompt, ...]:
 def made_up_reward(name: str, verdicts: tuple[str, ...], config: RewardConfig) -> Reward:
     """Random scores; of a judge the answers are, and what reads them is the judge's own."""
     if isinstance(config, JudgeRewardConfig):
-        return JudgeReward(MadeUpChat(config.mode), config)
+        return MadeUpJudge(config)
     return MadeUpReward(name, verdicts)
 
 
@@ -61,11 +61,8 @@ class MadeUpReward:
         return scores
 
 
-@dataclass(frozen=True)
 class MadeUpChat:
-    """Answers at random in the form that a judge's mode asks for, and now and then in none."""
-
-    mode: str
+    """Probabilities at random."""
 
     @property
     def tokenizer(self) -> Any:
@@ -82,21 +79,30 @@ class MadeUpChat:
     def replies(
         self, images_NHWC: Tensor, conversations: Sequence[Any], *, max_new_tokens: int
     ) -> list[str]:
-        """A line of the question for each answer; one of ten is unreadable, another time it is."""
+        """None: what can be read depends on the questions."""
+        raise AssertionError("a made-up judge writes its own replies")
+
+
+class MadeUpJudge(JudgeReward):
+    """Answers at random in the form that its mode asks for, and now and then in none."""
+
+    def __init__(self, settings: JudgeRewardConfig) -> None:
+        super().__init__(MadeUpChat(), settings)
+
+    def _replies(self, images_RHWC: Tensor, requests: Sequence[Request], longest: int) -> list[str]:
+        """One of ten is unreadable; another time it is not."""
         replies = []
-        for image_HWC, conversation in zip(images_NHWC, conversations, strict=True):
-            rng = _rng(image_HWC, f"{conversation} {max_new_tokens}")
-            lines = conversation[-1]["content"]
-            number = next(one["text"] for one in lines if one["type"] == "text").count("?")
-            verdicts = [int(one) for one in rng.integers(2, size=number)]
+        for image_HWC, one in zip(images_RHWC, requests, strict=True):
+            rng = _rng(image_HWC, f"{one.text} {longest}")
+            verdicts = [int(value) for value in rng.integers(2, size=len(one.questions))]
             forms = {
-                "one_reply_lines": "\n".join("yes" if one else "no" for one in verdicts),
+                "one_reply_lines": "\n".join("yes" if value else "no" for value in verdicts),
                 "binary_lists": f"<score>{verdicts}</score>",
                 "score_line": f"Score: {rng.integers(2)}",
                 "reply_equals": str(rng.choice(["Yes", "No"])),
                 "read_text": str(rng.choice(["circle", "red square", "No text recognized."])),
             }
-            replies.append(forms[self.mode] if rng.random() > 0.1 else "")
+            replies.append(forms[self._settings.mode] if rng.random() > 0.1 else "")
         return replies
 
 

@@ -18,6 +18,7 @@ from stage_rl.errors import InputError
 from stage_rl.evaluation import published
 from stage_rl.evaluation.aggregation import PromptAnswers
 from stage_rl.evaluation.results import ImageScore
+from stage_rl.evaluation.scores import settings_that_score
 from stage_rl.evaluation.smoke import smoke_prompts
 from stage_rl.policies.base import Policy
 from stage_rl.prompts.files import PromptsConfig, as_prompts
@@ -48,6 +49,8 @@ class PromptSet:
     """Whether a path is the set itself."""
     first_index: int = 0
     """Index of its first prompt; sets apart by 100,000 share no random stream."""
+    departure: Callable[[Path], str | None] = lambda path: None
+    """In what a set that was found is not the published one, in words."""
     has_smoke_prompts: bool = True
     """False: its own prompts and scorers are quick enough to try."""
 
@@ -60,6 +63,11 @@ class PromptSet:
                 return below
         return data if data.exists() and self.is_set(data) else None
 
+    def unlike_published(self, data: Path | None) -> str | None:
+        """In what the prompts of `data` are not the published ones, in words."""
+        found = None if self.load is not None else self.find(data)
+        return None if found is None else self.departure(found)
+
     def prompts(self, data: Path | None, *, smoke: bool = False) -> Sequence[Prompt]:
         """The prompts with indices of their own; what is missing is an `InputError`."""
         if smoke and self.has_smoke_prompts:
@@ -68,6 +76,7 @@ class PromptSet:
             prompts = self.load()
         elif found := self.find(data):
             settings = {"kind": self.kind or self.name, "path": str(found)}
+            settings |= {"benchmark": self.name} if self.kind == "questions" else {}
             prompts = PromptsConfig.model_validate(settings).build()
         else:
             given = f"{data}: has no {self.where}" if data else "is not given"
@@ -370,12 +379,30 @@ def check_names(suites: Sequence[Suite], overrides: Overrides) -> None:
             raise InputError(f"{name}: no scorer of that name; {hint}, or add one: {name}.kind=...")
 
 
+def own_settings(
+    suite: Suite, scorers: Mapping[str, tuple[Scorer, RewardConfig]]
+) -> dict[str, dict[str, Any]]:
+    """The settings of a benchmark's scorers as it has them; what it leaves open, as in `scorers`.
+
+    Of a scorer that is left out, or is of another kind, only those that the benchmark names.
+    """
+    own = {}
+    for name, scorer in suite.scorers.items():
+        own[name] = dict(scorer.settings)
+        config = scorers[name][1] if name in scorers else None
+        if config is not None and config.kind == scorer.settings["kind"]:
+            open_ = [key for key, info in type(config).model_fields.items() if info.is_required()]
+            settings = {**config.model_dump(include=set(open_)), **scorer.settings, "name": name}
+            own[name] = settings_that_score(RewardConfig.model_validate(settings))
+    return own
+
+
 def scorers_of(
     suite: Suite, overrides: Overrides, *, smoke: bool
 ) -> dict[str, tuple[Scorer, RewardConfig]]:
     """The scorers of a benchmark with their settings; a wrong setting is an `InputError`.
 
-    A scorer that the settings add is asked about every prompt.
+    A scorer that the settings add is asked about every prompt. `${oc.env:NAME}` is read here.
     """
     added = {name: Scorer({}) for name, own in overrides.items() if own and "kind" in own}
     scorers = {}
@@ -386,9 +413,13 @@ def scorers_of(
         defaults = dict(scorer.settings) | (dict(scorer.smoke_settings) if smoke else {})
         if own.get("kind", defaults.get("kind")) != defaults.get("kind"):
             defaults = {}  # those of another reward
-        merged = OmegaConf.to_container(OmegaConf.merge(defaults, dict(own), {"name": name}))
+        tree = OmegaConf.merge(defaults, dict(own), {"name": name})
         try:
+            merged = OmegaConf.to_container(tree, resolve=True)
             scorers[name] = (scorer, RewardConfig.model_validate(merged))
+        except OmegaConfBaseException as error:
+            message = f"{suite.name}: {name}: {str(error).splitlines()[0]}"
+            raise InputError(f"{message}; set it, or {name}=null leaves it out") from error
         except ValidationError as error:
             message = f"{suite.name}: {name}.{explain(error)}"
             raise InputError(f"{message}; {name}=null leaves it out") from error

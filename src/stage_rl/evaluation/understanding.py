@@ -69,8 +69,13 @@ class Understanding:
     published: str
     size: str
     """Its questions, in words."""
-    where: str
-    """What it needs below --data."""
+    places: tuple[str, ...]
+    """Where below --data what it needs may be."""
+
+    @property
+    def where(self) -> str:
+        """The first of the places, for messages."""
+        return self.places[0]
 
 
 @dataclass(frozen=True)
@@ -85,11 +90,10 @@ class Answers:
 
     def rights(self) -> dict[str, list[bool]]:
         """By row, whether each question was answered right, in all its variants."""
-        rows: dict[str, dict[str, bool]] = {}
-        for item, answer in zip(self.items, self.given, strict=True):
-            row = rows.setdefault(item.row, {})
-            row[item.question] = row.get(item.question, True) and answer == item.right
-        return {row: list(questions.values()) for row, questions in rows.items()}
+        rows: dict[str, list[bool]] = {}
+        for (row, _), right in _by_question(self).items():
+            rows.setdefault(row, []).append(right)
+        return rows
 
     def figures(self) -> dict[str, dict[str, float]]:
         """Accuracy of each row and, where the answers are yes and no, precision, recall, F1 and
@@ -226,8 +230,10 @@ def answer_all(
     benchmark = find_understanding(name)
     if not policy.understands:
         raise InputError(f"{model}: {type(policy).__name__} answers no questions about images")
-    items = _first(benchmark.items(data), limit)
-    about = json.dumps([model, base_digest(policy), mixed, str(policy.device.type)])
+    known = benchmark.items(data)
+    items = _first(known, limit)
+    asked = [(item.id, item.image, item.text, item.choices) for item in known]
+    about = json.dumps([model, base_digest(policy), mixed, str(policy.device.type), asked])
     file = out / f"{name}-{hashlib.sha256(about.encode()).hexdigest()[:8]}.json"
     kept: dict[str, str] = json.loads(file.read_text()) if file.exists() else {}
     rest = iter([item for item in items if item.id not in kept])
@@ -274,6 +280,9 @@ def _weight(policy: Policy, logits_V: Tensor, choice: str) -> float:
 
 YES_NO = ("yes", "no")
 
+COCO = ("coco/val2014", "val2014")
+"""Folders of COCO's images."""
+
 ONE_WORD = "Answer the question using a single word or phrase."
 
 
@@ -295,7 +304,7 @@ def _pope_items(data: Path | None) -> list[Item]:
 
 
 def _coco_picture(data: Path | None, name: str) -> Image.Image:
-    for folder in ("coco/val2014", "val2014", "."):
+    for folder in (*COCO, "."):
         file = (data or Path()) / folder / name
         if data is not None and file.exists():
             return Image.open(file)
@@ -372,7 +381,7 @@ BENCHMARKS: Mapping[str, Understanding] = {
         _coco_picture,
         BAND.format("86.2", "87.4"),
         size="3 x 3000",
-        where="coco/val2014",
+        places=COCO,
     ),
     "mmbench": Understanding(
         "mmbench",
@@ -380,7 +389,7 @@ BENCHMARKS: Mapping[str, Understanding] = {
         _mmbench_picture,
         BAND.format("75.5", "79.2"),
         size="dev",
-        where=MMBENCH_FILE,
+        places=(MMBENCH_FILE,),
     ),
 }
 """By name; `stage eval MODEL --benchmark NAME --against BASE`."""

@@ -17,7 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from stage_rl.errors import InputError
-from stage_rl.prompts.questions import Header, Question, QuestionRecord, check_records
+from stage_rl.prompts.questions import (
+    Header,
+    Question,
+    QuestionRecord,
+    check_records,
+    content_of,
+    read_questions,
+)
 from stage_rl.settings import did_you_mean
 
 
@@ -33,7 +40,8 @@ class Source:
     num_questions: int | None
     """None: not known."""
     files: Mapping[str, str]
-    """sha256 by glob below the clone: of all files of it together, by name; "": not known."""
+    """sha256 by glob below the clone: of all files of it together, by name; that of its Git blob
+    where no other is known; "": not known."""
     records: Callable[[Path], Iterator[QuestionRecord]]
     template: Callable[[Path], str] | None = None
 
@@ -47,12 +55,20 @@ def convert_questions(name: str, clone: Path) -> tuple[Header, tuple[QuestionRec
     source = SOURCES[name]
     found = {pattern: _digest(clone, pattern) for pattern in source.files}
     for pattern, expected in source.files.items():
+        if expected.startswith(BLOB):
+            found[pattern] = BLOB + _blob(clone / pattern)
         if expected and found[pattern] != expected:
             raise InputError(
-                f"{clone / pattern}: sha256 {found[pattern]}, expected {expected}; check out "
+                f"{clone / pattern}: sum {found[pattern]}, expected {expected}; check out "
                 f"{source.repository}"
             )
-    records = tuple(source.records(clone))
+    try:
+        records = tuple(source.records(clone))
+    except (AttributeError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(
+            f"{clone}: its rows have another form ({reason}); check out {source.repository}"
+        ) from error
     check_records(records, str(clone))
     for what, number, expected in (
         ("prompts", len(records), source.num_prompts),
@@ -67,6 +83,7 @@ def convert_questions(name: str, clone: Path) -> tuple[Header, tuple[QuestionRec
         images_per_prompt=source.images_per_prompt,
         prompts=len(records),
         sha256=found,
+        content=content_of(records),
         template=source.template(clone) if source.template else None,
     )
     return header, records
@@ -77,6 +94,33 @@ def _digest(clone: Path, pattern: str) -> str:
     if not files:
         raise InputError(f"{clone}: has no {pattern}; write the folder of the clone")
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+BLOB = "git blob "
+
+
+def _blob(file: Path) -> str:
+    """The name that Git gives the content of a file."""
+    data = file.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
+def unlike_published(path: Path) -> str | None:
+    """In what a question file is not what `convert_questions` writes, in words; None: in nothing
+    that is known.
+    """
+    header, records = read_questions(path)
+    source = SOURCES.get(header.benchmark)
+    known = {name: found for name, found in source.files.items() if found} if source else {}
+    if source is None or header.source != source.repository:
+        return f"its questions are those of {header.source}"
+    if any(header.sha256.get(name) != found for name, found in known.items()):
+        return f"its questions are of another version than {source.repository}"
+    if header.content != content_of(records):
+        return "its questions were changed after they were written"
+    if len(known) < len(source.files):
+        return "whether its questions are the published ones is not known"
+    return None
 
 
 def _json_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -286,7 +330,9 @@ def _longtext(clone: Path) -> Iterator[QuestionRecord]:
 def _cvtg(clone: Path) -> Iterator[QuestionRecord]:
     for file in sorted(clone.glob("CVTG*/[2-5].json")):
         content = _json(file.read_text(encoding="utf-8"), str(file))
-        for row in content["data_list"]:
+        for number, row in enumerate(content["data_list"], 1):
+            if not {"prompt", "index"} <= row.keys():
+                raise InputError(f"{file}: entry {number} has no prompt or no index")
             words = " ".join(re.findall(r"'(.*?)'", row["prompt"])).lower().split()
             yield QuestionRecord(
                 id=f"{file.parent.name}-{file.stem}-{row['index']}",
@@ -403,7 +449,12 @@ SOURCES: Mapping[str, Source] = {
         images_per_prompt=4,
         num_prompts=1065,
         num_questions=None,
-        files={"dpg_bench/dpg_bench.csv": "", "dpg_bench/prompts/*.txt": ""},
+        files={
+            "dpg_bench/dpg_bench.csv": "git blob 98457fc9901943f51ff9a30367250fc292533bed",
+            "dpg_bench/prompts/*.txt": (
+                "094188dfe3e52517d20cebbfb7a47b5fb5e35376a1e344d76e377944cc6efc30"
+            ),
+        },
         records=_dpg,
     ),
     "wise": Source(
@@ -428,6 +479,7 @@ SOURCES: Mapping[str, Source] = {
         num_questions=11_231,
         files={
             "OneIG-Bench.csv": ("e06c65b32252d82406fb1a27f13022b38d432c899a2486eb49ab0c100f83b3e1"),
+            # anime, human and object, without the Chinese ones beside them, NAME_zh.
             "scripts/alignment/Q_D/[aho]*[!h].json": (
                 "4e789cc3a7d703a6b5f6079ee4a93f2c33a9a24a583d0e292d11f5a269582954"
             ),
@@ -478,7 +530,8 @@ SOURCES: Mapping[str, Source] = {
         files={
             "data/test_prompts_en.csv": (
                 "f82e8ce854985ef963378eaaf8ce12f2e3a57dd6f53e1aea84a61fbeadfe4459"
-            )
+            ),
+            UNIGENBENCH_CODE: "c26c91cc65be7ed4234f07a310eed8812888c83b8b83b1934b77b1f48c463eb9",
         },
         records=_unigenbench,
         template=_unigenbench_template,

@@ -7,6 +7,7 @@ other one is a prompt. `stage data questions` writes them (`prompts/question_sou
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -33,6 +34,8 @@ class Header(Settings):
     """How many records follow."""
     sha256: dict[str, str] = Field(default_factory=dict)
     """Of the published files it was made from."""
+    content: str = ""
+    """SHA-256 of the records as they were written, so that a change by hand is seen."""
     template: str | None = None
     """What the judge is told: {prompt}, {question}, {questions} and the fields of a record."""
 
@@ -69,12 +72,19 @@ class QuestionsPromptsConfig(PromptsConfig):
 
     path: str
     """JSON lines with a header, as `stage data questions` writes them; .gz is read too."""
+    benchmark: str | None = None
+    """The benchmark that the file must be of; null: any."""
 
     def build(self) -> tuple[Prompt, ...]:
         """The prompts. Metadata: id, groups, questions, fields, the header's template, and as
         `target` the text to be read, where there is one.
         """
         header, records = read_questions(Path(self.path))
+        if self.benchmark not in (None, header.benchmark):
+            raise InputError(
+                f"{self.path}: holds the questions of '{header.benchmark}'; write those of "
+                f"'{self.benchmark}' with `stage data questions`"
+            )
         prompts = []
         for index, one in enumerate(records):
             metadata = one.model_dump(mode="json", exclude={"text"})
@@ -104,15 +114,26 @@ def read_questions(path: Path) -> tuple[Header, tuple[QuestionRecord, ...]]:
         raise InputError(
             f"{path}: {len(records)} prompts, its header says {header.prompts}; write it again"
         )
+    check_records(records, str(path))
     return header, records
 
 
 def write_questions(path: Path, header: Header, records: Iterable[QuestionRecord]) -> None:
     """Writes a question file; the same content gives the same bytes."""
-    rows = [one.model_dump(mode="json", exclude_defaults=True) for one in (header, *records)]
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    data = text.encode()
+    listed = tuple(records)
+    header = header.model_copy(update={"content": content_of(listed)})
+    data = "".join(_line(one) for one in (header, *listed)).encode()
     path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
+
+
+def content_of(records: Iterable[QuestionRecord]) -> str:
+    """The SHA-256 of records as they are written."""
+    return hashlib.sha256("".join(map(_line, records)).encode()).hexdigest()
+
+
+def _line(row: Settings) -> str:
+    plain = row.model_dump(mode="json", exclude_defaults=True)
+    return json.dumps(plain, ensure_ascii=False) + "\n"
 
 
 def check_records(records: Sequence[QuestionRecord], where: str) -> None:

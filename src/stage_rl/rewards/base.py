@@ -129,6 +129,16 @@ class RewardConfig(Component):
         """Why this reward cannot judge a prompt, in words that follow its name; None: it can."""
         return missing_field(prompt, self.required_fields)
 
+    def missing(self) -> tuple[str, ...]:
+        """The packages, programs and files that it needs and this machine lacks, in words; without
+        weights.
+        """
+        return ()
+
+    def reread(self, prompt: Prompt, score: Score) -> Score:
+        """A score that was kept, by what the reward makes of its replies today."""
+        return score
+
     @abstractmethod
     def build(self, device: torch.device) -> Reward:
         """The reward with its weights on a device."""

@@ -38,6 +38,9 @@ from stage_rl.types import Prompt
 
 log = logging.getLogger(__name__)
 
+MPLUG_SCORER = str(Path(__file__).with_name("vlm") / "mplug_scorer.py")
+"""The program that comes with the package: the judge of DPG-Bench."""
+
 STOP_S = 5.0
 """How long a program may take to end after its input has ended."""
 
@@ -59,15 +62,21 @@ class ExternalRewardConfig(RewardConfig):
     timeout_s: PositiveFloat = 600.0
     """Longest wait for an answer; the first includes what the program takes to start."""
 
+    def missing(self) -> tuple[str, ...]:
+        """The program, or the script that it is to run."""
+        program, *rest = self.command
+        folder = Path(self.cwd or ".")
+        if shutil.which(program) is None and shutil.which(program, path=str(folder)) is None:
+            return (f"program '{program}'",)
+        scripts = [text for text in rest[:1] if text.endswith(".py")]
+        return tuple(f"file '{text}'" for text in scripts if not (folder / text).exists())
+
     def build(self, device: torch.device) -> ExternalReward:
         """The reward; the program starts with the first image. An InputError without one."""
         if self.cwd is not None and not Path(self.cwd).is_dir():
             raise InputError(f"reward '{self.name}': cwd: no folder '{self.cwd}'; name one")
-        program = self.command[0]
-        if shutil.which(program) is None and shutil.which(program, path=self.cwd or ".") is None:
-            raise InputError(
-                f"reward '{self.name}': command: no program '{program}'; write its path"
-            )
+        if missing := self.missing():
+            raise InputError(f"reward '{self.name}': command: no {missing[0]}; write its path")
         return ExternalReward(self)
 
 

@@ -63,6 +63,13 @@ class OcrRewardConfig(RewardConfig):
             return str(error)
         return super().unsupported_reason(prompt)
 
+    def missing(self) -> tuple[str, ...]:
+        """The package of the engine."""
+        if importlib.util.find_spec(self.engine) is not None:
+            return ()
+        extra = " (pip install 'stage-rl[ocr]')" if self.engine == "rapidocr" else ""
+        return (f"package {self.engine}{extra}",)
+
     def build(self, device: torch.device) -> OcrReward:
         """The reward with its engine, on the CPU; an InputError where that is not installed."""
         make = functools.partial(rapidocr, threads=self.threads)

@@ -8,6 +8,8 @@ Shape suffixes: N images, C colour channels, H x W pixels, X x Y pixels after re
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import math
 import pickle
 import re
@@ -37,6 +39,9 @@ WEIGHTS_URL = (
     "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth"
 )
 """The file that GenEval's evaluation downloads."""
+
+OFFICIAL_SHA256 = "743b7d99"
+"""The digits that its name ends in: those its SHA-256 begins with."""
 
 STRIDE = 32
 """Both sides of the model's input are multiples of this."""
@@ -106,6 +111,16 @@ NAMES = {
 def is_openmmlab(path: str) -> bool:
     """Whether a detector's path means a file of OpenMMLab, and not a folder or hub id."""
     return path.endswith(".pth")
+
+
+@functools.cache
+def is_official(path: str) -> bool:
+    """Whether a path is the very file that GenEval's evaluation downloads."""
+    file = Path(path).expanduser()
+    if not is_openmmlab(path) or not file.is_file():
+        return False
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest().startswith(OFFICIAL_SHA256)
 
 
 def load_openmmlab(

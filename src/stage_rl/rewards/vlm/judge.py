@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, Self
@@ -103,6 +104,44 @@ class JudgeRewardConfig(RewardConfig):
         model = ChatModel.load(self.path, dtype=self.dtype, device=device)
         return on_jpeg(JudgeReward(model, self), self.jpeg_quality)
 
+    def requests(self, image: int, prompt: Prompt) -> list[Request]:
+        """What is asked about an image."""
+        questions = questions_of(prompt) or (Question(id=1, text=prompt.text),)
+        if self.mode in ASKED_ONE_BY_ONE:
+            return [Request(image, self._text(prompt, one), (one,)) for one in questions]
+        answered = {"read_text": 0, "score_line": 1}.get(self.mode, len(questions))
+        return [Request(image, self._text(prompt, None), questions[:answered])]
+
+    def _text(self, prompt: Prompt, asked: Question | None) -> str:
+        known = _places(prompt, asked)
+        template = self.template or prompt.metadata["template"]
+        return re.sub(PLACES, lambda place: known.get(place[1], place[0]), template)
+
+    def read(self, one: Request, reply: str, prompt: Prompt) -> None:
+        """Puts a reply into its request, with what it says where that can be read."""
+        one.replies = [_without_thoughts(reply)]
+        one.values = self._values(one, str(prompt.metadata.get("fields", {}).get("text", "")))
+
+    def _values(self, one: Request, target: str) -> list[float] | None:
+        (reply,) = one.replies
+        if self.mode == "read_text":
+            return [share_of_words(reply, target)]
+        if self.mode == "reply_equals":
+            right = one.questions[0].answers or self.answers
+            return [float(reply in right)] if reply else None
+        if self.mode == "score_line":
+            return read_score(reply, self.numbers)
+        return READERS[self.mode](reply, one.questions)
+
+    def reread(self, prompt: Prompt, score: Score) -> Score:
+        """The score of an image by its replies; of probabilities, which have none, as it was."""
+        if self.mode in ("token_probability", "yes_share"):
+            return score
+        requests = self.requests(0, prompt)
+        for one, reply in zip(requests, score.replies, strict=True):
+            self.read(one, reply, prompt)
+        return _score(requests)
+
     def reference_cases(self) -> tuple[ReferenceCase, ...]:
         """None where the template comes with the prompts, or text is read."""
         if self.template is None or self.mode not in ASKED_ONE_BY_ONE:
@@ -157,25 +196,13 @@ class JudgeReward:
         The extras q0, q1, ... are the answers that could be read, in the order of the questions;
         `missing` is how many could not.
         """
-        asked = [self._requests(image, prompt) for image, prompt in enumerate(prompts)]
+        asked = [self._settings.requests(n, prompt) for n, prompt in enumerate(prompts)]
         requests = [one for some in asked for one in some]
         if self._settings.mode in ("token_probability", "yes_share"):
             self._weigh(images_NHWC, requests)
         else:
             self._read(images_NHWC, requests, prompts)
         return [_score(some) for some in asked]
-
-    def _requests(self, image: int, prompt: Prompt) -> list[Request]:
-        questions = questions_of(prompt) or (Question(id=1, text=prompt.text),)
-        if self._settings.mode in ASKED_ONE_BY_ONE:
-            return [Request(image, self._text(prompt, one), (one,)) for one in questions]
-        answered = {"read_text": 0, "score_line": 1}.get(self._settings.mode, len(questions))
-        return [Request(image, self._text(prompt, None), questions[:answered])]
-
-    def _text(self, prompt: Prompt, asked: Question | None) -> str:
-        known = _places(prompt, asked)
-        template = self._settings.template or prompt.metadata["template"]
-        return re.sub(PLACES, lambda place: known.get(place[1], place[0]), template)
 
     def _conversations(self, requests: Sequence[Request]) -> list[Conversation]:
         settings = self._settings
@@ -190,6 +217,13 @@ class JudgeReward:
         images_RHWC = images_NHWC[[one.image for one in requests]]
         for images, some in batches(images_RHWC, requests, self._settings.batch_size):
             weigh(self._model.next_logits_NV(images, self._conversations(some)).float(), some)
+
+    def _replies(
+        self, images_RHWC: Tensor, requests: Sequence[Request], longest: int
+    ) -> Sequence[str]:
+        """The reply to each request."""
+        conversations = self._conversations(requests)
+        return self._model.replies(images_RHWC, conversations, max_new_tokens=longest)
 
     def _shares(self, logits_RV: Tensor, requests: Sequence[Request]) -> None:
         answers = answers_from(logits_RV, self._yes, self._no)
@@ -220,25 +254,8 @@ class JudgeReward:
             open_ = [one for one in requests if one.values is None]
             images_RHWC = images_NHWC[[one.image for one in open_]]
             for images, some in batches(images_RHWC, open_, settings.batch_size):
-                replies = self._model.replies(
-                    images, self._conversations(some), max_new_tokens=longest
-                )
-                for one, reply in zip(some, replies, strict=True):
-                    one.replies = [_without_thoughts(reply)]
-                    target = prompts[one.image].metadata.get("fields", {}).get("text", "")
-                    one.values = self._values(one, str(target))
-
-    def _values(self, one: Request, target: str) -> list[float] | None:
-        (reply,) = one.replies
-        settings = self._settings
-        if settings.mode == "read_text":
-            return [share_of_words(reply, target)]
-        if settings.mode == "reply_equals":
-            right = one.questions[0].answers or settings.answers
-            return [float(reply in right)] if reply else None
-        if settings.mode == "score_line":
-            return read_score(reply, settings.numbers)
-        return READERS[settings.mode](reply, one.questions)
+                for one, reply in zip(some, self._replies(images, some, longest), strict=True):
+                    settings.read(one, reply, prompts[one.image])
 
 
 def read_lines(reply: str, questions: Sequence[Question]) -> list[float] | None:
@@ -286,8 +303,15 @@ def read_score(reply: str, numbers: Sequence[float]) -> list[float] | None:
 
 def share_of_words(reply: str, target: str) -> float:
     """The share of a target's words that were read, capitals and marks aside."""
-    read, wanted = (re.findall(r"\w+", text.lower()) for text in (reply, target))
-    return sum(word in read for word in wanted) / len(wanted) if wanted else 0.0
+    read, wanted = (" ".join(re.findall(r"\w+", text.lower())) for text in (reply, target))
+    matched, total = matched_words(wanted, read)
+    return matched / total if total else 0.0
+
+
+def matched_words(target: str, read: str) -> tuple[int, int]:
+    """How many words of a target were read, each as often as it was, and how many it has."""
+    words = target.split()
+    return (Counter(words) & Counter(read.split())).total(), len(words)
 
 
 def _places(prompt: Prompt, asked: Question | None) -> dict[str, str]:

@@ -17,8 +17,8 @@ MODEL = "iic/mplug_visual-question-answering_coco_large_en"
 
 def load():
     """From a path and a question to a short answer."""
-    from modelscope.pipelines import pipeline
-    from modelscope.utils.constant import Tasks
+    from modelscope.pipelines import pipeline  # pyright: ignore[reportMissingImports]
+    from modelscope.utils.constant import Tasks  # pyright: ignore[reportMissingImports]
 
     ask = pipeline(Tasks.visual_question_answering, model=MODEL, device="gpu")
     return lambda path, question: ask({"image": path, "question": question})["text"]
