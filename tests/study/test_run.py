@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import shutil
 
 import pytest
 
 from stage_rl.errors import InputError
+from stage_rl.study import run
 from stage_rl.study.plan import load_study
 from stage_rl.study.run import read_results, run_study
 from stage_rl.study.tables import study_tables
@@ -61,6 +63,31 @@ def test_one_failed_run_does_not_end_the_others_and_the_same_command_goes_on(
         == read_results(tmp_path / "out")["runs"]
     )
     assert not (tmp_path / "out/runs/toy/grpo").exists()
+
+
+def test_a_run_that_another_study_has_is_taken_over_and_none_of_other_settings(
+    tmp_path, monkeypatch
+):
+    text = re.sub("broken: .*", "other: {{overrides: [optimizer.lr=3e-5]}}", STUDY)
+    text = text.format(recipe="shapes_grpo").replace("[[broken, grpo]]", "[]")
+    (tmp_path / "first.yaml").write_text(text)
+    (tmp_path / "second.yaml").write_text(text.replace("grpo:", "plain:") + "reuse: [first]\n")
+    first, second = (load_study(tmp_path / f"{name}.yaml") for name in ("first", "second"))
+    plain, other = first.runs()
+    series = {"reward/mean": [[1, 2], [0.1, 0.2]]}
+    done = {"steps": 2, "failed": "", "series": series, "cell": "toy", "seed": 1}
+    records = [
+        done | {"arm": "grpo", "recipe": plain.recipe, "overrides": list(plain.overrides)},
+        done | {"arm": "other", "recipe": other.recipe, "overrides": [*other.overrides, "seed=2"]},
+    ]
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "results.json").write_text(json.dumps({"base": {}, "runs": records}))
+    started = []
+    monkeypatch.setattr(run, "_run_all", lambda waiting, *_, **__: started.extend(waiting) or ())
+    monkeypatch.setattr(run, "_score_base", lambda run: {})
+    (taken,) = run_study(second, tmp_path / "second", jobs=1)["runs"]
+    assert (taken["arm"], taken["series"]) == ("plain", series)
+    assert [one.arm for one in started] == ["other"]
 
 
 def test_a_folder_without_results_is_one_line(tmp_path):

@@ -52,12 +52,13 @@ SERIES = (
 def run_study(study: Study, folder: Path, *, jobs: int | None = None) -> dict[str, Any]:
     """Runs what is missing of a study and returns its results, which FOLDER/results.json holds.
 
-    A run that finished in results.json is not repeated, even where its folder is gone.
+    A run that finished in results.json is not repeated, even where its folder is gone; nor one that
+    a study of `reuse` has.
     `jobs` None: one for each GPU, or for each processor. Raises `Stopped` after Ctrl-C or SIGTERM,
     when the trainings have saved.
     """
     runs = list(study.runs())
-    known = _recorded(folder)
+    known = _recorded(study, folder)
     waiting = [run for run in runs if not _finished(run, folder, known.get(run.key))]
     total = sum(_steps(run) for run in waiting)
     gpus = list(range(torch.cuda.device_count()))
@@ -95,7 +96,7 @@ def collect(
     """The results of the runs that there are; earlier ones whose folders are gone stay as they are
     in FOLDER/results.json.
     """
-    known = _recorded(folder)
+    known = _recorded(study, folder)
     for run in study.runs():
         metrics = run.folder(folder) / "metrics.jsonl"
         if metrics.exists():
@@ -218,10 +219,24 @@ def _last_line(log: Path) -> str:
     return lines[-1] if lines else "ended without a word"
 
 
-def _recorded(folder: Path) -> dict[RunKey, dict[str, Any]]:
-    """The runs of FOLDER/results.json, if there is one."""
-    records = read_results(folder)["runs"] if (folder / "results.json").exists() else []
-    return {(r["cell"], r["arm"], r["seed"]): r for r in records}
+def _recorded(study: Study, folder: Path) -> dict[RunKey, dict[str, Any]]:
+    """The runs of FOLDER/results.json, if there is one, and what other studies have of the rest."""
+    known = {(r["cell"], r["arm"], r["seed"]): r for r in _records(folder)}
+    others = {
+        (record["recipe"], *record["overrides"]): record
+        for name in study.reuse
+        for record in _records(folder.parent / name)
+        if not record["failed"]
+    }
+    for run in study.runs():
+        record = others.get((run.recipe, *run.overrides))
+        if record and run.key not in known:
+            known[run.key] = record | {"cell": run.cell, "arm": run.arm}
+    return known
+
+
+def _records(folder: Path) -> list[dict[str, Any]]:
+    return read_results(folder)["runs"] if (folder / "results.json").exists() else []
 
 
 def _finished(run: StudyRun, folder: Path, record: Mapping[str, Any] | None) -> bool:
