@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaModel
 
 from stage_rl.errors import InputError
 from stage_rl.policies.base import Policy, Prefix, TokenLayout
-from stage_rl.policies.trunk import run_trunk, trunk_weights, use_causal
+from stage_rl.policies.trunk import run_trunk, trunk_weights, use_own_parts
 
 CODES, CONTROL, WIDTH, HEADS = 11, 11, 16, 2
 WORDS = ("a", "red", "blue", "square", "circle", "and", "two")
@@ -39,7 +39,7 @@ class FakePolicy(Policy):
         super().__init__(nn.ModuleDict(parts).eval(), processor=WORDS.index)
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=0.5 if parameter.ndim == 2 else 1.0)
-        use_causal(trunk)
+        use_own_parts(trunk)
         angle_SR = torch.arange(5)[:, None] * torch.tensor([1.0, 0.3, 0.7, 0.2] * 2)
         self.cos_SR, self.sin_SR = angle_SR.cos(), angle_SR.sin()
 

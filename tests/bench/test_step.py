@@ -6,10 +6,11 @@ import copy
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from stage_rl.bench import step
 from stage_rl.bench.models import recipe_of
-from stage_rl.bench.rollout import generate, with_plain_attention
+from stage_rl.bench.rollout import generate, with_plain_layers
 from stage_rl.errors import InputError, StageError
 from stage_rl.objective.loss import clip
 from stage_rl.objective.stage import stage
@@ -168,11 +169,14 @@ def test_left_padded_generate_draws_what_the_engine_draws(tiny_janus):
     ours = sample_rollout(
         Engine(tiny_janus), PROMPTS, group_size=1, sampling=greedy, seed=0, step=0
     )
-    baseline = with_plain_attention(copy.deepcopy(tiny_janus))
+    baseline = with_plain_layers(copy.deepcopy(tiny_janus))
     theirs = generate(baseline, PROMPTS, guidance_scale=3.0, greedy=True)
     assert torch.equal(ours.tokens_NT, theirs)
 
 
-def test_the_eager_models_use_transformers_attention(eager):
+def test_the_eager_models_use_transformers_attention_and_norms(eager):
     for policy in (eager.policy, eager.reference):
         assert policy.module.model.language_model.config._attn_implementation == "sdpa"
+        for block in policy.trunk_blocks:
+            assert isinstance(block.input_layernorm, LlamaRMSNorm)
+            assert isinstance(block.post_attention_layernorm, LlamaRMSNorm)

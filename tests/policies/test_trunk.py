@@ -4,9 +4,15 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from stage_rl.policies import trunk
-from stage_rl.policies.trunk import MAX_POSITIONS, causal_attention, padded_positions
+from stage_rl.policies.trunk import (
+    MAX_POSITIONS,
+    InputNorm,
+    causal_attention,
+    padded_positions,
+)
 from stage_rl.types import Prompt
 
 ROWS, HEADS, LENGTH, WIDTH = 3, 4, 40, 8
@@ -99,3 +105,24 @@ def test_positions_that_pad_a_length_change_nothing(tiny_janus, monkeypatch):
         assert_close(ours, theirs, atol=1e-6, rtol=0)
     assert [padded_positions(n, on_gpu=True) for n in (1, 64, 65, 604)] == [64, 64, 128, 640]
     assert padded_positions(65, on_gpu=False) == 65
+
+
+def test_the_norm_before_linear_layers_is_transformers_and_rounds_once_in_a_mix():
+    theirs = LlamaRMSNorm(WIDTH, 1e-5)
+    torch.nn.init.normal_(theirs.weight)
+    norm = InputNorm(theirs.weight, 1e-5)
+    states = (3 * torch.randn(ROWS, LENGTH, WIDTH)).requires_grad_()
+    weights = torch.randn(ROWS, LENGTH, WIDTH).bfloat16()
+    wanted = theirs(states)
+    assert_close(norm(states), wanted, atol=1e-6, rtol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = norm(states)
+    assert mixed.dtype == torch.bfloat16
+    # At most one rounding to 8 bits away; almost always the same one.
+    assert_close(mixed.float(), wanted, atol=0, rtol=2**-8)
+    assert (mixed == wanted.bfloat16()).float().mean() > 0.99
+    inputs = (states, theirs.weight)
+    grads = torch.autograd.grad(mixed, inputs, weights)
+    expected = torch.autograd.grad(wanted, inputs, weights.float())
+    for grad, exact_grad in zip(grads, expected, strict=True):
+        assert_close(grad, exact_grad, atol=1e-5, rtol=1e-4)

@@ -17,6 +17,7 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from stage_rl.bench.base import (
     BenchResult,
@@ -31,6 +32,7 @@ from stage_rl.bench.base import (
 from stage_rl.bench.models import SIZES, policy_of, prompts_of
 from stage_rl.distributed import pick_device
 from stage_rl.policies.base import Policy
+from stage_rl.policies.trunk import INPUT_NORMS
 from stage_rl.rollout.engine import Engine
 from stage_rl.rollout.sampling import Sampling, image_uniforms
 from stage_rl.training.metrics import DecoderSize, RolloutStats, rollout_bytes
@@ -82,7 +84,7 @@ def run(
     timer = time.process_time if processor_time else time.perf_counter
     policy, prompts = policy_of(model, pick_device("auto")), prompts_of(model, num_prompts)
     images = [prompt for prompt in prompts for _ in range(group_size)]
-    baseline = with_plain_attention(policy.reference())
+    baseline = with_plain_layers(policy.reference())
     precisions = ("mixed",) if model in SIZES else ("mixed", "float32")
     engines = {dtype: Engine(policy, dtype=dtype) for dtype in precisions}
     sampling = Sampling(guidance_scale=guidance_scale)
@@ -147,9 +149,15 @@ def engine_form(
     return sample
 
 
-def with_plain_attention(policy: Policy) -> Policy:
-    """The policy with transformers' own attention in place of ours."""
+def with_plain_layers(policy: Policy) -> Policy:
+    """The policy with transformers' own attention and norms in place of ours."""
     policy.module.set_attn_implementation("sdpa")
+    for block in policy.trunk_blocks:
+        for name in INPUT_NORMS:
+            ours = getattr(block, name)
+            plain = LlamaRMSNorm(len(ours.weight), ours.variance_epsilon)
+            plain.weight = ours.weight
+            setattr(block, name, plain)
     return policy
 
 

@@ -28,7 +28,7 @@ from stage_rl.bench.base import (
 from stage_rl.bench.logprobs import naive_logprobs
 from stage_rl.bench.models import SIZES, recipe_of
 from stage_rl.bench.reweight import pair_loop_similarity
-from stage_rl.bench.rollout import generate, padded_ids, with_plain_attention
+from stage_rl.bench.rollout import generate, padded_ids, with_plain_layers
 from stage_rl.errors import InputError
 from stage_rl.policies.base import Policy
 from stage_rl.recipe import AlgorithmConfig, Recipe
@@ -170,8 +170,8 @@ class EagerStep:
             text = "overrides: the eager form has the default objective; leave algorithm.* out but"
             raise InputError(f"{text} for beta, or name a model of random weights")
         self.recipe, self.judge = recipe, judge
-        self.policy = with_plain_attention(recipe.policy.build(device))
-        self.reference = with_plain_attention(self.policy.reference())
+        self.policy = with_plain_layers(recipe.policy.build(device))
+        self.reference = with_plain_layers(self.policy.reference())
         trained = [p for p in self.policy.module.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(trained, recipe.optimizer)
 

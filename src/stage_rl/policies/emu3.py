@@ -40,7 +40,7 @@ from stage_rl.policies.loading import (
 )
 from stage_rl.policies.lora import PATTERN, add_adapter, merged_state
 from stage_rl.policies.sizes import ModelSize, size_of_module
-from stage_rl.policies.trunk import run_trunk, trunk_weights, use_causal
+from stage_rl.policies.trunk import run_trunk, trunk_weights, use_own_parts
 from stage_rl.settings import validation_error
 from stage_rl.types import Prompt
 
@@ -81,7 +81,7 @@ class Emu3Policy(Policy):
     ):
         super().__init__(module, processor)
         select_trainable(module, trainable)
-        use_causal(self._trunk)
+        use_own_parts(self._trunk)
         self._prompt_suffix, self._negative_prompt = prompt_suffix, negative_prompt
         config: Any = module.config
         self.codebook_size = config.vq_config.codebook_size

@@ -51,7 +51,7 @@ from stage_rl.policies.lora import (
     merged_state,
 )
 from stage_rl.policies.sizes import ModelSize, size_of_module
-from stage_rl.policies.trunk import run_trunk, trunk_weights, use_causal
+from stage_rl.policies.trunk import run_trunk, trunk_weights, use_own_parts
 from stage_rl.policies.vq import (
     IMAGES_PER_CHUNK,
     IMAGES_PER_CHUNK_ON_CPU,
@@ -81,7 +81,7 @@ class JanusPolicy(Policy):
     ):
         super().__init__(module, processor)
         select_trainable(module, trainable)
-        use_causal(self._trunk)
+        use_own_parts(self._trunk)
         config: Any = module.config
         self._text_config = config.text_config
         side = config.vq_config.num_patches

@@ -43,7 +43,7 @@ from stage_rl.policies.loading import (
 from stage_rl.policies.lora import PATTERN, add_adapter, merged_state
 from stage_rl.policies.sizes import ModelSize
 from stage_rl.policies.text_encoder import TextEncoder, encoder_parameters, load_text_encoder
-from stage_rl.policies.trunk import run_trunk, trunk_weights, use_causal
+from stage_rl.policies.trunk import run_trunk, trunk_weights, use_own_parts
 from stage_rl.policies.vq import (
     IMAGES_PER_CHUNK,
     IMAGES_PER_CHUNK_ON_CPU,
@@ -184,7 +184,7 @@ class LlamaGenPolicy(Policy):
     ):
         super().__init__(module, processor)
         select_trainable(module, trainable)
-        use_causal(module.language_model)
+        use_own_parts(module.language_model)
         self.sizes = sizes
         side = sizes.grid_side
         coords_UA = 1 + torch.cartesian_prod(torch.arange(side), torch.arange(side))

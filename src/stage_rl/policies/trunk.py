@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import rms_norm
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -77,7 +78,7 @@ def padded_positions(num_positions: int, *, on_gpu: bool) -> int:
 
 def _take_positions(values_NSD: Tensor, positions_NT: Tensor) -> Tensor:
     """values_NTD: of each row the positions asked for."""
-    return torch.take_along_dim(values_NSD, positions_NT[..., None], dim=1)
+    return values_NSD.gather(1, positions_NT[..., None].expand(-1, -1, values_NSD.shape[-1]))
 
 
 def _coordinates(layout: TokenLayout, length_N1: Tensor, position_1S: Tensor) -> Tensor:
@@ -236,8 +237,69 @@ def _unseen(num_positions: int) -> Tensor:
     return torch.full((num_positions, num_positions), -math.inf).triu_(1)
 
 
-def use_causal(model: Any) -> None:
-    """Makes a transformers decoder use `causal_attention`, with the masks of SDPA."""
+class InputNorm(nn.Module):
+    """The RMSNorm in front of linear layers, computed in fp32.
+
+    Under autocast it gives what they take, in place of a copy of its result for each of them.
+    """
+
+    def __init__(self, weight: nn.Parameter, eps: float) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = weight, eps
+
+    def forward(self, states_NSD: Tensor) -> Tensor:
+        kind, weight_D, eps = states_NSD.device.type, self.weight.float(), self.variance_epsilon
+        autocast = torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if autocast else states_NSD.dtype
+        states_NSD = states_NSD.float()
+        if autocast and kind == "cpu" and not torch.compiler.is_compiling():
+            return _MixedNorm.apply(states_NSD, weight_D, eps, dtype)
+        return rms_norm(states_NSD, weight_D.shape, weight_D, eps).to(dtype)
+
+
+class _MixedNorm(torch.autograd.Function):
+    """RMSNorm of fp32 as another dtype, in fewer passes over the states than torch's on a CPU."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, states_NSD: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype
+    ) -> Tensor:
+        width = states_NSD.shape[-1]
+        length_NS1 = torch.linalg.vector_norm(states_NSD, dim=-1, keepdim=True)
+        scale_NS1 = length_NS1.square_().div_(width).add_(eps).rsqrt_()
+        unit_NSD = states_NSD * scale_NS1
+        ctx.save_for_backward(unit_NSD, scale_NS1, weight_D)
+        return torch.mul(unit_NSD, weight_D, out=torch.empty_like(states_NSD, dtype=dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (once_differentiable's type)
+        ctx: Any, grad_NSD: Tensor
+    ) -> tuple[Tensor, Tensor, None, None]:
+        unit_NSD, scale_NS1, weight_D = ctx.saved_tensors
+        grad_NSD = grad_NSD.float()
+        product_NSD = grad_NSD * unit_NSD
+        by_weight_D = product_NSD.flatten(0, -2).sum(0)
+        # What changes the length of a state is taken out.
+        along_NS1 = (product_NSD @ weight_D).div_(len(weight_D))[..., None]
+        by_states_NSD = torch.mul(grad_NSD, weight_D, out=product_NSD)
+        by_states_NSD.addcmul_(unit_NSD, along_NS1, value=-1).mul_(scale_NS1)
+        return by_states_NSD, by_weight_D, None, None
+
+
+INPUT_NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+def use_own_parts(model: Any) -> None:
+    """Makes a transformers decoder use `causal_attention`, with the masks of SDPA, and `InputNorm`.
+
+    The names of its parameters stay.
+    """
     ALL_ATTENTION_FUNCTIONS.register(CAUSAL, causal_attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(CAUSAL, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     model.set_attn_implementation(CAUSAL)
+    for layer in model.layers:
+        for name in INPUT_NORMS:
+            norm = getattr(layer, name)
+            if not isinstance(norm, InputNorm):
+                setattr(layer, name, InputNorm(norm.weight, norm.variance_epsilon))

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stage_rl.files import replace_file
-from stage_rl.policies.trunk import use_causal
+from stage_rl.policies.trunk import use_own_parts
 from stage_rl.shapes.pretrain_stage import train_stage
 from stage_rl.shapes.pretrain_tokenizer import tokenize
 from stage_rl.shapes.prompts import pretraining_caption, pretraining_record
@@ -142,7 +142,7 @@ class BaseLoss:
     def __init__(self, model: Any, num_positions: int, *, compiled: bool) -> None:
         self.model = model
         self.num_positions = num_positions
-        use_causal(model.model.language_model)
+        use_own_parts(model.model.language_model)
         self.decode = torch.compile(self._decode, dynamic=False) if compiled else self._decode
 
     def __call__(self, ids_NL: Tensor, lengths_N: Tensor, tokens_NT: Tensor) -> Tensor:
