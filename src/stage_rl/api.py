@@ -32,7 +32,8 @@ from stage_rl.evaluation.understanding import (
     find_understanding,
 )
 from stage_rl.files import replace_text
-from stage_rl.policies.base import Policy, PolicyConfig, base_digest, resolve_guidance
+from stage_rl.policies.base import Policy, PolicyConfig, resolve_guidance
+from stage_rl.policies.digest import base_digest
 from stage_rl.policies.loading import policy_config
 from stage_rl.recipe import Recipe
 from stage_rl.rewards.base import RewardConfig, Score
@@ -115,8 +116,9 @@ def score(
     for prompt in asked:
         if reason := config.unsupported_reason(prompt):
             raise InputError(f"reward '{config.name}' {reason} ('{prompt.text[:40]}')")
+    place = config.device_or(pick_device(device))
     scores = ask(
-        WeightedReward(config.name, config.weight, config.build(pick_device(device))),
+        WeightedReward(config.name, config.weight, config.build(place)),
         images_NHWC,
         asked,
     )
@@ -361,7 +363,7 @@ class Source:
         """The policy with the weights of the checkpoint."""
         policy = self.policy.build(device)
         if self.checkpoint is not None:
-            self.checkpoint.check_base(base_digest(policy))
+            self.checkpoint.check_base(base_digest(policy, like=self.checkpoint.state.base))
             self.checkpoint.load_policy(policy.module)
         return policy
 

@@ -247,6 +247,9 @@ def pick_device(name: str | torch.device | None = None, *, key: str = "device") 
         raise InputError(f"{key}: unknown '{name}'; write cpu or cuda") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"{key}: no GPU is visible here; write cpu")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise InputError(f"{key}: there is no '{name}'; the last GPU here is cuda:{count - 1}")
     return device
 
 

@@ -378,6 +378,11 @@ class TrainingConfig(Settings):
     reference: Literal["resident", "streamed"] = "resident"
     """Where the reference's layers are: beside the policy, or in host memory, read layer by layer;
     the numbers are the same. An adapter's reference takes no memory."""
+    shard_ranks: Annotated[int, Field(ge=2)] | None = None
+    """Of several processes, how many share one copy of parameters and moments, such as those of one
+    machine; null: all."""
+    profile: NonNegativeInt | None = None
+    """Step, from 0, whose trace by torch's profiler is written into the run folder; null: none."""
     memory_gb: PositiveFloat | None = None
     """Memory of the GPU in GB that the run must fit in; null: that of the one it runs on."""
 
@@ -493,7 +498,7 @@ CHANGEABLE = (
     *("probe.every", "probe.mismatch_images", "rollout.max_images", "rollout.release_cache"),
     *("training.device", "training.memory_gb", "training.groups_per_microbatch"),
     *("training.logprob_rows", "training.activation_checkpointing", "training.compile"),
-    "training.reference",
+    *("training.reference", "training.shard_ranks", "training.profile"),
 )
 """Keys, and sections with all of theirs, that change no step but by rounding: a run may go on with
 others. Those of the rewards are in their classes."""

@@ -18,19 +18,23 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "checkpointing", "groups"),
+    ("dtype", "checkpointing", "groups", "estimator"),
     [
-        ("mixed", "selective", 1),
-        pytest.param("mixed", "none", 1, marks=pytest.mark.slow),
-        pytest.param("float32", "full", 2, marks=pytest.mark.slow),
+        ("mixed", "selective", 1, "k3"),
+        pytest.param("mixed", "none", 1, "k3", marks=pytest.mark.slow),
+        pytest.param("mixed", "selective", 1, "exact", marks=pytest.mark.slow),
+        pytest.param("float32", "full", 2, "k3", marks=pytest.mark.slow),
     ],
 )
-def test_every_phase_is_predicted_within_15_percent(folder, dtype, checkpointing, groups):
+def test_every_phase_is_predicted_within_15_percent(
+    folder, dtype, checkpointing, groups, estimator
+):
     result = memory.run(
         model=folder,
         num_prompts=2,
         group_size=4,
-        overrides=f"training.groups_per_microbatch={groups} rollout.dtype={dtype} "
+        overrides=f"algorithm.kl.estimator={estimator} rollout.dtype={dtype} "
+        f"training.groups_per_microbatch={groups} "
         f"training.dtype={dtype} training.activation_checkpointing={checkpointing}",
     )
     assert result.reached, result.table

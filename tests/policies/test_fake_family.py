@@ -10,7 +10,8 @@ from stage_rl.api import evaluate, sample
 from stage_rl.config import explain, load_recipe
 from stage_rl.errors import InputError
 from stage_rl.evaluation.suites import PromptSet, Scorer, Suite
-from stage_rl.policies.base import PolicyConfig, base_digest
+from stage_rl.policies.base import PolicyConfig
+from stage_rl.policies.digest import base_digest
 from stage_rl.recipe import Recipe
 from stage_rl.rollout.engine import Engine
 from stage_rl.rollout.sample import rollout

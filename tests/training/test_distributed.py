@@ -9,6 +9,7 @@ import pytest
 import torch
 from run_files import steps_of, untimed
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from stage_rl.api import load
 from stage_rl.bench import fsdp2
@@ -85,6 +86,10 @@ def test_without_torchrun_there_is_one_rank_and_with_it_ranks_share_groups_in_or
             ("rollout.prompts_per_step=3", "probe.every=0", "training.reference=streamed"),
             "streamed is for one process; write resident",
         ),
+        (
+            ("rollout.prompts_per_step=3", "probe.every=0", "training.shard_ranks=2"),
+            r"shard_ranks: 3 processes cannot be split into groups of 2",
+        ),
     ],
 )
 def test_what_cannot_be_spread_is_refused_before_anything_is_loaded(recipe, overrides, message):
@@ -92,9 +97,9 @@ def test_what_cannot_be_spread_is_refused_before_anything_is_loaded(recipe, over
         train_on(recipe(*overrides, "policy.path=/no/such/weights"), World(0, 3))
 
 
-def compared(recipe, tmp_path, *overrides):
+def compared(recipe, tmp_path, *overrides, num_ranks=2):
     settings = ("optimizer.lr=1e-5", "training.groups_per_microbatch=1", "run.log_images_every=0")
-    found = fsdp2.compare(recipe(*settings, *overrides), 2, tmp_path)
+    found = fsdp2.compare(recipe(*settings, *overrides), num_ranks, tmp_path)
     assert found["tokens_identical"] == 1
     for name in ("gradients_relative", *(n for n in found if n.startswith("parameters"))):
         assert found[name] <= 1e-6, name
@@ -165,6 +170,17 @@ def test_two_processes_train_in_mixed_precision(recipe, tmp_path):
 )
 def test_two_processes_equal_one_in_other_recipes(recipe, tmp_path, overrides):
     compared(recipe, tmp_path, *overrides)
+
+
+@pytest.mark.slow
+def test_four_processes_with_a_copy_in_each_two_equal_one(recipe, tmp_path):
+    shards = ("training.shard_ranks=2", "rollout.prompts_per_step=4", "probe.num_prompts=4")
+    compared(recipe, tmp_path, *shards, num_ranks=4)
+    (saved,) = checkpoints(tmp_path / "several")
+    # Cut in two, and each piece written once, though two processes hold it.
+    index = FileSystemReader(saved / "shards").read_metadata().state_dict_metadata
+    even = [e for n, e in index.items() if n.startswith("policy.") and e.size[0] % 4 == 0]
+    assert {len(entry.chunks) for entry in even} == {2}
 
 
 def torchrun(recipe, tmp_path):

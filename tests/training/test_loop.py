@@ -23,8 +23,9 @@ from stage_rl.errors import (
     RewardError,
     Stopped,
 )
+from stage_rl.policies.digest import SUMS, base_digest
 from stage_rl.policies.janus import JanusPolicy
-from stage_rl.training import checkpoint, loop
+from stage_rl.training import checkpoint, loop, trainer
 from stage_rl.training.loop import check_prompts, train
 from stage_rl.types import Prompt
 
@@ -43,6 +44,17 @@ def test_two_steps_and_two_more_equal_four_to_the_bit(recipe, tmp_path, override
     whole = steps_of(assert_resumes_to_the_bit(recipe, tmp_path, *overrides))
     if "rollout.resample_equal_groups=2" in overrides:
         assert sum(line["resample/groups"] for line in whole) > 0
+
+
+def test_a_run_whose_base_was_recorded_by_a_gpu_goes_on_on_a_cpu(recipe, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer, "base_digest", lambda policy, **_: base_digest(policy, like=SUMS))
+        run = train(recipe("steps=2"))
+    state = json.loads((run / "checkpoints/step_000002/state.json").read_text())
+    assert state["base"].startswith(SUMS)
+    train(recipe("steps=3"))
+    assert [line["step"] for line in steps_of(run)] == [0, 1, 2]
+    assert load(str(run)).device.type == "cpu"
 
 
 def test_a_run_folder_holds_what_a_report_needs(recipe):

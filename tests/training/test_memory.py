@@ -110,6 +110,14 @@ def test_settings_that_save_memory_lower_the_learning_phase():
     assert peaks == sorted(peaks, reverse=True)
 
 
+def test_processes_that_share_a_copy_hold_what_a_run_of_so_many_does():
+    alone, several = (recipe_7b(*x) for x in ((), ("training.shard_ranks=4",)))
+    four, eight = plan_of(alone, num_processes=4), plan_of(several, num_processes=8)
+    for part in ("weights", "moments", "reference"):
+        assert gb(eight, "learn", part) == gb(four, "learn", part)
+    assert gb(eight, "learn", "activations") < gb(four, "learn", "activations")
+
+
 def test_several_processes_load_whole_weights_before_they_share_them():
     recipe = recipe_7b("rollout.release_cache=true")
     plan = plan_of(recipe, num_processes=8)

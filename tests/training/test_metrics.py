@@ -90,6 +90,16 @@ def test_rates_count_each_pass_and_two_for_a_backward(logprobs, forward, backwar
     )
 
 
+def test_the_share_of_a_peak_is_there_where_the_peak_is_known():
+    drawn = RolloutStats(num_rows=6, num_tokens=4, prompt_length=5)
+    options = {"num_images": 3, "scoring": Scoring(), "num_updates": 2}
+    numbers = rates(SMALL, drawn, SECONDS, **options, peak_tflop_per_s=2e-6)
+    for phase in ("reference", "learn"):
+        reached = numbers[f"throughput/{phase}_tflop_per_s"]
+        assert numbers[f"throughput/{phase}_mfu"] == pytest.approx(reached / 2e-6)
+    assert not [name for name in rates(SMALL, drawn, SECONDS, **options) if "mfu" in name]
+
+
 def test_passes_of_unequal_size_add_up():
     passes = [
         PassStats(num_rows=4, num_tokens=9, lengths_B=torch.tensor([5, 7])),

@@ -87,8 +87,10 @@ def _on_cpu(trainer: Trainer, before: int) -> dict[str, float]:
     rollout = phase("sample", lambda: trainer.sample(trainer.engine, prompts, step=1))
     rewards = trainer.rewards.score(rollout)
     batches = trainer.batches(rollout)
+    exact = trainer.recipe.algorithm.exact_kl
     reference = phase(
-        "reference", lambda: measure_all(trainer.reference, batches, trainer.precision)
+        "reference",
+        lambda: measure_all(trainer.reference, batches, trainer.precision, with_states=exact),
     )
     update = trainer.update(rate=1e-6)
     phase(
@@ -97,7 +99,7 @@ def _on_cpu(trainer: Trainer, before: int) -> dict[str, float]:
             trainer.policy,
             trainer.optimizer,
             batches,
-            first=measure_to_learn(trainer.policy, batches[0], update),
+            first=measure_to_learn(trainer.policy, batches[0], update, reference[0]),
             rewards=rewards,
             reference=reference,
             update=update,

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from stage_rl.allocator import let_segments_grow
 from stage_rl.cli import (
     bench,
     data,
@@ -92,9 +93,7 @@ class Signalled(BaseException):
 def main() -> None:
     """Runs the command line; exit codes: 0 done, 1 failed, 2 wrong input, 128 + N by signal N."""
     limit_spinning()
-    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-        # Else what a phase frees is in pieces that the next one cannot use (`release_cache`).
-        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    let_segments_grow()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # no terminal fails on a name it cannot show
             stream.reconfigure(errors="backslashreplace")

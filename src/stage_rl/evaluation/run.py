@@ -55,7 +55,8 @@ from stage_rl.evaluation.suites import (
     scorers_of,
 )
 from stage_rl.files import replace_text
-from stage_rl.policies.base import Policy, base_digest
+from stage_rl.policies.base import Policy
+from stage_rl.policies.digest import base_digest
 from stage_rl.recipe import EvaluationConfig
 from stage_rl.rewards.base import RewardConfig
 from stage_rl.rewards.judge import WeightedReward
@@ -408,7 +409,7 @@ class _Run:
             reward = (
                 made_up_reward(name, scorer.verdicts, config)
                 if made_up
-                else config.build(self._device)
+                else config.build(config.device_or(self._device))
             )
             label = f"{job.suite.name}: {name}"
             for some in self._batches(label, asked, lacking, lambda one: len(one.files)):

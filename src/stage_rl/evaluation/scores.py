@@ -17,7 +17,7 @@ from stage_rl.files import replace_text
 from stage_rl.rewards.base import RewardConfig, Score
 from stage_rl.rewards.judge import WeightedReward, ask
 
-NO_SCORES = {"name", "weight", "self_test", "timeout_s"}
+NO_SCORES = {"name", "weight", "self_test", "timeout_s", "device"}
 """Settings of a reward that change no score."""
 
 SPEED = {"batch_size", "processes", "threads"}

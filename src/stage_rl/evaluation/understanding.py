@@ -32,7 +32,8 @@ from stage_rl.console import progress, stop_signals
 from stage_rl.errors import InputError, Stopped
 from stage_rl.evaluation.results import ImageScore, Interval, aligned, bootstrap_intervals
 from stage_rl.files import replace_text
-from stage_rl.policies.base import Policy, base_digest
+from stage_rl.policies.base import Policy
+from stage_rl.policies.digest import base_digest
 from stage_rl.rewards.vqa import tokens_of
 from stage_rl.settings import did_you_mean
 

@@ -8,7 +8,6 @@ C codebook channels, V codebook size, H x W pixels.
 from __future__ import annotations
 
 import copy
-import hashlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -408,16 +407,3 @@ def resolve_guidance(
     if not policy.guided:
         return 1.0
     return policy.default_guidance if default is None else default
-
-
-def base_digest(policy: Policy) -> str:
-    """SHA-256 over all parameters as they were loaded: names in order, types, shapes and bytes."""
-    digest = hashlib.sha256()
-    parameters = dict(policy.module.named_parameters())
-    for part, module in policy.frozen_modules().items():
-        parameters |= {f"{part}:{name}": value for name, value in module.named_parameters()}
-    for name, parameter in sorted(parameters.items()):
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)};".encode())
-        values = parameter.detach().cpu().contiguous().flatten()
-        digest.update(values.view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor
 
+from stage_rl.distributed import pick_device
 from stage_rl.errors import RewardError
 from stage_rl.settings import Component, Settings, name_of
 from stage_rl.types import Prompt
@@ -99,7 +100,7 @@ class RewardConfig(Component):
     """Metadata a prompt must carry to be judged."""
     whole_groups: ClassVar[bool] = False
     """A call must hold all images of a prompt, and none of another group of that prompt."""
-    changeable: ClassVar[tuple[str, ...]] = ("self_test", "timeout_s")
+    changeable: ClassVar[tuple[str, ...]] = ("self_test", "timeout_s", "device")
     """Keys that change no score: a run may go on with other values of them."""
 
     times_itself: ClassVar[bool] = False
@@ -116,6 +117,9 @@ class RewardConfig(Component):
     """Score reference images of known order before the first step; false: train without."""
     timeout_s: PositiveFloat = 3600.0
     """Longest time for the images of a step; then the run stops."""
+    device: str | None = None
+    """Where its models are, such as cuda:1, a GPU that no process trains on; null: the device of
+    the training."""
 
     @model_validator(mode="before")
     @classmethod
@@ -138,6 +142,12 @@ class RewardConfig(Component):
     def reread(self, prompt: Prompt, score: Score) -> Score:
         """A score that was kept, by what the reward makes of its replies today."""
         return score
+
+    def device_or(self, device: torch.device) -> torch.device:
+        """Its own device, else the one that is given."""
+        if self.device is None:
+            return device
+        return pick_device(self.device, key=f"reward '{self.name}': device")
 
     @abstractmethod
     def build(self, device: torch.device) -> Reward:

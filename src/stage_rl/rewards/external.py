@@ -48,7 +48,7 @@ STOP_S = 5.0
 class ExternalRewardConfig(RewardConfig):
     """A program of the user's that reads JSON lines and answers each with a score."""
 
-    changeable = ("self_test", "cwd", "images", "batch_size", "timeout_s")
+    changeable = ("self_test", "cwd", "images", "batch_size", "timeout_s", "device")
 
     times_itself: ClassVar[bool] = True
     command: tuple[Annotated[str, Field(min_length=1)], ...] = Field(min_length=1)

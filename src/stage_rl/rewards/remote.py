@@ -69,6 +69,7 @@ class RemoteRewardConfig(RewardConfig):
     changeable = (
         *("self_test", "url", "token_file", "token_env"),
         *("batch_size", "connections", "timeout_s", "give_up_s"),
+        "device",
     )
 
     times_itself: ClassVar[bool] = True

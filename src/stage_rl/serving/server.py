@@ -110,7 +110,7 @@ def build_routes(
     """Loads and tests the rewards, and puts them behind the paths of a server."""
     budget, metrics, services = MemoryBudget(settings.limits.held_bytes), Metrics(), []
     for config in configs:
-        reward = config.build(device)
+        reward = config.build(config.device_or(device))
         if config.self_test:
             require_order(config, reward)
         batcher = Batcher(

@@ -36,8 +36,10 @@ from stage_rl.training.metrics import (
     learning_metrics,
     log_samples,
     over_ranks,
+    peak_bf16,
     rates,
     reward_metrics,
+    traced,
     trained_mismatch,
     untrained_mismatch,
 )
@@ -87,7 +89,8 @@ def train_on(recipe: Recipe, world: World, *, on_step: OnStep | None = None) -> 
         return folder.path
     with live_view(first=done, last=recipe.steps, rank=world.rank) as view:
         # What can be wrong with a recipe shows here, before a folder says what is trained in it.
-        trainer = build_trainer(recipe, prompts, world, say=view.say)
+        base = saved.state.base if saved else ""
+        trainer = build_trainer(recipe, prompts, world, say=view.say, recorded_base=base)
         with (
             open_run(recipe, world) as run,
             stop_signals() as signals,
@@ -124,7 +127,8 @@ def train_steps(
     learned = False
     for step in range(first, recipe.steps):
         try:
-            result = train_step(trainer, step, signals)
+            with traced(_trace_file(trainer, run, step)):
+                result = train_step(trainer, step, signals)
         except RewardsPendingError:
             if world.size == 1 and step > first:
                 trainer.save(run.checkpoints, monitor.state(step, trainer.base))
@@ -225,6 +229,7 @@ def train_step(trainer: Trainer, step: int, signals: Sequence[int] = ()) -> Step
             num_images=len(rollout.tokens_NT),
             scoring=precision.scoring,
             num_updates=update.num_updates,
+            peak_tflop_per_s=peak_bf16(policy.device) if precision.mixed else None,
         )
     if _is_due(recipe.probe.every, step, recipe.steps):
         numbers |= measure_drift(policy, trainer.reference, trainer.probe, precision)
@@ -274,6 +279,12 @@ def record(trainer: Trainer, run: RunFolder, result: Step) -> dict[str, float]:
     }
     run.log_metrics(result.number, numbers)
     return numbers
+
+
+def _trace_file(trainer: Trainer, run: RunFolder, step: int) -> Path | None:
+    """Where the first process writes the trace of a step; None where the recipe wants none."""
+    wanted = trainer.recipe.training.profile == step and trainer.world.first
+    return run.path / "profile" / f"{step:06d}.json.gz" if wanted else None
 
 
 def _is_due(every: int, step: int, num_steps: int) -> bool:

@@ -138,6 +138,11 @@ class Work:
         return not self.recipe.rollout.release_cache
 
     @property
+    def num_shards(self) -> int:
+        """Processes that share one copy of what is spread."""
+        return min(self.recipe.training.shard_ranks or self.num_processes, self.num_processes)
+
+    @property
     def parameter_bytes(self) -> int:
         """Of one parameter of the module."""
         return 4 if self.policy.dtype == "float32" else 2
@@ -197,7 +202,7 @@ class Work:
     def per_process(self) -> float:
         """Parameters that take a gradient, by process."""
         trained = sum(self.trained(self.size.parameters).values())
-        return (self.adapter + trained) / self.num_processes
+        return (self.adapter + trained) / self.num_shards
 
 
 def _weights(work: Work) -> float:
@@ -206,7 +211,7 @@ def _weights(work: Work) -> float:
     shared = sum(size.in_layers.values()) + work.trained_outside
     # The image head of an adapter's policy is fp32 whatever the base is.
     head = size.image_head * (4 - width) if work.policy.lora else 0
-    spread = (shared * width + 4 * work.adapter) / work.num_processes
+    spread = (shared * width + 4 * work.adapter) / work.num_shards
     return spread + (size.total - shared) * width + head
 
 
@@ -227,7 +232,7 @@ def _reference(work: Work) -> float:
     held = matrices * each + 4 * (sum(layers.values()) - matrices)
     if work.recipe.training.reference == "streamed":
         held = min(held, 2 * work.size.layer_matrices * each)
-    return (held + work.trained_outside * work.parameter_bytes) / work.num_processes
+    return (held + work.trained_outside * work.parameter_bytes) / work.num_shards
 
 
 def _cache(work: Work, images: int) -> float:
@@ -465,6 +470,7 @@ def _by_count(recipe: Recipe, size: ModelSize) -> dict[int, Plan]:
         count: predict(recipe, size, num_processes=count)
         for count in (PROCESSES[:1] if for_one_process(recipe) else PROCESSES)
         if recipe.rollout.prompts_per_step % count == 0
+        and count % (recipe.training.shard_ranks or 1) == 0
     }
 
 

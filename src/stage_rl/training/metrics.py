@@ -10,15 +10,19 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from stage_rl.algorithm import equal_reward_groups, importance_ratio
 from stage_rl.distributed import World
+from stage_rl.files import replace_file
 from stage_rl.pictures import image_boxes, image_grid
 from stage_rl.policies.base import Policy
 from stage_rl.policies.logprobs import CONDITIONAL, Scoring
@@ -269,8 +273,10 @@ def rates(
     num_images: int,
     scoring: Scoring,
     num_updates: int,
+    peak_tflop_per_s: float | None = None,
 ) -> dict[str, float]:
-    """What one device reached in each phase, GB/s and TFLOP/s (powers of 10).
+    """What one device reached in each phase, GB/s and TFLOP/s (powers of 10); of the training
+    passes also the share of a peak, where one is given.
 
     A backward pass counts as two forward passes.
     """
@@ -286,8 +292,50 @@ def rates(
         f"throughput/{phase}_tflop_per_s": count / times[f"time/{phase}_s"] / 1e12
         for phase, count in flops.items()
     }
+    if peak_tflop_per_s:
+        for phase in ("reference", "learn"):
+            reached = numbers[f"throughput/{phase}_tflop_per_s"]
+            numbers[f"throughput/{phase}_mfu"] = reached / peak_tflop_per_s
     read = rollout_bytes(size, stats)
     return numbers | {"throughput/sample_gb_per_s": read / times["time/sample_s"] / 1e9}
+
+
+PEAK_BF16_TFLOP_PER_S = {
+    "B200": 2250.0,
+    "H200 NVL": 835.0,
+    "H100 NVL": 835.0,
+    "H100 PCIe": 756.0,
+    "H200": 989.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "RTX 4090": 165.0,
+}
+"""Dense matmuls in bf16 by what a device's name holds, as the makers' data sheets say; the first
+match counts."""
+
+
+def peak_bf16(device: torch.device) -> float | None:
+    """The peak of a device in TFLOP/s; None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_BF16_TFLOP_PER_S.items() if part in name), None)
+
+
+@contextmanager
+def traced(file: Path | None) -> Iterator[None]:
+    """Writes what torch's profiler sees inside the block as a trace that Perfetto opens, with a
+    GPU its kernels too; None: nothing is written.
+    """
+    if file is None:
+        yield
+        return
+    kinds = [ProfilerActivity.CPU]
+    kinds += [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+    with profile(activities=kinds) as found:
+        yield
+    replace_file(file, lambda path: found.export_chrome_trace(str(path)))
 
 
 def rollout_bytes(size: DecoderSize, stats: RolloutStats) -> float:

@@ -27,13 +27,25 @@ from torch.utils.checkpoint import (
 from stage_rl.policies.base import Policy
 
 
-def shard(policy: Policy, reference: Policy, *, num_ranks: int, mixed: bool) -> None:
+def shard(
+    policy: Policy,
+    reference: Policy,
+    *,
+    num_ranks: int,
+    mixed: bool,
+    shard_ranks: int | None = None,
+) -> None:
     """Spreads policy and reference over all ranks, in place.
 
-    `mixed` gathers the decoder layers in bf16; gradients are summed in fp32, over all ranks. A
-    reference in the memory of the policy shares its shards.
+    Each `shard_ranks` ranks in a row share a copy (HSDP): what a layer gathers stays among them,
+    and only gradients go to the others. None: all share one. `mixed` gathers the decoder layers in
+    bf16; gradients are summed in fp32, over all ranks. A reference in the memory of the policy
+    shares its shards.
     """
-    mesh = init_device_mesh(policy.device.type, (num_ranks,))
+    each = shard_ranks or num_ranks
+    sizes = (num_ranks,) if each == num_ranks else (num_ranks // each, each)
+    names = ("replicate", "shard")[-len(sizes) :]
+    mesh = init_device_mesh(policy.device.type, sizes, mesh_dim_names=names)
     # Inputs and outputs stay fp32 as on one device, where autocast alone lowers the precision.
     exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     lowered = replace(exact, param_dtype=torch.bfloat16) if mixed else exact

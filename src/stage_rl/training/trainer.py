@@ -13,12 +13,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from stage_rl.allocator import let_segments_grow
 from stage_rl.distributed import SINGLE, World, pick_device
 from stage_rl.errors import RecipeError
 from stage_rl.evaluation.suites import find_suite
 from stage_rl.objective.loss import LossFunction
 from stage_rl.objective.record import CreditFunction
-from stage_rl.policies.base import Policy, PolicyConfig, base_digest
+from stage_rl.policies.base import Policy, PolicyConfig
+from stage_rl.policies.digest import base_digest
 from stage_rl.policies.lora import has_adapter
 from stage_rl.prompts.files import prompts_of_step
 from stage_rl.recipe import Recipe
@@ -60,11 +62,14 @@ def build_trainer(
     world: World = SINGLE,
     *,
     say: Callable[[str], None] = lambda text: None,
+    recorded_base: str = "",
 ) -> Trainer:
     """Loads the model, spreads it over the ranks, and builds everything around it.
 
-    `say` hears what is being done: with a large model this takes minutes.
+    `say` hears what is being done: with a large model this takes minutes. `recorded_base` is the
+    digest in the checkpoint that is gone on from: this one is made in its form.
     """
+    let_segments_grow()
     device = pick_device(recipe.training.device, key="training.device")
     if device.type == "cpu":
         keep_freed_memory()
@@ -78,7 +83,7 @@ def build_trainer(
         WeightedReward(
             r.name,
             r.weight,
-            r.build(device),
+            r.build(r.device_or(device)),
             timeout_s=None if r.times_itself else r.timeout_s,
             requires=r.requires,
         )
@@ -90,7 +95,7 @@ def build_trainer(
     trained = trained_parameters(policy.module).values()
     num_trained, num_all = (sum(p.numel() for p in some) for some in (trained, policy.parameters()))
     say(f"reference: {num_trained:,} of {num_all:,} parameters train")
-    base = base_digest(policy)
+    base = base_digest(policy, like=recorded_base)
     world.check_same(base, "the weights behind policy.path")
     reference = build_reference(policy, recipe)
     checkpointing, compiled = recipe.training.activation_checkpointing, recipe.training.compile
@@ -98,8 +103,8 @@ def build_trainer(
     if reference.module is not policy.module:
         prepare_blocks(reference.trunk_blocks, compiled=compiled)
     if world.sharded:
-        mixed = recipe.training.dtype == "mixed"
-        shard(policy, reference, num_ranks=world.size, mixed=mixed)
+        mixed, shards = recipe.training.dtype == "mixed", recipe.training.shard_ranks
+        shard(policy, reference, num_ranks=world.size, shard_ranks=shards, mixed=mixed)
     return Trainer(
         recipe=recipe,
         prompts=prompts,
@@ -290,6 +295,12 @@ def check_ranks(recipe: Recipe, world: World, *, num_prompts: int) -> None:
     world.check_even(recipe.rollout.prompts_per_step, "rollout.prompts_per_step")
     if recipe.probe.every:
         world.check_even(min(recipe.probe.num_prompts, num_prompts), "probe.num_prompts")
+    shards = recipe.training.shard_ranks
+    if shards and world.size % shards:
+        raise RecipeError(
+            f"training.shard_ranks: {world.size} processes cannot be split into groups of {shards} "
+            "that hold a copy each; write a number that divides them, or null"
+        )
     for text in for_one_process(recipe) if world.size > 1 else ():
         raise RecipeError(text)
 
