@@ -29,6 +29,11 @@ MORE_ARMS = (
     *("janus_pro_1b_hps_gdino_git", "janus_pro_1b_hps_gdino_git_grpo"),
 )
 """Of the paper too, in fewer forms."""
+RIVALS = (
+    *("janus_pro_1b_geneval_critical", "janus_pro_7b_geneval_guidance"),
+    "janus_pro_1b_hps_gdino_git_gdpo",
+)
+"""Methods of other papers, with the settings that they published."""
 CREDIT_RULES = ("critical", "entropy_bonus", "guidance", "high_entropy", "uniform")
 """Of other papers than STAGE's, each with a recipe of its name."""
 ONE_GPU = {
@@ -49,7 +54,7 @@ def test_the_shipped_recipes_are_these():
     shapes = ["shapes_entropy", "shapes_geneval", "shapes_grpo", "shapes_smoke"]
     assert sorted([*shapes, *strict, *rules]) == SHAPES
     forms = [f"{name}{form}" for name in PAPERS for form in FORMS]
-    assert sorted([*forms, *MORE_ARMS, *ONE_GPU]) == JANUS_PRO
+    assert sorted([*forms, *MORE_ARMS, *RIVALS, *ONE_GPU]) == JANUS_PRO
     assert sorted(LLAMAGEN_ONE_GPU) == LLAMAGEN
     assert sorted([*SHAPES, *JANUS_PRO, *LLAMAGEN, *EMU3]) == RECIPES
 
@@ -189,6 +194,27 @@ def test_the_other_arms_of_the_paper_differ_in_what_they_are_named_after(name, o
     assert set(diff_recipes(*pair)) == keys
 
 
+@pytest.mark.parametrize(
+    ("name", "other", "published"),
+    [
+        ("1b_geneval_critical", "1b_geneval_grpo", (3e-6, "linear", 0.01, 4)),
+        ("7b_geneval_guidance", "7b_geneval", (5e-6, "cosine", 0.03, 16)),
+        ("1b_hps_gdino_git_gdpo", "1b_hps_gdino_git_grpo", (1e-6, "linear", 0.01, 8)),
+    ],
+)
+def test_the_recipe_of_a_rival_has_its_published_settings_and_no_others(name, other, published):
+    pair = [load_recipe(f"janus_pro_{one}", ["name=same"]) for one in (name, other)]
+    recipe, settings = pair[0], pair[0].algorithm
+    own = (recipe.optimizer.lr, recipe.optimizer.schedule, settings.beta, recipe.rollout.group_size)
+    assert own == published
+    assert (recipe.steps, recipe.guidance_scale) == (1600, 5.0)
+    method = {"credit", "advantage", "reweight", "beta", "entropy.centred"}
+    allowed = {f"algorithm.{key}" for key in method}
+    allowed |= {"optimizer.lr", "optimizer.schedule", "rollout.group_size"}
+    keys = {key for key in diff_recipes(*pair) if not key.startswith("algorithm.credit.")}
+    assert keys <= allowed
+
+
 @pytest.mark.parametrize("name", EMU3)
 def test_emu3_recipes_draw_as_the_published_code_at_512_pixels(name):
     recipe = load_recipe(name)
@@ -202,7 +228,7 @@ def test_a_recipe_for_one_gpu_fits_it_by_prediction(name, memory_gb):
     check_memory(load_recipe(name), memory_gb)
 
 
-@pytest.mark.parametrize("name", [*PAPERS, "emu3_gen_geneval"])
+@pytest.mark.parametrize("name", [*PAPERS, *RIVALS, "emu3_gen_geneval"])
 def test_a_recipe_for_several_gpus_fits_eight_of_80_gb_by_prediction(name):
     check_memory(load_recipe(name), 80, num_processes=8)
 

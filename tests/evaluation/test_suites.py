@@ -5,6 +5,7 @@ import hashlib
 import pytest
 
 from stage_rl.evaluation.published import FIGURES, PUBLISHED, departures, statements
+from stage_rl.evaluation.request import Request
 from stage_rl.evaluation.results import ImageScore, Setup
 from stage_rl.evaluation.suites import (
     ALL,
@@ -17,10 +18,14 @@ from stage_rl.evaluation.suites import (
     parse_overrides,
     scorers_of,
 )
+from stage_rl.policies.emu3 import Emu3Policy
+from stage_rl.policies.janus import JanusPolicy
+from stage_rl.policies.llamagen import LlamaGenPolicy
 from stage_rl.rewards.base import RewardConfig, Score
 from stage_rl.rewards.detectors import openmmlab
 from stage_rl.rewards.detectors.openmmlab import is_official
 from stage_rl.rewards.external import MPLUG_SCORER
+from stage_rl.shapes.suite import SHAPES_GENEVAL
 from stage_rl.types import Prompt
 
 JPEG = ("hps.jpeg_quality=75",)
@@ -43,6 +48,21 @@ def said(benchmark, ours, settings=(), *, others=(), smoke=False, missing=0.0, *
         others=others,
     )
     return statements(benchmark, ours, known, smoke=smoke)
+
+
+@pytest.mark.parametrize(
+    ("family", "suite", "drawn"),
+    [
+        (JanusPolicy, GENEVAL, (5.0, 0)),
+        (LlamaGenPolicy, GENEVAL, (7.5, 1000)),
+        (Emu3Policy, GENEVAL, (3.0, 2048)),
+        (LlamaGenPolicy, SHAPES_GENEVAL, (2.5, 1000)),
+    ],
+)
+def test_a_benchmark_without_a_scale_of_its_own_is_drawn_with_the_family_s(family, suite, drawn):
+    sampling = Request().sampling(suite, family)
+    assert (sampling.guidance_scale, sampling.top_k) == drawn
+    assert Request(guidance_scale=2.0).sampling(suite, family).guidance_scale == 2
 
 
 def test_published_figures_stand_beside_ours():

@@ -64,7 +64,10 @@ def evaluate(
         ),
     ] = None,
     guidance_scale: Annotated[
-        float | None, typer.Option(min=0, callback=finite, help="Default: the benchmark's own.")
+        float | None,
+        typer.Option(
+            min=0, callback=finite, help="Default: the benchmark's own, else the model family's."
+        ),
     ] = None,
     temperature: Annotated[
         float, typer.Option(min=0, callback=finite, help="0 draws the likeliest token.")

@@ -30,7 +30,7 @@ class Request:
     """Images of each task, spread evenly over its prompts; where a benchmark counts by prompt,
     images_per_prompt goes before."""
     guidance_scale: float | None = None
-    """None: the benchmark's own, or 1 for a policy without guidance."""
+    """None: the benchmark's own, else that of the model's family, 1 without guidance."""
     temperature: float = 1.0
     """Divides the guided logits; 0 draws the likeliest token."""
     top_k: int | None = None

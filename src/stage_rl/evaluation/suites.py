@@ -15,7 +15,6 @@ from yaml import YAMLError
 
 from stage_rl.config import explain
 from stage_rl.errors import InputError
-from stage_rl.evaluation import published
 from stage_rl.evaluation.aggregation import PromptAnswers
 from stage_rl.evaluation.results import ImageScore
 from stage_rl.evaluation.scores import settings_that_score
@@ -121,7 +120,8 @@ class Suite:
     images_per_prompt: int = 1
     images_per_task: int | None = None
     """Images of each task, spread evenly over its prompts, in place of `images_per_prompt`."""
-    guidance_scale: float = published.GUIDANCE_SCALE
+    guidance_scale: float | None = None
+    """Where nobody says; None: that of the model's family."""
     measures_of: Callable[[Prompt, Scores], Mapping[str, float]] = values
     """The measures of one image; one that a scorer does not apply to is left out."""
     measures_of_groups: Callable[[Policy, Rollout], Sequence[Mapping[str, float]]] | None = None
