@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import pytest
 
 from stage_rl import api
+from stage_rl.cli.evaluate import UNDERSTANDING
+from stage_rl.evaluation.understanding import BENCHMARKS
 
 
 @dataclass
@@ -152,6 +154,7 @@ def test_eval_asks_questions_about_images_of_a_model_and_its_base(tmp_path, monk
 
 
 def test_questions_about_images_stand_alone(run_main):
+    assert set(UNDERSTANDING) == BENCHMARKS.keys()
     code, printed = run_main("eval", "x", "--benchmark", "pope", "--benchmark", "geneval")
     assert (code, printed.count("\n")) == (2, 1)
     assert printed.startswith("error: --benchmark pope: takes a MODEL, and no others beside it")

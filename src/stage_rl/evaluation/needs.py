@@ -84,8 +84,10 @@ def _row(suite: Suite, data: Path | None, overrides: Overrides) -> list[str]:
         for name, scorer in suite.scorers.items()
     )
     absent = missing_data(suite, data)
-    weights, parts = missing_weights(suite, overrides), missing_parts(suite, overrides)
-    missing = list(dict.fromkeys([*([absent] if absent else []), *weights, *parts]))
+    missing = [absent] if absent else []
+    missing += missing_weights(suite, overrides)
+    # A wrong setting is said by both.
+    missing += [one for one in missing_parts(suite, overrides) if one not in missing]
     gpu = suite.gpu or "not measured"
     return [suite.name, prompts, judges, gpu, "; ".join(missing) or "nothing"]
 
