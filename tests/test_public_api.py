@@ -6,6 +6,7 @@ import stage_rl
 
 PUBLIC = {
     *("train", "evaluate", "sample", "load", "score", "export", "load_recipe"),
+    *("evaluate_against", "evaluate_understanding", "Request"),
     *("Recipe", "PolicyConfig", "RewardConfig"),
     *("Policy", "Reward", "Score", "Rollout", "Prompt"),
     "StageError",

@@ -10,9 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stage_rl import algorithm
-    from stage_rl.api import evaluate, export, load, sample, score, train
+    from stage_rl.api import (
+        evaluate,
+        evaluate_against,
+        evaluate_understanding,
+        export,
+        load,
+        sample,
+        score,
+        train,
+    )
     from stage_rl.config import load_recipe
     from stage_rl.errors import StageError
+    from stage_rl.evaluation.run import Request
     from stage_rl.policies.base import Policy, PolicyConfig
     from stage_rl.recipe import Recipe
     from stage_rl.rewards.base import Reward, RewardConfig, Score
@@ -23,6 +33,7 @@ __all__ = [
     "PolicyConfig",
     "Prompt",
     "Recipe",
+    "Request",
     "Reward",
     "RewardConfig",
     "Rollout",
@@ -30,6 +41,8 @@ __all__ = [
     "StageError",
     "algorithm",
     "evaluate",
+    "evaluate_against",
+    "evaluate_understanding",
     "export",
     "load",
     "load_recipe",
@@ -39,9 +52,13 @@ __all__ = [
 ]
 
 _HOMES = {
-    "api": ("evaluate", "export", "load", "sample", "score", "train"),
+    "api": (
+        *("evaluate", "evaluate_against", "evaluate_understanding"),
+        *("export", "load", "sample", "score", "train"),
+    ),
     "config": ("load_recipe",),
     "errors": ("StageError",),
+    "evaluation.run": ("Request",),
     "policies.base": ("Policy", "PolicyConfig"),
     "recipe": ("Recipe",),
     "rewards.base": ("Reward", "RewardConfig", "Score"),

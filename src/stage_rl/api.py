@@ -57,6 +57,7 @@ __all__ = [
     "evaluate",
     "evaluate_against",
     "evaluate_all",
+    "evaluate_understanding",
     "export",
     "load",
     "sample",

@@ -50,8 +50,12 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def read_metrics(metrics: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; what a stop cut short, or no run wrote, is left out."""
-    records = []
+    """The lines of a metrics.jsonl, none where it is not there; what a stop cut short, or no run
+    wrote, is left out.
+    """
+    records: list[dict[str, Any]] = []
+    if not metrics.exists():
+        return records
     for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError, RecursionError):
             record = json.loads(line)

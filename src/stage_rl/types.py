@@ -28,6 +28,15 @@ class Prompt:
     """The record the prompt came from, such as GenEval's tag, include and exclude clauses."""
 
 
+def is_text(text: str) -> bool:
+    """Whether it has no lone surrogates, which no tokenizer takes and no file holds."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class Rollout:
     """The completions of one step. Row i * G + k is image k of prompt i."""

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from stage_rl import settings
 
@@ -22,7 +23,7 @@ def tiny_world(tmp_path, tiny_shapes_folder, monkeypatch):
     return tmp_path
 
 
-def test_every_command_of_the_quickstart_does_what_it_says(tiny_world, stage):
+def test_every_command_of_the_quickstart_does_what_it_says(tiny_world, stage, monkeypatch):
     blocks = BLOCK.findall((DOCS / "quickstart.md").read_text())
     commands = []
     for kind, text in blocks:
@@ -38,8 +39,20 @@ def test_every_command_of_the_quickstart_does_what_it_says(tiny_world, stage):
     assert {"train", "sample", "runs", "report", "compare", "export"} == set(commands)
     for name in ("before.png", "after.png", "runs/first/report.html", "exported/config.json"):
         assert (tiny_world / name).stat().st_size > 0
+    draw_by_the_card(tiny_world / "exported", monkeypatch)
     steps = (tiny_world / "runs/mine/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in steps] == list(range(4))
+
+
+def draw_by_the_card(folder, monkeypatch):
+    """Runs the code of an exported model's card, which knows transformers alone."""
+    code = (folder / "README.md").read_text().split("## Draw\n\n```python\n")[1].split("```")[0]
+    assert "stage_rl" not in code
+    monkeypatch.chdir(folder)
+    exec(code, {})
+    with Image.open("drawn.png") as picture:
+        assert picture.size == (48, 48)
+        assert len(picture.getcolors(48 * 48)) > 10
 
 
 SMALLER = {

@@ -184,6 +184,7 @@ def test_autocast_trains_with_bf16_products(tiny_janus):
     [
         ("", "prompt 7: is empty"),
         (" \n", "prompt 7: is empty"),
+        ("a \ud800 star", r"prompt 7: 'a \\ud800 star' is no Unicode text"),
         ("a red zebra", "prompt 7: the model does not know 'zebra'"),
         ("a <begin_of_image> square", "prompt 7: holds the special token '<begin_of_image>'"),
         # 40 words with BOS and begin-of-image are 42; 48 positions less 16 image tokens are 32.

@@ -67,8 +67,17 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, content, message):
             r"a\.csv:1: several columns are named 'prompt'; keep one",
         ),
         ("a.jsonl", '{\n"prompt": "a"\n}\n', r"a\.jsonl:1: a JSON object that does not end here"),
+        (
+            "a.jsonl",
+            '{"prompt": "a \\ud800"}',
+            r"a\.jsonl:1: 'a \\ud800' is no Unicode text; write",
+        ),
         ("a.json", "[" * 100_000, r"a\.json: is nested too deeply"),
-        ("a.jsonl", '{"prompt": "a", "n": ' + "9" * 5000 + "}", r"a\.jsonl:1: not JSON: Exceeds"),
+        (
+            "a.jsonl",
+            '{"prompt": "a", "n": ' + "9" * 5000 + "}",
+            r"a\.jsonl:1: not JSON: a number",
+        ),
     ],
 )
 def test_what_no_reader_takes_is_one_line(tmp_path, name, content, message):

@@ -22,6 +22,28 @@ import stage_rl
 
 STEPS = 24
 LONGEST_S = 1800
+NURSERY = """
+import os, signal, sys
+import stage_rl.api, stage_rl.cli.train, stage_rl.policies.janus
+from stage_rl.cli import main
+
+while line := sys.stdin.readline():
+    recipe, output = line.rstrip("\\n").split("\\t")
+    child = os.fork()
+    if child == 0:
+        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        sys.argv = ["stage", "train", recipe]
+        main()
+    print(child, flush=True)
+    if sys.stdin.readline() == "kill\\n":
+        os.kill(child, signal.SIGKILL)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+"""Has loaded what a training needs, which takes far longer than a tiny one, and makes a process for
+each of the trainings that it is told of."""
+
 ROOM = 400_000
 """Bytes that are left at most where a disk is full; a run takes more."""
 RECIPE = """
@@ -75,16 +97,25 @@ class SmallDisk:
 class Soak:
     """Trains in processes of its own, and does harm between and during them.
 
-    `folder` holds the runs, which the processes know as `seen_as`.
+    `folder` holds the runs; what a process says goes to `output`.
     """
 
-    def __init__(self, folder, weights, *, kills, disk=None, full_disks=0):
+    def __init__(self, folder, weights, output, *, kills=0, disk=None, full_disks=0):
         self.folder, self.counts, self._rng = folder, Counter(), random.Random(0)
         self._file, self._weights = folder / "soak.yaml", weights
         self._wanted = {"kills": kills, "full disks": full_disks}
         self._disk = disk
         self._seen_as = disk.seen_as if disk else folder
         self._run = folder
+        self._output = output
+        folders = (Path(stage_rl.__file__).parents[1], Path(__file__).parents[1])
+        self._nursery = subprocess.Popen(
+            [*(disk.enter if disk else ()), sys.executable, "-c", NURSERY],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
 
     def is_over(self):
         return all(self.counts[what] >= number for what, number in self._wanted.items())
@@ -97,30 +128,34 @@ class Soak:
         return self._run
 
     def train(self, *, kill_after=None):
-        """A process's exit code; it is killed so many seconds after its first step."""
-        folders = (Path(stage_rl.__file__).parents[1], Path(__file__).parents[1])
-        command = [sys.executable, "-m", "stage_rl", "train", str(self._seen_as / self._file.name)]
-        process = subprocess.Popen(
-            [*(self._disk.enter if self._disk else ()), *command],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        assert process.stdout is not None
-        said = ""
+        """A process's exit code; it is killed so many seconds after it has begun."""
+        self._output.write_text("")
+        pid = self._ask(f"{self._seen_as / self._file.name}\t{self._output}")
         if kill_after is not None:
-            for line in process.stdout:
-                said += line
-                if "begins" in line or "goes on" in line:
-                    time.sleep(kill_after)
-                    break
-            process.send_signal(signal.SIGKILL)
-        said += process.communicate()[0]
+            self._wait_for_begin(pid)
+            time.sleep(kill_after)
+        code = int(self._ask("wait" if kill_after is None else "kill"))
+        said = self._output.read_text()
         assert "Traceback" not in said, said
-        if process.returncode == 1:
+        if code == 1:
             self._was_full(said)
-        return process.returncode
+        return code
+
+    def _wait_for_begin(self, pid):
+        """Returns when a process trains, or has ended."""
+        begun = ("begins", "goes on")
+        while not any(word in self._output.read_text() for word in begun):
+            if ") Z " in Path(f"/proc/{pid}/stat").read_text():
+                return
+            time.sleep(0.02)
+
+    def _ask(self, line):
+        """The nursery's answer to a line."""
+        assert self._nursery.stdin is not None
+        assert self._nursery.stdout is not None
+        self._nursery.stdin.write(f"{line}\n")
+        self._nursery.stdin.flush()
+        return self._nursery.stdout.readline().strip()
 
     def _was_full(self, said):
         """Nothing but a full disk fails, in one line that says so."""
@@ -175,6 +210,7 @@ class Soak:
             assert all(found[name].equal(wanted[name]) for name in wanted)
             assert untimed(steps_of(run)) == lines
             shutil.rmtree(run)
+        self._nursery.communicate()
         counts = ", ".join(f"{name} {number}" for name, number in sorted(self.counts.items()))
         seconds = time.monotonic() - started
         print(f"\n{counts}; all equal bit by bit; {seconds:.0f} s")
@@ -184,7 +220,8 @@ class Soak:
 @pytest.mark.slow
 def test_a_run_that_is_killed_ends_as_if_nothing_had_happened(tmp_path, tiny_janus_folder):
     kills = int(os.environ.get("SOAK_KILLS", "50"))
-    assert Soak(tmp_path, tiny_janus_folder, kills=kills).compare() < LONGEST_S * kills / 50
+    soak = Soak(tmp_path, tiny_janus_folder, tmp_path / "output", kills=kills)
+    assert soak.compare() < LONGEST_S * kills / 50
 
 
 @pytest.fixture
@@ -198,7 +235,9 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_whose_disk_is_full_ends_as_if_nothing_had_happened(small_disk, tiny_janus_folder):
+def test_a_run_whose_disk_is_full_ends_as_if_nothing_had_happened(
+    small_disk, tiny_janus_folder, tmp_path
+):
     number = int(os.environ.get("SOAK_FULL_DISKS", "10"))
-    soak = Soak(small_disk.folder, tiny_janus_folder, kills=0, disk=small_disk, full_disks=number)
-    soak.compare()
+    place = (small_disk.folder, tiny_janus_folder, tmp_path / "output")
+    Soak(*place, disk=small_disk, full_disks=number).compare()

@@ -322,7 +322,9 @@ class Results:
     def to_frame(self) -> Any:
         """Every score as a row of a pandas `DataFrame`: measure, task, prompt, image, value."""
         if importlib.util.find_spec("pandas") is None:
-            raise InputError("to_frame: pandas is not installed; run pip install pandas")
+            raise InputError(
+                "to_frame: pandas is not installed; run pip install 'stage-rl[pandas]'"
+            )
         rows = [
             {"measure": measure, **asdict(one)}
             for measure, scores in self.scores.items()

@@ -26,7 +26,7 @@ from stage_rl.policies.logprobs import CONDITIONAL, ReferenceRows, Scoring, head
 from stage_rl.policies.lora import LoraConfig, adapter_off, has_adapter
 from stage_rl.policies.sizes import ModelSize
 from stage_rl.settings import Component, validation_error
-from stage_rl.types import Prompt
+from stage_rl.types import Prompt, is_text
 
 
 @dataclass(frozen=True)
@@ -387,13 +387,21 @@ class PolicyConfig(Component):
 
 
 def check_text(prompt: Prompt, tokenizer: Any) -> None:
-    """An InputError for a prompt that is empty, or that holds a special token of its tokenizer."""
-    where = f"prompt {prompt.index}"
-    if not prompt.text.strip():
-        raise InputError(f"{where}: is empty; write what to draw")
+    """An InputError for a prompt that is no text, or holds a special token of its tokenizer."""
+    where = check_words(prompt)
     special = next((mark for mark in tokenizer.all_special_tokens if mark in prompt.text), None)
     if special is not None:
         raise InputError(f"{where}: holds the special token '{special}'; write plain words")
+
+
+def check_words(prompt: Prompt) -> str:
+    """Where a prompt stands, in words; an InputError where it is empty or no Unicode text."""
+    where = f"prompt {prompt.index}"
+    if not prompt.text.strip():
+        raise InputError(f"{where}: is empty; write what to draw")
+    if not is_text(prompt.text):
+        raise InputError(f"{where}: {prompt.text[:40]!a} is no Unicode text; write plain words")
+    return where
 
 
 def resolve_guidance(

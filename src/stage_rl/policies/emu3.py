@@ -26,7 +26,14 @@ from transformers import AutoProcessor, Emu3ForConditionalGeneration, Emu3Proces
 from transformers import Emu3Config as HfEmu3Config
 
 from stage_rl.errors import InputError, RecipeError, WeightsError
-from stage_rl.policies.base import DecoderWeights, Policy, PolicyConfig, Prefix, TokenLayout
+from stage_rl.policies.base import (
+    DecoderWeights,
+    Policy,
+    PolicyConfig,
+    Prefix,
+    TokenLayout,
+    check_words,
+)
 from stage_rl.policies.loading import (
     SETTINGS_KEY,
     Source,
@@ -113,9 +120,7 @@ class Emu3Policy(Policy):
         A prompt that is empty, holds a special token or an unknown word, or leaves no room for the
         image is an `InputError`.
         """
-        where = f"prompt {prompt.index}"
-        if not prompt.text.strip():
-            raise InputError(f"{where}: is empty; write what to draw")
+        where = check_words(prompt)
         spelled = self.processor.tokenizer.tokenize(prompt.text)
         special = next((token for token in spelled if token in self._control), None)
         if special is not None:

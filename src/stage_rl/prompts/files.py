@@ -23,7 +23,7 @@ from pydantic import model_validator
 
 from stage_rl.errors import InputError, RecipeError
 from stage_rl.settings import Component, did_you_mean, validation_error
-from stage_rl.types import Prompt
+from stage_rl.types import Prompt, is_text
 
 Record = dict[str, Any]
 """What a file says of one prompt."""
@@ -159,8 +159,8 @@ def _parse(text: str, where: str) -> Any:
         raise InputError(f"{where}: not JSON: {error.msg} ({line}column {error.colno})") from error
     except RecursionError as error:
         raise InputError(f"{where}: is nested too deeply") from error
-    except ValueError as error:  # a number of 5,000 digits
-        raise InputError(f"{where}: not JSON: {' '.join(str(error).split())[:80]}") from error
+    except ValueError as error:
+        raise InputError(f"{where}: not JSON: a number of more than 4,300 digits") from error
 
 
 def _unique(where: str, pairs: list[tuple[str, Any]]) -> Record:
@@ -184,6 +184,8 @@ def text_of(record: Mapping[str, Any], where: str, key: str = "prompt") -> str:
     text = record.get(key)
     if not isinstance(text, str) or not text.strip():
         raise InputError(f"{where}: empty prompt; write a text under '{key}'")
+    if not is_text(text):
+        raise InputError(f"{where}: {text[:40]!a} is no Unicode text; write plain words")
     return text.strip()
 
 

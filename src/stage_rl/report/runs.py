@@ -9,7 +9,7 @@ import fcntl
 import json
 import os
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,8 @@ def read_run(folder: Path) -> Run:
     if "steps" not in recipe:
         raise InputError(f"{folder}: is not a run folder; name one that holds recipe.json")
     status = _read_json(folder / "status.json")
-    steps = tuple({numbers["step"]: numbers for numbers in read_steps(folder)}.values())
+    lines = read_metrics(folder / "metrics.jsonl")
+    steps = tuple({numbers["step"]: numbers for numbers in lines}.values())
     state, why = str(status.get("state", "")), str(status.get("why", ""))
     if _is_locked(folder / ".lock"):
         state, why = "running", ""
@@ -100,13 +101,6 @@ def find_runs(root: Path) -> list[Run]:
             found.append(Path(path))
             folders.clear()  # a run holds no other runs
     return sorted(map(read_run, found), key=lambda run: _changed(run.folder), reverse=True)
-
-
-def read_steps(folder: Path) -> Iterator[Mapping[str, Any]]:
-    """The lines of a run's metrics.jsonl; one that a stop cut short is left out."""
-    file = folder / "metrics.jsonl"
-    if file.exists():
-        yield from read_metrics(file)
 
 
 def final_scores(folder: Path) -> dict[str, dict[str, Any]]:

@@ -209,8 +209,7 @@ def _rewards(recipe: Recipe) -> str:
 
 def _figures(metrics: Path, step: int) -> str:
     """First and last steps of what was logged until the checkpoint."""
-    lines = read_metrics(metrics) if metrics.exists() else []
-    records = [record for record in lines if record["step"] < step]
+    records = [record for record in read_metrics(metrics) if record["step"] < step]
     if not records:
         return "None were logged."
     window = max(1, min(WINDOW, len(records) // 2))
