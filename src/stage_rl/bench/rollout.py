@@ -71,7 +71,7 @@ def run(
     num_prompts: PositiveInt = 8,
     group_size: PositiveInt = 8,
     guidance_scale: Guidance = 5.0,
-    rounds: PositiveInt = 3,
+    rounds: PositiveInt = 5,
     processor_time: bool = False,
 ) -> BenchResult:
     """Samples the same number of images in several ways, in turn.

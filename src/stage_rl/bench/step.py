@@ -71,7 +71,7 @@ def run(
     num_prompts: PositiveInt = 8,
     group_size: Group = 8,
     guidance_scale: Guidance = 3.0,
-    rounds: PositiveInt = 3,
+    rounds: PositiveInt = 5,
     overrides: str = "",
 ) -> BenchResult:
     """Trains two copies of a model in turn: by the trainer, and by a step on transformers alone.

@@ -383,8 +383,9 @@ class DecodeState:
             guided_NV = guide(cond_NV, self.logits_RV[num_images:], sampling.guidance_scale)
         token_1 = self._columns.token_U.index_select(0, self._column)
         uniforms_N = self._uniforms.index_select(1, token_1)[:, 0]
-        tokens_N, guided_logprobs_N = draw(guided_NV, uniforms_N, sampling)
-        logprobs_N, entropy_N = conditional_statistics(cond_NV, tokens_N)
+        probs_NV = cond_NV.softmax(-1) if sampling.plain else None
+        tokens_N, guided_logprobs_N = draw(guided_NV, uniforms_N, sampling, probs_NV)
+        logprobs_N, entropy_N = conditional_statistics(cond_NV, tokens_N, probs_NV)
         known = [logprobs_N, guided_logprobs_N, entropy_N]
         if sampling.guided_entropy:
             known.append(entropy(guided_NV) if sampling.guided else entropy_N)

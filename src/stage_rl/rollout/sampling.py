@@ -53,6 +53,12 @@ class Sampling:
         """Whether unconditional rows are needed."""
         return self.guidance_scale != 1
 
+    @property
+    def plain(self) -> bool:
+        """Whether tokens are drawn from all of the conditional distribution as it is."""
+        whole = self.top_k == 0 and self.top_p == 1
+        return whole and self.temperature == 1 and not self.guided
+
     def scoring(self, logprobs: Literal["conditional", "guided", "guided_detached"]) -> Scoring:
         """How a recipe scores: guided forms what was sampled from, so that nothing can differ."""
         if logprobs == "conditional":
@@ -88,9 +94,12 @@ def _stream(*, key: tuple[int, int], counter: tuple[int, int, int, int]) -> np.r
     return np.random.Generator(np.random.Philox(counter=words[0], key=words[1]))
 
 
-def draw(guided_NV: Tensor, uniforms_N: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+def draw(
+    guided_NV: Tensor, uniforms_N: Tensor, sampling: Sampling, probs_NV: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """tokens_N and their log-probabilities (nats) under the distribution that they are drawn from.
 
+    `probs_NV` is the softmax of the logits of a sampling that is `plain`, where it is known.
     A token of probability 0 is never drawn, whatever the uniform number. At temperature 0 the
     likeliest token has probability 1. Where logits are not finite the log-probability is not
     either, and the token is any of the codebook.
@@ -98,12 +107,13 @@ def draw(guided_NV: Tensor, uniforms_N: Tensor, sampling: Sampling) -> tuple[Ten
     if sampling.temperature == 0:
         # 0, and NaN where the likeliest logit is not finite.
         return guided_NV.argmax(-1), guided_NV.amax(-1) - guided_NV.amax(-1)
-    logits_NV = guided_NV / sampling.temperature if sampling.temperature != 1 else guided_NV
-    if sampling.top_k:
-        logits_NV = _keep_top_k(logits_NV, sampling.top_k)
-    if sampling.top_p < 1:
-        logits_NV = _keep_top_p(logits_NV, sampling.top_p)
-    probs_NV = logits_NV.softmax(-1)
+    if probs_NV is None:
+        logits_NV = guided_NV / sampling.temperature if sampling.temperature != 1 else guided_NV
+        if sampling.top_k:
+            logits_NV = _keep_top_k(logits_NV, sampling.top_k)
+        if sampling.top_p < 1:
+            logits_NV = _keep_top_p(logits_NV, sampling.top_p)
+        probs_NV = logits_NV.softmax(-1)
     tokens_N = invert_cdf(probs_NV, uniforms_N)
     return tokens_N, probs_NV.gather(1, tokens_N[:, None])[:, 0].log()
 
@@ -128,10 +138,16 @@ def entropy(logits_NV: Tensor) -> Tensor:
     return -torch.linalg.vecdot(logits_NV.softmax(-1), logits_NV.log_softmax(-1))
 
 
-def conditional_statistics(cond_NV: Tensor, tokens_N: Tensor) -> tuple[Tensor, Tensor]:
-    """logprobs_N of the tokens and entropy_N of the conditional distribution (nats)."""
+def conditional_statistics(
+    cond_NV: Tensor, tokens_N: Tensor, probs_NV: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """logprobs_N of the tokens and entropy_N of the conditional distribution (nats).
+
+    `probs_NV` is the softmax of the logits, where it is known.
+    """
+    probs_NV = cond_NV.softmax(-1) if probs_NV is None else probs_NV
     logprobs_NV = cond_NV.log_softmax(-1)
-    entropy_N = -torch.linalg.vecdot(cond_NV.softmax(-1), logprobs_NV)
+    entropy_N = -torch.linalg.vecdot(probs_NV, logprobs_NV)
     return logprobs_NV.gather(1, tokens_N[:, None])[:, 0], entropy_N
 
 
