@@ -9,9 +9,7 @@ Shape suffixes: N images, H x W pixels, C colour channels.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -31,6 +29,7 @@ from stage_rl.evaluation import published
 from stage_rl.evaluation.aggregation import PromptAnswers, prompt_answers, share_missing
 from stage_rl.evaluation.before_after import write_before_after, write_picture
 from stage_rl.evaluation.figures import figure_draws
+from stage_rl.evaluation.folder import open_folder, release_folder
 from stage_rl.evaluation.images import DrawnPrompt, find_images, planned
 from stage_rl.evaluation.needs import missing_data, missing_parts, missing_weights
 from stage_rl.evaluation.request import Request, asked_of, recipe_request
@@ -38,7 +37,6 @@ from stage_rl.evaluation.results import OVERALL, Comparison, Draws, ImageScore, 
 from stage_rl.evaluation.scores import (
     ScoreFolder,
     hash8,
-    read_record,
     score_images,
     settings_that_score,
 )
@@ -56,7 +54,6 @@ from stage_rl.evaluation.suites import (
 )
 from stage_rl.files import replace_text
 from stage_rl.policies.base import Policy
-from stage_rl.policies.digest import base_digest
 from stage_rl.recipe import EvaluationConfig
 from stage_rl.rewards.base import RewardConfig
 from stage_rl.rewards.judge import WeightedReward
@@ -95,7 +92,7 @@ def run_suites(
         if not job.scorers:
             raise InputError(f"{job.suite.name}: every reward is left out; keep one")
     policy = load() if load is not None else None
-    out = _open(policy, request, model, world)
+    out = open_folder(policy, request, model, world)
     try:
         with stop_signals() as signals:
             run = _Run(policy, request, model, out, world, signals)
@@ -103,7 +100,7 @@ def run_suites(
             drawn = [run.drawn(job) for job in jobs]
     except BaseException:
         if world.first:
-            _release(out)
+            release_folder(out)
         raise
     made_with = environment(world.size)
     for job, one, prompts in zip(jobs, results, drawn, strict=True) if world.first else ():
@@ -275,51 +272,14 @@ class _Run:
         folders = self._scored(job, drawn)
         scores = _image_scores(job, drawn, folders)
         main = scores.get(suite.by_task[0], ())
-        figures = dict(suite.figures_of(main)) if main else {}
-        draws: Draws = {}
+        figures, draws = dict(suite.figures_of(main)) if main else {}, {}
         if suite.aggregate is not None and suite.answers in folders:
-            rows = _answers(drawn, folders[suite.answers])
-            figures |= {**suite.aggregate(rows), MISSING: share_missing(rows)}
-            if not self.silent:
-                tasks = [suite.task_of(one.prompt) for one in drawn]
-                draws = figure_draws(rows, tasks, suite.aggregate)
+            found, draws = self._aggregated(job, drawn, folders[suite.answers])
             number = sum(len(one.files) for one in drawn)
-            figures[UNSCORED] = 1 - len(main) / number if number else 0.0
-        configs = {name: config for name, (_, config) in job.scorers.items()}
-        scorers = {
-            name: put_references(
-                config.model_dump(mode="json"), references_in(self.request.scorers.get(name))
-            )
-            for name, config in configs.items()
-        }
-        if self.policy is not None and self.request.images is None:
-            sampling = self.request.sampling(suite, self.policy)
-            setup = Setup(
-                benchmark=suite.name,
-                images=job.images,
-                guidance_scale=sampling.guidance_scale,
-                seed=self.request.seed,
-                dtype=self.request.dtype,
-                scorers=scorers,
-                temperature=sampling.temperature,
-                top_k=sampling.top_k,
-            )
-        else:
-            number = sum(len(one.files) for one in drawn)
-            images = f"{len(drawn)} of {len(job.prompts)} prompts, {number} images of "
-            images += str(self.request.images)
-            setup = Setup(suite.name, images, scorers=scorers, temperature=None)
-        departures = published.departures(
-            setup,
-            others=self._other_images(job, drawn),
-            smoke=self.request.smoke,
-            scorers=configs,
-            own=own_settings(suite, job.scorers),
-            missing=figures.get(UNSCORED, 0.0),
-        )
+            figures |= {**found, UNSCORED: 1 - len(main) / number if number else 0.0}
         results = Results(
             model=self.model,
-            setup=setup,
+            setup=self._setup(job, drawn),
             scores=scores,
             by_task=suite.by_task,
             pooled=suite.pooled,
@@ -327,13 +287,61 @@ class _Run:
             figure_draws=draws,
             overall_row=OVERALL if suite.aggregate is None else "mean of images",
         )
-        means = {
-            name: {row: score.mean for row, score in results.summary(name).items()}
-            for name in scores
+        return replace(results, statements=tuple(self._statements(job, drawn, results)))
+
+    def _aggregated(
+        self, job: _Job, drawn: Sequence[DrawnPrompt], folder: ScoreFolder
+    ) -> tuple[dict[str, float], Draws]:
+        """The figures of a judge's answers, and how they spread."""
+        assert job.suite.aggregate is not None
+        rows, draws = _answers(drawn, folder), {}
+        if not self.silent:
+            tasks = [job.suite.task_of(one.prompt) for one in drawn]
+            draws = figure_draws(rows, tasks, job.suite.aggregate)
+        return {**job.suite.aggregate(rows), MISSING: share_missing(rows)}, draws
+
+    def _setup(self, job: _Job, drawn: Sequence[DrawnPrompt]) -> Setup:
+        scorers = {
+            name: put_references(
+                config.model_dump(mode="json"), references_in(self.request.scorers.get(name))
+            )
+            for name, (_, config) in job.scorers.items()
         }
-        means[published.FIGURES] = figures
-        statements = published.statements(suite.name, means, departures, smoke=self.request.smoke)
-        return replace(results, statements=tuple(statements))
+        if self.policy is None or self.request.images is not None:
+            number = sum(len(one.files) for one in drawn)
+            images = f"{len(drawn)} of {len(job.prompts)} prompts, {number} images of "
+            images += str(self.request.images)
+            return Setup(job.suite.name, images, scorers=scorers, temperature=None)
+        sampling = self.request.sampling(job.suite, self.policy)
+        return Setup(
+            benchmark=job.suite.name,
+            images=job.images,
+            guidance_scale=sampling.guidance_scale,
+            seed=self.request.seed,
+            dtype=self.request.dtype,
+            scorers=scorers,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+        )
+
+    def _statements(
+        self, job: _Job, drawn: Sequence[DrawnPrompt], results: Results
+    ) -> Sequence[str]:
+        """Published figures beside ours, and in what the protocols differ."""
+        departures = published.departures(
+            results.setup,
+            others=self._other_images(job, drawn),
+            smoke=self.request.smoke,
+            scorers={name: config for name, (_, config) in job.scorers.items()},
+            own=own_settings(job.suite, job.scorers),
+            missing=results.figures.get(UNSCORED, 0.0),
+        )
+        means: dict[str, Mapping[str, float]] = {
+            name: {row: score.mean for row, score in results.summary(name).items()}
+            for name in results.scores
+        }
+        means[published.FIGURES] = results.figures
+        return published.statements(job.suite.name, means, departures, smoke=self.request.smoke)
 
     def _other_images(self, job: _Job, drawn: Sequence[DrawnPrompt]) -> list[str]:
         """In what these are not the images that the benchmark asks for, in words."""
@@ -478,51 +486,3 @@ def _answers(drawn: Sequence[DrawnPrompt], folder: ScoreFolder) -> list[PromptAn
         for one in drawn
         if (scores := folder.read(one)) is not None
     ]
-
-
-def _open(policy: Policy | None, request: Request, model: str, world: World) -> Path:
-    """The folder of the evaluation; one of other images is an `InputError`."""
-    about: dict[str, Any] = {"images": str(request.images and request.images.resolve())}
-    if policy is not None:
-        kept = ("guidance_scale", "seed", "dtype", "smoke")
-        about = {"model": model, "weights": base_digest(policy)}
-        about |= {key: getattr(request, key) for key in kept}
-        if request.temperature != 1:  # folders of temperature 1 say nothing of it
-            about["temperature"] = request.temperature
-        if request.top_k is not None:
-            about["top_k"] = request.top_k
-    slug = re.sub(r"[^A-Za-z0-9.@]+", "-", model).strip("-.")[-60:]
-    out = request.out or Path("evaluations") / f"{slug or 'images'}-{hash8(about)}"
-    world.broadcast_object(lambda: _claim(out, about))
-    return out
-
-
-def _claim(out: Path, about: Mapping[str, Any]) -> None:
-    file = out / "setup.json"
-    if file.exists():
-        kept = read_record(file)
-        if kept is None:
-            raise InputError(f"{file}: is cut off or damaged; remove it, or name another --out")
-        others = [key for key in {**kept, **about} if kept.get(key) != about.get(key)]
-        if others:
-            raise InputError(
-                f"{out}: was made with another {', '.join(others)}; name another --out"
-            )
-        return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(
-            f"{out}: is not empty and not the folder of an evaluation; name another --out"
-        )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{out}: cannot be made ({error.strerror}); name another --out") from error
-    replace_text(file, json.dumps(about, indent=1) + "\n")
-
-
-def _release(out: Path) -> None:
-    """Leaves no claim on a folder in which nothing came to be: the next command may be another."""
-    with contextlib.suppress(OSError):
-        if [path.name for path in out.iterdir()] == ["setup.json"]:
-            (out / "setup.json").unlink()
-            out.rmdir()
