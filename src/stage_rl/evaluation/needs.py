@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from stage_rl.evaluation.published import WEIGHTS
 from stage_rl.evaluation.results import aligned
 from stage_rl.evaluation.suites import Overrides, Suite, scorers_of
 from stage_rl.evaluation.understanding import BENCHMARKS
-from stage_rl.rewards.base import RewardConfig
 
 
 def missing_data(suite: Suite, data: Path | None) -> str | None:
@@ -26,28 +25,18 @@ def missing_data(suite: Suite, data: Path | None) -> str | None:
 
 
 def missing_parts(suite: Suite, overrides: Overrides) -> list[str]:
-    """The packages and programs of its rewards that are not on this machine, in words."""
-    return _of_scorers(suite, overrides, lambda config: config.missing())
+    """The packages and programs of its rewards that are not on this machine, in words; a wrong
+    setting is an `InputError`.
+    """
+    configs = [config for _, config in scorers_of(suite, overrides, smoke=False).values()]
+    return list(dict.fromkeys(one for config in configs for one in config.missing()))
 
 
 def missing_weights(suite: Suite, overrides: Overrides) -> list[str]:
-    """The weights of its rewards that are not on this machine."""
-
-    def absent(config: RewardConfig) -> list[str]:
-        return [path for path in _weights(config.model_dump()) if not is_here(path)]
-
-    return _of_scorers(suite, overrides, absent)
-
-
-def _of_scorers(
-    suite: Suite, overrides: Overrides, missing: Callable[[RewardConfig], Sequence[str]]
-) -> list[str]:
-    try:
-        scorers = scorers_of(suite, overrides, smoke=False)
-    except InputError as error:
-        return [str(error).partition(";")[0].removeprefix(f"{suite.name}: ")]
-    found = [one for _, config in scorers.values() for one in missing(config)]
-    return list(dict.fromkeys(found))
+    """The weights of its rewards that are not on this machine; as `missing_parts`."""
+    configs = [config for _, config in scorers_of(suite, overrides, smoke=False).values()]
+    paths = [path for config in configs for path in _weights(config.model_dump())]
+    return [path for path in dict.fromkeys(paths) if not is_here(path)]
 
 
 def is_here(path: str) -> bool:
@@ -85,9 +74,10 @@ def _row(suite: Suite, data: Path | None, overrides: Overrides) -> list[str]:
     )
     absent = missing_data(suite, data)
     missing = [absent] if absent else []
-    missing += missing_weights(suite, overrides)
-    # A wrong setting is said by both.
-    missing += [one for one in missing_parts(suite, overrides) if one not in missing]
+    try:
+        missing += [*missing_weights(suite, overrides), *missing_parts(suite, overrides)]
+    except InputError as error:
+        missing.append(str(error).partition(";")[0].removeprefix(f"{suite.name}: "))
     gpu = suite.gpu or "not measured"
     return [suite.name, prompts, judges, gpu, "; ".join(missing) or "nothing"]
 

@@ -126,15 +126,19 @@ def _lacking(names: Sequence[str], request: Request) -> list[tuple[Suite, str]]:
     for suite in [] if request.smoke else find_suites(names):
         if suite.name not in ALL or suite.name in names:
             continue
-        why = missing_data(suite, request.data)
-        if why is None and suite.aggregate is not None:
-            absent = missing_weights(suite, request.scorers)
-            why = f"{absent[0]} is not on this machine" if absent else None
-        if why is None and (absent := missing_parts(suite, request.scorers)):
-            why = f"{absent[0]} is not on this machine"
-        if why is not None:
+        if (why := missing_data(suite, request.data)) is not None:
             lacking.append((suite, why))
+        elif absent := _missing_here(suite, request):
+            lacking.append((suite, f"{absent[0]} is not on this machine"))
     return lacking
+
+
+def _missing_here(suite: Suite, request: Request) -> list[str]:
+    try:
+        judges = missing_weights(suite, request.scorers) if suite.aggregate is not None else []
+        return [*judges, *missing_parts(suite, request.scorers)]
+    except InputError:
+        return []  # it is run, and says so
 
 
 def run_suite(
