@@ -66,6 +66,10 @@ class RolloutConfig(Settings):
     """Times that a group whose rewards are all equal is drawn again; 0: never."""
     dtype: Literal["float32", "mixed"] = "float32"
     """Precision of the sampler; mixed: bf16 linear layers, the rest in fp32."""
+    cache_dtype: Literal["auto", "fp8"] = "auto"
+    """Keys and values of the sampler; auto: as the linear layers; fp8: e4m3, a
+    scale for each head and position. Half the bytes, and another sampler than the policy: it needs
+    algorithm.importance_sampling."""
     max_images: PositiveInt | None = None
     """Images sampled at one time; null: what a GPU has memory for, 64 on a CPU. Any gives the same
     images."""
@@ -603,6 +607,7 @@ class Recipe(Settings):
         yield from self._contradictions_of_the_credit()
         yield from self._contradictions_of_the_loss()
         yield from self._contradictions_of_the_kl()
+        yield from self._contradictions_of_the_sampler()
         if self.algorithm.logprobs != "conditional":
             for key, off in (("top_k", 0), ("top_p", 1)):
                 if getattr(self.rollout, key) != off:
@@ -630,6 +635,11 @@ class Recipe(Settings):
             text = f"{self.optimizer.warmup_steps} is more than steps ({self.steps}); write at "
             text += f"most {self.steps}, or more steps"
             yield "optimizer.warmup_steps", text
+
+    def _contradictions_of_the_sampler(self) -> Iterator[tuple[str, str]]:
+        if self.rollout.cache_dtype == "fp8" and self.algorithm.importance_sampling == "none":
+            text = "fp8 draws from another distribution than the policy's; write auto, or "
+            yield "rollout.cache_dtype", f"{text}algorithm.importance_sampling=token_truncate"
 
     def _contradictions_of_the_credit(self) -> Iterator[tuple[str, str]]:
         settings, credit = self.algorithm, self.algorithm.credit

@@ -37,17 +37,19 @@ def run(
     guidance_scale: Guidance = 5.0,
     seed: Seed = 0,
 ) -> BenchResult:
-    """Samples images in both precisions and scores them by teacher forcing in the same precision.
+    """Samples images in both precisions and scores them by teacher forcing in the same precision;
+    `fp8` is the mix with a cache in 8 bits.
 
     `model` is a folder, a hub id, `shapes`, or `janus-1b` and `janus-7b` with random weights
-    (mixed alone).
+    (without fp32).
     """
     policy, prompts = policy_of(model, pick_device("auto")), prompts_of(model, num_prompts)
     sampling = Sampling(guidance_scale=guidance_scale)
     rows: dict[str, dict[str, float]] = {}
-    for dtype in ("mixed",) if model in SIZES else ("float32", "mixed"):
+    for name in ("mixed", "fp8") if model in SIZES else ("float32", "mixed", "fp8"):
+        dtype = "mixed" if name == "fp8" else name
         rollout = sample_rollout(
-            Engine(policy, dtype=dtype),
+            Engine(policy, dtype=dtype, cache_dtype="fp8" if name == "fp8" else "auto"),
             prompts,
             group_size=group_size,
             sampling=sampling,
@@ -55,11 +57,12 @@ def run(
             step=0,
         )
         for kind, gap_NT in differences(policy, rollout, sampling, mixed=dtype == "mixed").items():
-            rows[f"{dtype}_{kind}"] = {"mean": gap_NT.mean().item(), "max": gap_NT.max().item()}
+            rows[f"{name}_{kind}"] = {"mean": gap_NT.mean().item(), "max": gap_NT.max().item()}
     measures = flat(rows)
     headline = (
         f"mixed conditional {measures['mixed_logprobs_mean']:.4f} in the mean, "
-        f"guided {measures['mixed_guided_logprobs_mean']:.4f}"
+        f"guided {measures['mixed_guided_logprobs_mean']:.4f}, "
+        f"with a cache in fp8 {measures['fp8_logprobs_mean']:.4f}"
     )
     if "float32_logprobs_max" in measures:
         headline = f"fp32 conditional at most {measures['float32_logprobs_max']:.0e}, {headline}"

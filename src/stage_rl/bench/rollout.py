@@ -77,16 +77,20 @@ def run(
     """Samples the same number of images in several ways, in turn.
 
     `model` is a folder, a hub id, `shapes`, or `janus-1b` and `janus-7b` with random weights in
-    bf16. The ways: the engine in both precisions (a size: mixed alone), generate, and, from windows
-    of tokens, a loop over a cache that grows with every token. `processor_time` counts what the
-    processors of this process worked, for a CPU that others use too.
+    bf16. The ways: the engine in both precisions (a size: mixed, and with a cache in fp8),
+    generate, and, from windows of tokens, a loop over a cache that grows with every token.
+    `processor_time` counts what the processors of this process worked, for a CPU that others use
+    too.
     """
     timer = time.process_time if processor_time else time.perf_counter
     policy, prompts = policy_of(model, pick_device("auto")), prompts_of(model, num_prompts)
     images = [prompt for prompt in prompts for _ in range(group_size)]
     baseline = with_plain_layers(policy.reference())
-    precisions = ("mixed",) if model in SIZES else ("mixed", "float32")
-    engines = {dtype: Engine(policy, dtype=dtype) for dtype in precisions}
+    engines = {"mixed": Engine(policy, dtype="mixed")}
+    if model in SIZES:
+        engines["fp8"] = Engine(policy, dtype="mixed", cache_dtype="fp8")
+    else:
+        engines["float32"] = Engine(policy, dtype="float32")
     sampling = Sampling(guidance_scale=guidance_scale)
     forms = {name: engine_form(e, prompts, group_size, sampling) for name, e in engines.items()}
     forms["generate"] = lambda: generate(baseline, images, guidance_scale=guidance_scale)

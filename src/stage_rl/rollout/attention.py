@@ -22,6 +22,12 @@ BLOCK = 32
 """Positions that lie together."""
 
 
+FP8 = torch.float8_e4m3fn
+"""Of a cache in 8 bits: each key and value, a head's share of a position, has a scale in fp32."""
+
+LARGEST_FP8, SMALLEST_SCALE = 448.0, 1e-12
+
+
 @dataclass(frozen=True)
 class CacheShape:
     """What one row of the cache holds."""
@@ -34,7 +40,8 @@ class CacheShape:
     def row_bytes(self, num_positions: int) -> int:
         """Bytes of one row: keys and values of all layers, in whole blocks."""
         length = math.ceil(num_positions / BLOCK) * BLOCK
-        return 2 * self.num_layers * self.num_heads * self.head_dim * length * self.dtype.itemsize
+        each = self.head_dim * self.dtype.itemsize + (4 if self.dtype == FP8 else 0)
+        return 2 * self.num_layers * self.num_heads * each * length
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,9 @@ class KeyValueCache:
     keys: tuple[Tensor, ...]
     """By layer, WRKUE."""
     values: tuple[Tensor, ...]
+    key_scales: tuple[Tensor, ...] = ()
+    """By layer, WRKU, of a cache in fp8: what its numbers are multiplied with."""
+    value_scales: tuple[Tensor, ...] = ()
 
     @classmethod
     def empty(
@@ -68,7 +78,15 @@ class KeyValueCache:
             torch.zeros(layer_shape, dtype=shape.dtype, device=device)
             for _ in range(shape.num_layers)
         ]
-        return cls(tuple(layer[0] for layer in layers), tuple(layer[1] for layer in layers))
+        scaled = shape.num_layers if shape.dtype == FP8 else 0
+        scales = [torch.zeros(layer_shape[:-1], device=device) for _ in range(scaled)]
+        parts = ([layer[part] for layer in some] for some in (layers, scales) for part in (0, 1))
+        return cls(*map(tuple, parts))
+
+    @property
+    def parts(self) -> tuple[tuple[Tensor, ...], ...]:
+        """All tensors by their use, and by layer."""
+        return self.keys, self.values, self.key_scales, self.value_scales
 
     @property
     def num_rows(self) -> int:
@@ -81,7 +99,7 @@ class KeyValueCache:
 
     @property
     def num_bytes(self) -> int:
-        return sum(part.nbytes for part in (*self.keys, *self.values))
+        return sum(tensor.nbytes for part in self.parts for tensor in part)
 
     def fits(self, num_rows: int, num_positions: int) -> bool:
         """Whether these rows and positions find room."""
@@ -89,30 +107,53 @@ class KeyValueCache:
 
     def rows(self, num_rows: int) -> KeyValueCache:
         """A cache of so many rows in the memory of this one."""
-        num_blocks, all_rows, *rest = self.keys[0].shape
-        if num_rows == all_rows:
+        if num_rows == self.num_rows:
             return self
 
         def fewer(part: Tensor) -> Tensor:
-            shape = (num_blocks, num_rows, *rest)
+            shape = (part.shape[0], num_rows, *part.shape[2:])
             return part.view(-1)[: math.prod(shape)].view(shape)
 
-        return KeyValueCache(tuple(map(fewer, self.keys)), tuple(map(fewer, self.values)))
+        return KeyValueCache(*(tuple(map(fewer, part)) for part in self.parts))
+
+    def read(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, of a cache in fp8 as fp32, WRKUE."""
+        if not self.key_scales:
+            return self.keys[layer], self.values[layer]
+        return (
+            self.keys[layer].float() * self.key_scales[layer][..., None],
+            self.values[layer].float() * self.value_scales[layer][..., None],
+        )
+
+    def _stored(self, layer: int, keys_E: Tensor, values_E: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The tensors of a layer, and what they take of new keys and values, whose last axis is E
+        (1 for scales).
+        """
+        news = [keys_E, values_E]
+        if not self.key_scales:
+            return [(part[layer], new) for part, new in zip(self.parts[:2], news, strict=False)]
+        quantized = [quantize(new) for new in news]
+        # Few operations know fp8: its bytes are copied.
+        pairs = [
+            (part[layer].view(torch.uint8), numbers.view(torch.uint8))
+            for part, (numbers, _) in zip(self.parts[:2], quantized, strict=True)
+        ]
+        scales = zip(self.parts[2:], quantized, strict=True)
+        return pairs + [(part[layer][..., None], scale) for part, (_, scale) in scales]
 
     def fill(self, layer: int, keys_BKSE: Tensor, values_BKSE: Tensor, group_size: int) -> None:
         """Writes a prefill to the first positions, each of its rows to a group of rows."""
         num_rows, block_size = len(keys_BKSE), self.keys[0].shape[3]
-        for cache, new in ((self.keys, keys_BKSE), (self.values, values_BKSE)):
+        for cache, new in self._stored(layer, keys_BKSE, values_BKSE):
             pieces = new.split(block_size, dim=2)
-            for block, piece in zip(cache[layer][: len(pieces)], pieces, strict=True):
+            for block, piece in zip(cache[: len(pieces)], pieces, strict=True):
                 grouped = block.unflatten(0, (num_rows, group_size))
                 grouped[:, :, :, : piece.shape[2]] = piece[:, None]
 
     def append(self, layer: int, keys_RKE: Tensor, values_RKE: Tensor, index: Tensor) -> None:
         """Writes one position per row and head, at `flat_index`."""
-        head_dim = keys_RKE.shape[-1]
-        for cache, new in ((self.keys, keys_RKE), (self.values, values_RKE)):
-            flat, lanes = cache[layer].view(-1, head_dim), new.reshape(-1, head_dim)
+        for cache, new in self._stored(layer, keys_RKE, values_RKE):
+            flat, lanes = cache.view(-1, cache.shape[-1]), new.reshape(-1, new.shape[-1])
             flat.index_copy_(0, index, lanes.to(flat.dtype))
 
     def flat_index(self, positions_R: Tensor) -> Tensor:
@@ -207,17 +248,25 @@ class Backend:
         cos, sin = heads.rotation(coords_RA)
         index, mask = cache.flat_index(positions_R), length_mask(positions_R, num_live)
         # A CPU multiplies in the dtype of the cache; elsewhere this is the form to compare with.
-        kind = cache.keys[0].dtype if mask.device.type == "cpu" else torch.float32
+        known = mask.device.type == "cpu" and not cache.key_scales
+        kind = cache.keys[0].dtype if known else torch.float32
         mask = mask.to(kind)
 
         def attend(layer: int, qkv_RC: Tensor, norms: HeadNorms) -> Tensor:
             query, keys, values = apply_rotary(qkv_RC, heads, norms, cos=cos, sin=sin)
             cache.append(layer, keys, values, index)
             query = query.to(kind).view(len(query), heads.num_kv_heads, -1, heads.head_dim)
-            mixed = decode_attention(query, cache.keys[layer], cache.values[layer], mask)
+            mixed = decode_attention(query, *cache.read(layer), mask)
             return mixed.view(len(query), -1)
 
         return attend
+
+
+def quantize(values_E: Tensor) -> tuple[Tensor, Tensor]:
+    """Vectors in fp8 and their scales in fp32, whose last axis is 1: the largest becomes 448."""
+    largest = values_E.float().abs().amax(-1, keepdim=True)
+    scale = (largest / LARGEST_FP8).clamp_min(SMALLEST_SCALE)
+    return (values_E.float() / scale).to(FP8), scale
 
 
 def apply_rotary(

@@ -18,6 +18,7 @@ from stage_rl.distributed import full_tensor
 from stage_rl.policies.base import DecoderWeights, LayerWeights
 from stage_rl.policies.matmul import onednn_matmul, tf32_matmul
 from stage_rl.rollout.attention import (
+    FP8,
     Attend,
     Backend,
     CacheShape,
@@ -27,6 +28,7 @@ from stage_rl.rollout.attention import (
     apply_rotary,
 )
 
+CACHE_DTYPES = ("auto", "fp8")
 LINEAR_DTYPES = {"float32": torch.float32, "mixed": torch.bfloat16}
 
 
@@ -78,10 +80,12 @@ class Decoder:
     """A decoder-only transformer over fused copies; addresses never change after construction.
 
     `mixed` runs the linear layers of the trunk in bf16, the cache with them; norms, rotation,
-    softmax and the image head stay in fp32.
+    softmax and the image head stay in fp32. `cache_dtype` is `auto` or `fp8`.
     """
 
-    def __init__(self, weights: DecoderWeights, *, dtype: str, backend: Backend):
+    def __init__(
+        self, weights: DecoderWeights, *, dtype: str, backend: Backend, cache_dtype: str = "auto"
+    ):
         self.linear_dtype, self.backend = LINEAR_DTYPES[dtype], backend
         self.norm_eps = weights.norm_eps
         self.layers = [FusedLayer.like(layer, self.linear_dtype) for layer in weights.layers]
@@ -108,7 +112,7 @@ class Decoder:
             len(self.layers),
             weights.num_kv_heads,
             weights.head_dim,
-            self.linear_dtype,
+            FP8 if cache_dtype == "fp8" else self.linear_dtype,
         )
 
     @torch.no_grad()

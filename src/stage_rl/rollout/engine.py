@@ -21,7 +21,7 @@ from stage_rl.openmp import sleep_beside_others
 from stage_rl.policies.base import Policy, Prefix, TokenLayout
 from stage_rl.policies.logprobs import guide
 from stage_rl.rollout.attention import Backend, KeyValueCache
-from stage_rl.rollout.decoder import LINEAR_DTYPES, Decoder
+from stage_rl.rollout.decoder import CACHE_DTYPES, LINEAR_DTYPES, Decoder
 from stage_rl.rollout.sampling import Sampling, conditional_statistics, draw, entropy
 
 BACKENDS = ("eager", "triton")
@@ -57,7 +57,8 @@ class Engine:
 
     `dtype` is `float32`, or `mixed` for bf16 linear layers. A GPU runs kernels of our own
     (`backend` None or `triton`) and replays each step from a CUDA graph; a CPU torch's operations
-    (`eager`). The weights are those of the last `reload`; buffers keep their addresses.
+    (`eager`). `cache_dtype` is `auto`, that of the linear layers, or `fp8`. The weights are those
+    of the last `reload`; buffers keep their addresses.
     """
 
     def __init__(
@@ -65,15 +66,19 @@ class Engine:
         policy: Policy,
         *,
         dtype: str = "float32",
+        cache_dtype: str = "auto",
         max_images: int | None = None,
         backend: str | None = None,
         cuda_graph: bool | None = None,
     ):
         if dtype not in LINEAR_DTYPES:
             raise InputError(f"dtype: unknown '{dtype}'; write one of: {', '.join(LINEAR_DTYPES)}")
+        if cache_dtype not in CACHE_DTYPES:
+            known = ", ".join(CACHE_DTYPES)
+            raise InputError(f"cache_dtype: unknown '{cache_dtype}'; write one of: {known}")
         if dtype == "mixed" and policy.device.type == "cpu":
             _warn_of_slow_bf16()
-        self.policy, self.dtype = policy, dtype
+        self.policy, self.dtype, self.cache_dtype = policy, dtype, cache_dtype
         self.max_images = max_images
         """Images of one pass; None: what the memory of a GPU holds, 64 on a CPU."""
         self._backend = _pick_backend(backend, policy.device)
@@ -94,7 +99,12 @@ class Engine:
         with self.policy.unsharded():
             if self._decoder is None:
                 weights = self.policy.decoder_weights()
-                self._decoder = Decoder(weights, dtype=self.dtype, backend=self._backend)
+                self._decoder = Decoder(
+                    weights,
+                    dtype=self.dtype,
+                    backend=self._backend,
+                    cache_dtype=self.cache_dtype,
+                )
             self._decoder.load(self.policy.decoder_weights())
         self.passes = []
 

@@ -13,6 +13,7 @@ sequence, C width of queries, keys and values together.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stage_rl.rollout.attention import Attend, Backend, HeadNorms, Heads, KeyValueCache
+from stage_rl.rollout.attention import (
+    LARGEST_FP8,
+    SMALLEST_SCALE,
+    Attend,
+    Backend,
+    HeadNorms,
+    Heads,
+    KeyValueCache,
+)
 
 
 class TritonBackend(Backend):
@@ -74,12 +83,13 @@ class TritonBackend(Backend):
         num_live: int,
     ) -> Attend:
         def attend(layer: int, qkv_RC: Tensor, norms: HeadNorms) -> Tensor:
-            keys, values = cache.keys[layer], cache.values[layer]
+            held = [part[layer] for part in cache.parts if part]
             query_RHE = _rotate_and_store(
-                qkv_RC, heads, norms, (keys, values), positions_R=positions_R, coords_RA=coords_RA
+                qkv_RC, heads, norms, held, positions_R=positions_R, coords_RA=coords_RA
             )
             query_RKJE = query_RHE.view(len(qkv_RC), heads.num_kv_heads, -1, heads.head_dim)
-            return decode_attention(query_RKJE, keys, values, positions_R).flatten(1)
+            keys, values, *scales = held
+            return decode_attention(query_RKJE, keys, values, positions_R, scales=scales).flatten(1)
 
         return attend
 
@@ -88,13 +98,13 @@ def _rotate_and_store(
     qkv_RC: Tensor,
     heads: Heads,
     norms: HeadNorms,
-    cache: tuple[Tensor, Tensor],
+    cache: Sequence[Tensor],
     *,
     positions_R: Tensor,
     coords_RA: Tensor,
 ) -> Tensor:
-    """Rotated queries, RHE in fp32; keys and values go to the cache."""
-    num_rows, keys = len(qkv_RC), cache[0]
+    """Rotated queries, RHE in fp32; keys and values go to the cache, in fp8 with their scales."""
+    num_rows, (keys, values, *scales) = len(qkv_RC), cache
     query = torch.empty((num_rows, heads.num_heads, heads.head_dim), device=qkv_RC.device)
     kernel: Any = _rotate[num_rows, heads.num_heads + 2 * heads.num_kv_heads]
     kernel(
@@ -107,7 +117,9 @@ def _rotate_and_store(
         coords_RA,
         coords_RA if heads.axis_E is None else heads.axis_E,
         query,
-        *cache,
+        keys,
+        values,
+        *(scales or (query, query)),
         heads.norm_eps,
         NUM_HEADS=heads.num_heads,
         NUM_KV_HEADS=heads.num_kv_heads,
@@ -117,6 +129,8 @@ def _rotate_and_store(
         PADDED=triton.next_power_of_2(heads.head_dim),
         Q_NORM=norms.q_norm_E is not None,
         K_NORM=norms.k_norm_E is not None,
+        LARGEST=LARGEST_FP8 if scales else 0.0,
+        SMALLEST=SMALLEST_SCALE,
         num_warps=1,
         enable_fp_fusion=True,
     )
@@ -136,6 +150,8 @@ def _rotate(
     query,
     keys,
     values,
+    key_scales,
+    value_scales,
     eps,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
@@ -145,6 +161,8 @@ def _rotate(
     PADDED: tl.constexpr,
     Q_NORM: tl.constexpr,
     K_NORM: tl.constexpr,
+    LARGEST: tl.constexpr,
+    SMALLEST: tl.constexpr,
 ):
     row, head = tl.program_id(0), tl.program_id(1)
     position = tl.load(positions + row)
@@ -157,6 +175,10 @@ def _rotate(
     lanes = tl.num_programs(0) * NUM_KV_HEADS
     place = ((position // BLOCK) * lanes + lane) * BLOCK + position % BLOCK
     if head >= NUM_HEADS + NUM_KV_HEADS:
+        if LARGEST > 0:
+            scale = tl.maximum(tl.max(tl.abs(plain), 0) / LARGEST, SMALLEST)
+            tl.store(value_scales + place, scale)
+            plain /= scale
         tl.store(values + place * WIDTH + column, plain, mask=inside)
     else:
         rolled = tl.load(source + other_half, mask=inside, other=0.0).to(tl.float32)
@@ -178,6 +200,10 @@ def _rotate(
         if head < NUM_HEADS:
             tl.store(query + (row * NUM_HEADS + head) * WIDTH + column, rotated, mask=inside)
         else:
+            if LARGEST > 0:
+                scale = tl.maximum(tl.max(tl.abs(rotated), 0) / LARGEST, SMALLEST)
+                tl.store(key_scales + place, scale)
+                rotated /= scale
             tl.store(keys + place * WIDTH + column, rotated, mask=inside)
 
 
@@ -250,11 +276,13 @@ def decode_attention(
     *,
     num_parts: int | None = None,
     form: str = FORM,
+    scales: Sequence[Tensor] = (),
 ) -> Tensor:
     """Attention of one token per row up to its own position, RKJE, fp32.
 
     One program per row and query head reads the live positions with an online softmax; where those
-    are few, `num_parts` programs share a sequence (None: as many as keep a GPU busy).
+    are few, `num_parts` programs share a sequence (None: as many as keep a GPU busy). `scales`,
+    WRKU, are those of keys and values in fp8.
     """
     num_rows, num_kv_heads, num_queries, head_dim = query_RKJE.shape
     num_heads = num_rows * num_kv_heads * num_queries
@@ -267,6 +295,7 @@ def decode_attention(
         keys_WRKUE,
         values_WRKUE,
         positions_R,
+        *(scales or (out_ZHE, out_ZHE)),
         out_ZHE,
         sum_ZH,
         head_dim**-0.5 * math.log2(math.e),
@@ -280,6 +309,7 @@ def decode_attention(
         WIDTH=head_dim,
         PADDED=triton.next_power_of_2(head_dim),
         PARTS=num_parts,
+        SCALED=len(scales) > 0,
         num_warps=4,
         enable_fp_fusion=True,
     )
@@ -306,6 +336,8 @@ def _attend(
     keys,
     values,
     positions,
+    key_scales,
+    value_scales,
     out,
     sums,
     scale,
@@ -319,6 +351,7 @@ def _attend(
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
     PARTS: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
     head, part = tl.program_id(0), tl.program_id(1)
     length = tl.load(positions + head // heads_of_row).to(tl.int32) + 1
@@ -349,11 +382,16 @@ def _attend(
         else:
             key = tl.load(keys + address, mask=inside[None, :], other=0.0).to(tl.float32)
             value = tl.load(values + address, mask=inside[None, :], other=0.0).to(tl.float32)
-        score = tl.where(live, tl.sum(key * vector[None, :], 1), -float("inf"))
+        score = tl.sum(key * vector[None, :], 1)
+        if SCALED:
+            score *= tl.load(key_scales + place, mask=live, other=0.0)
+        score = tl.where(live, score, -float("inf"))
         new_top = tl.maximum(top, tl.max(score, 0))
         weight = tl.exp2(score - new_top)
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(weight, 0)
+        if SCALED:
+            weight *= tl.load(value_scales + place, mask=live, other=0.0)
         mixed = mixed * shrink + tl.sum(weight[:, None] * value, 0)
         top = new_top
     # Of a part without positions the sum is 2^-inf, its share 0.

@@ -241,7 +241,9 @@ def _cache(work: Work, images: int) -> float:
     rows = min(images, recipe.rollout.max_images or images)
     rows *= 1 if recipe.guidance_scale == 1 else 2
     length = math.ceil(work.decode_positions / BLOCK) * BLOCK
-    each = 2 if work.samples_mixed else 4
+    each: float = 2 if work.samples_mixed else 4
+    if recipe.rollout.cache_dtype == "fp8":
+        each = 1 + 4 * size.heads / size.width  # a scale for each head
     return rows * length * 2 * size.layers * size.kv_width * each
 
 

@@ -27,6 +27,7 @@ from stage_rl.pictures import image_boxes, image_grid
 from stage_rl.policies.base import Policy
 from stage_rl.policies.logprobs import CONDITIONAL, Scoring
 from stage_rl.recipe import AlgorithmConfig
+from stage_rl.rollout.attention import BLOCK
 from stage_rl.rollout.decoder import Decoder
 from stage_rl.rollout.engine import PassStats
 from stage_rl.rollout.sampling import Sampling
@@ -232,7 +233,6 @@ class DecoderSize:
         """The size of the sampler's copies."""
         cache, heads = decoder.cache_shape, decoder.heads
         linear = ("wqkv", "wo", "w_gate_up", "w_down")
-        position_size = cache.num_layers * cache.num_heads * cache.head_dim
         return cls(
             num_layers=cache.num_layers,
             query_width=heads.num_heads * heads.head_dim,
@@ -241,7 +241,7 @@ class DecoderSize:
             ),
             head_parameters=sum(weight.numel() for weight, _ in decoder.head_layers),
             weight_bytes=decoder.step_bytes,
-            position_bytes=2 * position_size * cache.dtype.itemsize,
+            position_bytes=cache.row_bytes(BLOCK) // BLOCK,
         )
 
 

@@ -110,7 +110,7 @@ def build_trainer(
         prompts=prompts,
         policy=policy,
         reference=reference,
-        engine=Engine(policy, dtype=recipe.rollout.dtype, max_images=recipe.rollout.max_images),
+        engine=_engine(policy, recipe),
         rewards=RewardFunctions(rewards),
         credit=resolve_function("credit", recipe.algorithm.credit),
         loss=resolve_function("loss", recipe.algorithm.loss),
@@ -246,8 +246,7 @@ class Trainer:
     @cached_property
     def probe(self) -> MicroBatch:
         """This rank's samples of the reference the run began with, drawn on first use."""
-        settings, rollout = self.recipe.probe, self.recipe.rollout
-        engine = Engine(self.reference, dtype=rollout.dtype, max_images=rollout.max_images)
+        settings, engine = self.recipe.probe, _engine(self.reference, self.recipe)
         drawn = self.sample(
             engine,
             self.world.share(self.prompts[: settings.num_prompts]),
@@ -288,6 +287,16 @@ class Trainer:
     def _draw_probe(self) -> None:
         if self.recipe.probe.every:
             _ = self.probe
+
+
+def _engine(policy: Policy, recipe: Recipe) -> Engine:
+    settings = recipe.rollout
+    return Engine(
+        policy,
+        dtype=settings.dtype,
+        cache_dtype=settings.cache_dtype,
+        max_images=settings.max_images,
+    )
 
 
 def check_ranks(recipe: Recipe, world: World, *, num_prompts: int) -> None:
