@@ -173,6 +173,24 @@ def tiny_llamagen_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def emu3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An Emu3 folder: 12 image tokens on 3 rows, 40 codes, images of 32 x 24."""
+    from tiny_emu3 import write_emu3
+
+    folder = tmp_path_factory.mktemp("emu3")
+    write_emu3(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_emu3(emu3_folder: Path):
+    """A fresh policy of that folder, on the CPU, with the default trainable part."""
+    from tiny_emu3 import load_emu3
+
+    return load_emu3(emu3_folder)
+
+
 @pytest.fixture
 def tiny_llamagen(tiny_llamagen_folder: Path):
     """A fresh policy of that folder, on the CPU, with the default trainable part."""

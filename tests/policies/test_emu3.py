@@ -9,19 +9,18 @@ import pytest
 import torch
 from run_files import assert_resumes_to_the_bit
 from safetensors.torch import load_file, save_file
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tiny_emu3 import CODES, COLUMNS, NEGATIVE, ROWS, SIZE
+from tiny_emu3 import load_emu3 as load
 from torch.testing import assert_close
 from transformers import (
     AutoProcessor,
     Emu3ForConditionalGeneration,
     Emu3Processor,
-    PreTrainedTokenizerFast,
 )
-from transformers import Emu3Config as HfEmu3Config
-from transformers.models.emu3.image_processing_emu3 import Emu3ImageProcessor
 
 from stage_rl.api import export, sample
 from stage_rl.api import load as load_policy
+from stage_rl.bench import fsdp2
 from stage_rl.config import load_recipe
 from stage_rl.errors import InputError, RecipeError, WeightsError
 from stage_rl.policies.emu3 import (
@@ -40,68 +39,7 @@ from stage_rl.types import Prompt
 
 SHORT = Prompt("a red square", 0)
 LONG = Prompt("a photo of two blue circle and a star", 1)
-NEGATIVE = "low quality"
-CODES, ROWS, COLUMNS = 40, 3, 4
-SIZE = {"image_area": ROWS * COLUMNS * 64, "ratio": f"{COLUMNS}:{ROWS}"}
 CPU = torch.device("cpu")
-
-SPECIAL = {
-    **{"bos_token": "<|extra_203|>", "eos_token": "<|extra_204|>", "pad_token": "<|endoftext|>"},
-    "unk_token": "<|unknown|>",
-}
-IMAGE = {
-    **{"image_token": "<image>", "eof_token": "<|extra_201|>", "eoi_token": "<|image end|>"},
-    **{"boi_token": "<|image start|>", "image_wrapper_token": "<|image token|>"},
-}
-WORDS = (
-    *("a", "photo", "of", "red", "blue", "square", "circle", "star", "two", "and"),
-    *("low", "quality", *"0123456789*"),
-)
-
-
-def tiny_tokenizer():
-    """Words, digits and special tokens; the codes are the last ids, as in the published model."""
-    codes = [f"<|visual token {code:06d}|>" for code in range(CODES)]
-    added = [*SPECIAL.values(), *IMAGE.values(), "<|extra_200|>", *codes]
-    ids = {token: index for index, token in enumerate([*WORDS, *added])}
-    backend = Tokenizer(models.WordLevel(ids, unk_token=SPECIAL["unk_token"]))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"\d|\*|[a-z]+"), "removed", invert=True)
-    backend.add_special_tokens(added)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, **SPECIAL, extra_special_tokens=IMAGE, padding_side="left"
-    )
-
-
-def tiny_config(tokenizer):
-    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 48}
-    text |= {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-    text |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    vq = {"codebook_size": CODES, "base_channels": 32, "channel_multiplier": [1, 1, 1, 1]}
-    vq |= {"hidden_size": 32, "num_res_blocks": 1, "attn_resolutions": []}
-    return HfEmu3Config(text_config=text, vq_config=vq, vocabulary_map=tokenizer.get_vocab())
-
-
-@pytest.fixture(scope="module")
-def emu3_folder(tmp_path_factory):
-    """An Emu3 with grouped keys and values, 40 codes and opinions."""
-    tokenizer = tiny_tokenizer()
-    torch.manual_seed(0)
-    module = Emu3ForConditionalGeneration(tiny_config(tokenizer)).eval()
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if parameter.ndim == 2 and "vqmodel" not in name:
-                parameter.mul_(8)
-    half = [0.5] * 3
-    images = Emu3ImageProcessor(image_mean=half, image_std=half)
-    folder = tmp_path_factory.mktemp("emu3")
-    module.save_pretrained(folder)
-    Emu3Processor(images, tokenizer).save_pretrained(folder)
-    return folder
-
-
-def load(path, **settings):
-    return Emu3Config(path=str(path), negative_prompt=NEGATIVE, **SIZE, **settings).build(CPU)
 
 
 @pytest.fixture
@@ -417,6 +355,15 @@ def test_a_run_resumes_to_the_bit_and_its_export_draws_what_it_draws(recipe, tmp
     again = load_policy(str(out), CPU)
     assert torch.equal(*(sample(p, [SHORT.text], seed=3).tokens_NT for p in (trained, again)))
     assert "Emu3ForConditionalGeneration.from_pretrained" in (out / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(recipe, tmp_path):
+    """Sharded, with grouped keys and values and end-of-line tokens between the codes."""
+    settings = ("optimizer.lr=1e-5", "training.groups_per_microbatch=1", "probe.every=0")
+    found = fsdp2.compare(recipe(*settings, "steps=2"), 2, tmp_path)
+    assert found["tokens_identical"] == 1
+    assert found["gradients_relative"] <= 1e-6
 
 
 def test_the_published_size_is_that_of_the_model():

@@ -4,6 +4,8 @@ import argparse
 import importlib.util
 import json
 import shutil
+import sys
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import policy_contract
@@ -18,7 +20,7 @@ from stage_rl.bench import fsdp2
 from stage_rl.config import load_recipe
 from stage_rl.errors import InputError, WeightsError
 from stage_rl.policies import text_encoder
-from stage_rl.policies.llamagen import LlamaGenConfig
+from stage_rl.policies.llamagen import LlamaGenConfig, write_folder
 from stage_rl.policies.loading import policy_config
 from stage_rl.training.loop import train
 from stage_rl.training.memory import plan_of
@@ -283,6 +285,24 @@ def test_two_processes_equal_one(recipe, tmp_path):
     found = fsdp2.compare(recipe(*settings, "policy.trainable=['*']"), 2, tmp_path)
     assert found["tokens_identical"] == 1
     assert found["gradients_relative"] <= 1e-6
+
+
+@pytest.mark.parametrize("image_size", [512, 768])
+def test_the_code_of_its_card_finds_the_weights_of_an_export(
+    tmp_path, monkeypatch, tiny_llamagen, image_size
+):
+    sizes = tiny_llamagen.sizes.model_copy(update={"image_size": image_size})
+    write_folder(tmp_path, tiny_llamagen.module.state_dict(), sizes)
+    original, read = ModuleType("autoregressive.models.gpt"), {}
+    model = SimpleNamespace(load_state_dict=lambda state: read.update(state=state))
+    original.GPT_models = {"GPT-XL": lambda **asked: read.update(asked) or model}
+    monkeypatch.setitem(sys.modules, "autoregressive.models.gpt", original)
+    for name in ("autoregressive", "autoregressive.models"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    exec(LlamaGenConfig.loading_code["llamagen"], {"FOLDER": str(tmp_path)})
+    assert read["block_size"] == (image_size // 16) ** 2
+    assert read["cls_token_num"] == tiny_llamagen.sizes.caption_tokens
+    assert "tok_embeddings.weight" in read["state"]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs the extra lora")

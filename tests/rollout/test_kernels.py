@@ -38,14 +38,17 @@ EPS = 1e-5
 
 
 @pytest.mark.skipif(RUNS_KERNELS, reason="the kernels run in this process")
-def test_the_kernels_agree_with_torch_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+@pytest.mark.parametrize(
+    ("which", "timeout_s"), [("not slow", 300), pytest.param("slow", 900, marks=pytest.mark.slow)]
+)
+def test_the_kernels_agree_with_torch_in_the_interpreter(which, timeout_s):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", which]
     done = subprocess.run(
-        command,
+        [*command, __file__],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout_s,
     )
     assert done.returncode == 0, done.stdout
     assert "1 skipped" in done.stdout, done.stdout
@@ -193,17 +196,27 @@ def test_norms_and_the_gate_are_those_of_torch(dtype):
 
 
 @kernels
-@pytest.mark.parametrize("family", ["tiny_janus", "tiny_llamagen"])
-def test_an_engine_of_kernels_draws_the_tokens_of_torch(request, family):
+@pytest.mark.parametrize(
+    ("family", "guidance_scale"),
+    [
+        ("tiny_janus", 1.0),
+        ("tiny_llamagen", 1.0),
+        pytest.param("tiny_llamagen", 3.0, marks=pytest.mark.slow),
+        pytest.param("tiny_emu3", 3.0, marks=pytest.mark.slow),
+    ],
+)
+def test_an_engine_of_kernels_draws_the_tokens_of_torch(request, family, guidance_scale):
+    """With guidance of two lengths of prompts; emu3 has end-of-line tokens and heads in groups."""
     policy = request.getfixturevalue(family)
     policy.module.to(DEVICE)
+    texts = ("a photo of two blue circle", "a star")[: 1 if guidance_scale == 1 else 2]
 
     def tokens(**options):
         return rollout(
             Engine(policy, **options),
-            [Prompt("a photo of two blue circle")],
+            [Prompt(text, index) for index, text in enumerate(texts)],
             group_size=1,
-            sampling=Sampling(guidance_scale=1.0),
+            sampling=Sampling(guidance_scale=guidance_scale),
             seed=0,
             step=0,
         )

@@ -69,6 +69,23 @@ def test_an_exact_kl_keeps_the_states_of_the_reference():
     assert "reference's states" not in exact.phases["sample"]
 
 
+def test_what_a_rule_of_credit_needs_lies_beside_the_activations():
+    # 4 groups of 8 images a micro-batch, of 576 tokens and 640 positions; logits of 64 rows.
+    narrow = ("training.groups_per_microbatch=4", "training.logprob_rows=64")
+
+    def learning(credit):
+        plan = predict(recipe_7b(*narrow, f"algorithm.credit={credit}"), SIZE_7B)
+        return plan.phases["learn"]["activations"]
+
+    beside = learning("uniform") - 4 * 64 * (4 * 16_384 + 2 * 4096)
+    states = 32 * 576 * 4096 * 4
+    one_pass = 32 * 640 * (8 * 4096 + 12 * 4096 + 8 * 11_008)
+    assert learning("guidance") - beside == one_pass
+    assert learning("{kind: guidance, eta: exact}") - beside == states + one_pass
+    assert learning("critical") - beside == 2 * states
+    assert learning("high_entropy") == learning("uniform")
+
+
 def test_an_adapter_at_7b():
     recipe = recipe_7b("policy.lora.rank=64", "policy.dtype=bfloat16")
     plan = predict(recipe, SIZE_7B)

@@ -266,10 +266,17 @@ class LlamaGenConfig(PolicyConfig):
     default_trainable = ("language_model.layers.*", "language_model.norm.*")
     tags = ("llamagen",)
     loading_code: ClassVar = {
-        "llamagen": """# in github.com/FoundationVision/LlamaGen; the sizes are in config.json
+        "llamagen": """# in github.com/FoundationVision/LlamaGen; GPT-XL is the only size published
+import json, torch
+from pathlib import Path
 from autoregressive.models.gpt import GPT_models
-model = GPT_models["GPT-XL"](block_size=256, cls_token_num=120, model_type="t2i")
-model.load_state_dict(torch.load(FOLDER + "/t2i_XL_stage1_256.pt")["model"])""",
+sizes = json.loads(Path(FOLDER, "config.json").read_text())
+tokens = (sizes["image_size"] // 16) ** 2
+model = GPT_models["GPT-XL"](
+    block_size=tokens, cls_token_num=sizes["caption_tokens"], model_type="t2i"
+)
+(weights,) = Path(FOLDER).glob("t2i_*.pt")
+model.load_state_dict(torch.load(weights)["model"])""",
     }
 
     path: str = "peizesun/llamagen_t2i"

@@ -31,6 +31,7 @@ from stage_rl.policies.sizes import ModelSize
 from stage_rl.policies.trunk import MAX_POSITIONS, padded_positions
 from stage_rl.recipe import Recipe
 from stage_rl.rollout.attention import BLOCK
+from stage_rl.settings import needs_of, resolve_function
 
 GB = 1e9
 
@@ -279,7 +280,7 @@ def _learning(work: Work, unsharded: float) -> dict[str, float]:
     base = 24 * work.size.width  # inputs, last states, and the gradients of both
     activations = work.batch_tokens * (layers + base) + unsharded
     arrays = 7 if work.recipe.algorithm.exact_kl else 4
-    activations += max(work.batch_tokens * again, _head(work, arrays=arrays))
+    activations += max(work.batch_tokens * again, _head(work, arrays=arrays), _credit(work))
     casts = 0.0
     if work.mixed and work.parameter_bytes == 4 and work.num_processes == 1:
         # Copies of the matrices in bf16, which a backward pass reads.
@@ -290,6 +291,22 @@ def _learning(work: Work, unsharded: float) -> dict[str, float]:
     tail = work.batch_tokens * (kept["none"] + base)
     activations = max(activations + casts, gradients + tail + unsharded) - gradients
     return {"gradients": gradients, "activations": max(0, activations)}
+
+
+def _credit(work: Work) -> float:
+    """What the rule of token credit needs beyond a step's own passes, beside the activations."""
+    size = work.size
+    states = 4 * work.batch_images * size.image_tokens * size.width
+    one_pass = _reference_pass(work)
+    known = {
+        # The inputs of the decoder, and in fp32 at length 1.
+        "embeddings": states * (1 + work.parameter_bytes / 4),
+        "unconditional": one_pass,
+        # The states of both passes, one of them under way, then both under the head.
+        "exact_guidance": max(states + one_pass, 2 * states + _head(work, arrays=6)),
+    }
+    needs = needs_of(resolve_function("credit", work.recipe.algorithm.credit))
+    return max((known.get(name, 0.0) for name in needs), default=0.0)
 
 
 def _head(work: Work, *, arrays: int) -> float:
