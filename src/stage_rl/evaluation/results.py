@@ -406,12 +406,12 @@ class Comparison:
         lines: list[list[str]] = []
         for name in self.base.by_task:
             lines += [[name, *head], *self._rows(name), []]
-        lines.append([OVERALL, *head])
-        for name in self.trained.scores:
-            if name not in self.base.by_task:
-                lines += [[name, *cells] for _, *cells in self._rows(name)[-1:]]
+        others = [name for name in self.trained.scores if name not in self.base.by_task]
+        if others or not self.differences:
+            lines.append([OVERALL, *head])
+        lines += [[name, *cells] for name in others for _, *cells in self._rows(name)[-1:]]
         if self.differences:
-            lines += [[], ["figures", *head], *self._figure_rows()]
+            lines += [*([[]] if others else []), ["figures", *head], *self._figure_rows()]
         title = str(self.base.setup)
         if (self.base.model, self.trained.model) != ("base", "trained"):
             title += f": base {self.base.model}, trained {self.trained.model}"
