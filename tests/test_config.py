@@ -136,6 +136,7 @@ def test_a_module_that_fails_is_named_with_its_error(tiny_recipe, source, messag
         ("rewards.first=1", "rewards.first: no such list item; write the number of an item"),
         ("steps", "steps: is not an override; write dotted.key=value"),
         ("=3", "=3: is not an override; write dotted.key=value"),
+        ("[=3", "[=3: is not an override; write dotted.key=value"),
         ("run..dir=3", "run..dir=3: is not an override; write dotted.key=value"),
         ("run.dir='x", "run.dir: the value is not YAML; quote it"),
         ("seed=${nowhere}", "seed: Interpolation key 'nowhere' not found; write the value itself"),

@@ -241,6 +241,10 @@ def _apply(tree: DictConfig, override: str, where: str) -> None:
         # The latter two are OmegaConf's answers to a word where the number of an item belongs.
         hint = "write the number of an item, from 0"
         raise RecipeError(f"{where}: {key}: no such list item; {hint}") from error
+    except IndexError as error:  # OmegaConf's answer to a bracket without a word before it
+        raise RecipeError(
+            f"{where}: {override}: is not an override; write dotted.key=value"
+        ) from error
 
 
 def _plain(tree: DictConfig, where: str) -> dict[str, Any]:
