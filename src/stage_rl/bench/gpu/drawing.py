@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch.autograd import DeviceType
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from stage_rl.bench import rollout
@@ -59,7 +59,7 @@ def profile_step(sizes: Sizes, model: str) -> BenchResult:
         if on_gpu:
             torch.cuda.synchronize()
     microseconds, calls = Counter[str](), Counter[str]()
-    for event in found.events():
+    for event in found.events() or ():
         if on_gpu and event.device_type == DeviceType.CUDA:
             microseconds[event.name] += event.time_range.elapsed_us()
         elif not on_gpu:

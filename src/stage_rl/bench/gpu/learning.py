@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 from torch.profiler import ProfilerActivity, profile
 
 from stage_rl.bench import step
@@ -100,7 +101,10 @@ def memory_of_steps(sizes: Sizes, model: str, overrides: str, num_steps: int) ->
 class OneOfOne(World):
     """The only process of a run, with its parameters in shards all the same."""
 
-    sharded = True
+    @property
+    def sharded(self) -> bool:
+        """Whether parameters lie in shards."""
+        return True
 
 
 def shards_of_one(sizes: Sizes) -> BenchResult:
@@ -126,7 +130,7 @@ def shards_of_one(sizes: Sizes) -> BenchResult:
 def process_group(device: torch.device) -> Iterator[None]:
     """A group of this process alone, inside the block."""
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     try:
         yield
     finally:
@@ -140,7 +144,7 @@ def attention_backends(sizes: Sizes) -> BenchResult:
     train_step(trainer, 0)
     with profile(activities=[ProfilerActivity.CPU]) as found:
         train_step(trainer, 1)
-    calls = Counter(e.name for e in found.events() if "_scaled_dot_product_" in e.name)
+    calls = Counter(e.name for e in found.events() or () if "_scaled_dot_product_" in e.name)
     named = {name.removeprefix("aten::_scaled_dot_product_"): n for name, n in calls.items()}
     text = ", ".join(f"{name} {number} times" for name, number in named.items())
     measures = {name: float(number) for name, number in named.items()}
