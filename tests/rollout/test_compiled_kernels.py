@@ -16,25 +16,29 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from stage_rl.rollout import kernels
 
-CACHE = {"keys": "*bf16", "values": "*bf16"}
+CACHES = [{"keys": kind, "values": kind, "key_scales": "*fp32", "value_scales": "*fp32"}
+          for kind in ("*bf16", "*fp8e4nv")]
 HEADS = {"BLOCK": 32, "WIDTH": 128, "PADDED": 128}
 CASES = [
     (
         kernels._attend,
-        {"query": "*fp32", **CACHE, "positions": "*i64", "out": "*fp32", "sums": "*fp32",
+        {"query": "*fp32", **cache, "positions": "*i64", "out": "*fp32", "sums": "*fp32",
          "scale": "fp32", "heads_of_row": "i32", "num_lanes": "i32"},
         {"QUERIES": 1, "PARTS": 4, "TILE": form.tile, "STAGES": form.stages,
-         "MASKED": form.masked, **HEADS},
+         "MASKED": form.masked, "SCALED": "fp8" in cache["keys"], **HEADS},
     )
-    for form in kernels.FORMS.values()
+    for form in kernels.FORMS.values() for cache in CACHES
 ] + [
     (
         kernels._rotate,
         {"qkv": "*bf16", "q_norm": "*fp32", "k_norm": "*fp32", "cosines": "*fp32",
          "sines": "*fp32", "positions": "*i64", "coords": "*i64", "axes": "*i64", "query": "*fp32",
-         **CACHE, "eps": "fp32"},
-        {"NUM_HEADS": 32, "NUM_KV_HEADS": 32, "AXES": 1, "Q_NORM": True, "K_NORM": True, **HEADS},
-    ),
+         **cache, "eps": "fp32"},
+        {"NUM_HEADS": 32, "NUM_KV_HEADS": 32, "AXES": 1, "Q_NORM": True, "K_NORM": True,
+         "LARGEST": 448.0 if "fp8" in cache["keys"] else 0.0, "SMALLEST": 1e-12, **HEADS},
+    )
+    for cache in CACHES
+] + [
     (
         kernels._norm,
         {"states": "*fp32", "delta": "*bf16", "delta_norm": "*bf16", "weight": "*fp32",
