@@ -47,7 +47,7 @@ from stage_rl.policies.loading import (
 )
 from stage_rl.policies.lora import PATTERN, add_adapter, merged_state
 from stage_rl.policies.sizes import ModelSize, size_of_module
-from stage_rl.policies.trunk import run_trunk, trunk_weights, use_own_parts
+from stage_rl.policies.trunk import teacher_forced, trunk_weights, use_own_parts
 from stage_rl.settings import validation_error
 from stage_rl.types import Prompt
 
@@ -165,18 +165,7 @@ class Emu3Policy(Policy):
         )
 
     def hidden(self, prefix: Prefix, tokens_NT: Tensor) -> Tensor:
-        def rotary(states_NSD: Tensor, coords_1SA: Tensor) -> tuple[Tensor, Tensor]:
-            return self._trunk.rotary_emb(states_NSD, position_ids=coords_1SA[..., 0])
-
-        with self.adapter():
-            return run_trunk(
-                self.trunk_blocks,
-                self._trunk.norm,
-                rotary,
-                prefix=prefix,
-                columns_NUD=self.embed(self.layout.with_control(tokens_NT)[:, :-1]),
-                layout=self.layout,
-            )
+        return teacher_forced(self, self._trunk, prefix, tokens_NT)
 
     @property
     def _head_weight(self) -> Tensor:

@@ -51,7 +51,7 @@ from stage_rl.policies.lora import (
     merged_state,
 )
 from stage_rl.policies.sizes import ModelSize, size_of_module
-from stage_rl.policies.trunk import run_trunk, trunk_weights, use_own_parts
+from stage_rl.policies.trunk import teacher_forced, trunk_weights, use_own_parts
 from stage_rl.policies.vq import (
     IMAGES_PER_CHUNK,
     IMAGES_PER_CHUNK_ON_CPU,
@@ -139,18 +139,7 @@ class JanusPolicy(Policy):
         return self.module.prepare_embeddings_for_image_generation(tokens_NU)
 
     def hidden(self, prefix: Prefix, tokens_NT: Tensor) -> Tensor:
-        def rotary(states_NSD: Tensor, coords_1SA: Tensor) -> tuple[Tensor, Tensor]:
-            return self._trunk.rotary_emb(states_NSD, position_ids=coords_1SA[..., 0])
-
-        with self.adapter():
-            return run_trunk(
-                self.trunk_blocks,
-                self._trunk.norm,
-                rotary,
-                prefix=prefix,
-                columns_NUD=self.embed(tokens_NT[:, :-1]),
-                layout=self.layout,
-            )
+        return teacher_forced(self, self._trunk, prefix, tokens_NT)
 
     def head(self, hidden: Tensor) -> Tensor:
         head = self._model.generation_head

@@ -43,7 +43,7 @@ from stage_rl.policies.loading import (
 from stage_rl.policies.lora import PATTERN, add_adapter, merged_state
 from stage_rl.policies.sizes import ModelSize
 from stage_rl.policies.text_encoder import TextEncoder, encoder_parameters, load_text_encoder
-from stage_rl.policies.trunk import run_trunk, trunk_weights, use_own_parts
+from stage_rl.policies.trunk import teacher_forced, trunk_weights, use_own_parts
 from stage_rl.policies.vq import (
     IMAGES_PER_CHUNK,
     IMAGES_PER_CHUNK_ON_CPU,
@@ -223,16 +223,7 @@ class LlamaGenPolicy(Policy):
         return self.module.language_model.embed_tokens(tokens_NU)
 
     def hidden(self, prefix: Prefix, tokens_NT: Tensor) -> Tensor:
-        trunk = self.module.language_model
-        with self.adapter():
-            return run_trunk(
-                trunk.layers,
-                trunk.norm,
-                trunk.rotary_emb,
-                prefix=prefix,
-                columns_NUD=self.embed(tokens_NT[:, :-1]),
-                layout=self.layout,
-            )
+        return teacher_forced(self, self.module.language_model, prefix, tokens_NT)
 
     def head(self, hidden: Tensor) -> Tensor:
         return self.module.lm_head(hidden.to(self.module.lm_head.weight.dtype))

@@ -24,7 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from stage_rl.policies.base import DecoderWeights, LayerWeights, Prefix, TokenLayout
+from stage_rl.policies.base import DecoderWeights, LayerWeights, Policy, Prefix, TokenLayout
 from stage_rl.policies.lora import merged_weight
 from stage_rl.policies.matmul import onednn_matmul
 
@@ -66,6 +66,26 @@ def run_trunk(
     return _take_positions(
         norm(states_NSD), length_N1 - 1 + layout.token_columns().to(position_1S.device)
     )
+
+
+def teacher_forced(policy: Policy, trunk: Any, prefix: Prefix, tokens_NT: Tensor) -> Tensor:
+    """`Policy.hidden` of a trunk that is built as transformers' Llama, image and control tokens
+    behind their prompts. Its rotary embedding takes positions, or coordinates on several axes.
+    """
+
+    def rotary(states_NSD: Tensor, coords_NSA: Tensor) -> Any:
+        places = coords_NSA[..., 0] if coords_NSA.shape[-1] == 1 else coords_NSA
+        return trunk.rotary_emb(states_NSD, position_ids=places)
+
+    with policy.adapter():
+        return run_trunk(
+            trunk.layers,
+            trunk.norm,
+            rotary,
+            prefix=prefix,
+            columns_NUD=policy.embed(policy.layout.with_control(tokens_NT)[:, :-1]),
+            layout=policy.layout,
+        )
 
 
 def padded_positions(num_positions: int, *, on_gpu: bool) -> int:
