@@ -358,9 +358,9 @@ def test_64_clients_lose_nothing_beside_hostile_requests(monkeypatch):
     server = Served(port)
     doctor, before = Doctor(port), server.megabytes
     strangers = Strangers(port)
-    crowd = Crowd(f"http://127.0.0.1:{port}", clients=64, requests=2000)
+    crowd = Crowd(f"http://127.0.0.1:{port}", clients=64, requests=3000)
     health_s, megabytes = [], []
-    while crowd.done < 2000:
+    while crowd.done < 3000:
         crowd.check()
         health_s.append(doctor.ask())
         megabytes.append(server.megabytes)
