@@ -5,12 +5,10 @@ The docstring under an attribute is the reference of its key: `stage recipes sho
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     Field,
@@ -24,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from stage_rl.contradictions import contradictions
 from stage_rl.errors import RecipeError
 from stage_rl.policies.base import PolicyConfig, resolve_guidance
 from stage_rl.prompts.files import PromptsConfig
@@ -38,10 +37,7 @@ from stage_rl.settings import (
     Seed,
     Settings,
     check_function,
-    did_you_mean,
-    needs_of,
     resolve,
-    resolve_function,
     validation_error,
 )
 
@@ -222,6 +218,11 @@ class AlgorithmConfig(Settings):
         return check_function(str(info.field_name), name)
 
     @property
+    def of_preset(self) -> dict[str, Any]:
+        """What the preset sets, by key."""
+        return PRESETS[self.preset]
+
+    @property
     def loss_kind(self) -> str:
         """Name of the loss, without parameters."""
         return self.loss if isinstance(self.loss, str) else self.loss["kind"]
@@ -268,71 +269,6 @@ def _of_former_version(data: dict[str, Any]) -> dict[str, Any]:
     if data.get("importance_sampling") == "truncated":
         data["importance_sampling"] = "token_truncate"
     return data
-
-
-class Idle(NamedTuple):
-    """Keys of the objective without effect where another key has one of some values."""
-
-    keys: tuple[str, ...]
-    other: str
-    values: tuple[str, ...]
-    instead: str = ""
-    """What to write; empty: the default."""
-
-
-IDLE = (
-    Idle(
-        (
-            *("reweight", "mask_normalization", "self_similarity", "equal_group_similarity"),
-            *("kl.a", "kl.b", "kl.weight_clip"),
-        ),
-        "credit",
-        tuple(name for name in BUILT_IN["credit"] if name != "stage"),
-    ),
-    Idle(("mask_normalization",), "reweight", ("kl",)),
-    Idle(("kl.a", "kl.b", "kl.weight_clip"), "reweight", ("advantages",)),
-    Idle(("clip", "clip_high"), "loss", ("unclipped", "gspo", "gspo_token", "gmpo", "sapo")),
-    Idle(("advantage_eps", "advantage_std_floor"), "loss", ("dr_grpo",)),
-    Idle(("importance_cap",), "importance_sampling", ("none",)),
-    Idle(
-        ("importance_floor",),
-        "importance_sampling",
-        ("none", "token_truncate", "sequence_truncate"),
-    ),
-    Idle(("whiten",), "advantage", ("sum",)),
-    Idle(("entropy.scale",), "entropy.mode", ("loss",), "penalty_scale"),
-    Idle(("entropy.scope", "entropy.centred"), "entropy.mode", ("loss",)),
-    Idle(("entropy.penalty_scale",), "entropy.mode", ("reward", "constant"), "scale"),
-)
-"""Who writes one of these believes that it changes something: it is refused. Not where another key
-switches the whole off, as an ablation does (`entropy.mode: none`, `reweight: none`)."""
-
-
-def idle_settings(settings: AlgorithmConfig) -> Iterator[tuple[str, str]]:
-    """Keys of the objective that were changed to no effect, and what to write instead."""
-    preset = PRESETS[settings.preset]
-    for rule in IDLE:
-        other = _value(settings, rule.other)
-        for key in rule.keys if other in rule.values else ():
-            section, _, name = key.rpartition(".")
-            owner = getattr(settings, section) if section else settings
-            default = type(owner).model_fields[name].default
-            of_preset = preset.get(section, {}) if section else preset
-            value = getattr(owner, name)
-            # A recipe that is written out in full has the values of its preset.
-            if value in (default, of_preset.get(name, default)):
-                continue
-            if key == "reweight" and value == "none":
-                continue
-            instead = rule.instead or (default if isinstance(default, str) else json.dumps(default))
-            yield key, f"has no effect with {rule.other}: {other}; write {instead}"
-
-
-def _value(settings: AlgorithmConfig, key: str) -> Any:
-    """By its dotted key; of a function its name."""
-    section, _, name = key.rpartition(".")
-    value = getattr(getattr(settings, section) if section else settings, name)
-    return value["kind"] if isinstance(value, dict) else value
 
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -590,123 +526,6 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _agree(self) -> Self:
         """Refuses settings that contradict each other."""
-        for key, text in self._contradictions():
+        for key, text in contradictions(self):
             raise validation_error(key, text)
         return self
-
-    def _contradictions(self) -> Iterator[tuple[str, str]]:
-        """Keys, and what is wrong with them."""
-        for name, count in Counter(reward.name for reward in self.rewards).items():
-            if count > 1:
-                yield "rewards", f"{count} rewards are named '{name}'; give each its own name"
-            if name in ("mean", "std", "equal_groups", "failed_groups"):
-                text = f"'{name}' is a metric of the summed reward; give the reward another name"
-                yield "rewards", text
-        for key, text in idle_settings(self.algorithm):
-            yield f"algorithm.{key}", text
-        yield from self._contradictions_of_the_credit()
-        yield from self._contradictions_of_the_loss()
-        yield from self._contradictions_of_the_kl()
-        yield from self._contradictions_of_the_sampler()
-        if self.algorithm.logprobs != "conditional":
-            for key, off in (("top_k", 0), ("top_p", 1)):
-                if getattr(self.rollout, key) != off:
-                    text = "guided log-probabilities are those of the whole distribution; write "
-                    yield f"rollout.{key}", f"{text}{off}, or algorithm.logprobs=conditional"
-        yield from self._contradictions_of_the_rewards()
-        evaluation = self.evaluation
-        if not self.policy.policy_class.guided:
-            text = f"the policy {self.policy.kind} has no unconditional rows; write 1"
-            if self.rollout.guidance_scale not in (None, 1):
-                yield "rollout.guidance_scale", text
-            if evaluation and evaluation.guidance_scale not in (None, 1):
-                yield "evaluation.guidance_scale", text
-            needed = needs_of(resolve_function("credit", self.algorithm.credit))
-            if {"unconditional", "exact_guidance"} & {*needed}:
-                text = "needs unconditional rows, and the policy has none; write another credit"
-                yield "algorithm.credit", text
-        if self.tripwires.validation_drop is not None and not (evaluation and evaluation.every):
-            text = "needs validation while training; write evaluation.every, or null here"
-            yield "tripwires.validation_drop", text
-        if evaluation and evaluation.every and evaluation.validation_seed == evaluation.seed:
-            text = "is evaluation.seed too, so the best checkpoint would be judged on the images it"
-            yield "evaluation.validation_seed", f"{text} was chosen by; write another"
-        if self.optimizer.warmup_steps > self.steps:
-            text = f"{self.optimizer.warmup_steps} is more than steps ({self.steps}); write at "
-            text += f"most {self.steps}, or more steps"
-            yield "optimizer.warmup_steps", text
-
-    def _contradictions_of_the_sampler(self) -> Iterator[tuple[str, str]]:
-        if self.rollout.cache_dtype == "fp8" and self.algorithm.importance_sampling == "none":
-            text = "fp8 draws from another distribution than the policy's; write auto, or "
-            yield "rollout.cache_dtype", f"{text}algorithm.importance_sampling=token_truncate"
-
-    def _contradictions_of_the_credit(self) -> Iterator[tuple[str, str]]:
-        settings, credit = self.algorithm, self.algorithm.credit
-        parameters = {"kind": credit} if isinstance(credit, str) else credit
-        released = parameters["kind"] == "entropy_bonus" and parameters.get("form") != "paper"
-        if released and parameters.get("kappa", 1.0) != 1.0:
-            text = "has no effect with form: release; write form: paper"
-            yield "algorithm.credit.kappa", text
-        if parameters["kind"] != "critical":
-            return
-        daw, gradient = parameters.get("daw", "release"), parameters.get("daw_gradient")
-        through = settings.through_weights(gradient)
-        if daw == "none" and gradient == "through":
-            text = "has no effect with daw: none; write detached, or daw: release"
-            yield "algorithm.credit.daw_gradient", text
-        elif through and self.optimizer.updates_per_rollout > 1:
-            text = "through is the gradient of one update per rollout; write detached, or "
-            yield "algorithm.credit.daw_gradient", f"{text}optimizer.updates_per_rollout=1"
-        if daw == "paper" and not through and settings.entropy.mode != "loss":
-            text = (
-                "paper is 0 where policy and reference are the same, as they are at first, and so"
-            )
-            text += " they stay; write release, or daw_gradient: through"
-            yield "algorithm.credit.daw", text
-
-    def _contradictions_of_the_loss(self) -> Iterator[tuple[str, str]]:
-        settings = self.algorithm
-        loss = settings.loss_kind
-        if self.optimizer.updates_per_rollout > 1 and loss == "unclipped":
-            text = "unclipped is for one update per rollout; write clip, or "
-            yield "algorithm.loss", f"{text}optimizer.updates_per_rollout=1"
-        high = settings.clip_high
-        if loss in ("clip", "dr_grpo", "cispo") and high is not None and high < settings.clip:
-            text = f"{high} is below algorithm.clip ({settings.clip}); write a larger one"
-            yield "algorithm.clip_high", text
-        if loss in ("gspo", "gmpo"):
-            text = f"{loss} has one ratio per image, so all its tokens get their mean advantage"
-            if not settings.one_advantage_per_image:
-                yield "algorithm.loss", f"{text}; write gspo_token, or algorithm.credit=uniform"
-            if settings.importance_sampling.startswith("token"):
-                hint = f"write {settings.importance_sampling.replace('token', 'sequence')}"
-                yield "algorithm.importance_sampling", f"{text}; {hint}, or geometric_mask"
-        if settings.importance_floor > settings.importance_cap:
-            text = f"{settings.importance_floor} is above importance_cap; write a lower one"
-            yield "algorithm.importance_floor", text
-
-    def _contradictions_of_the_kl(self) -> Iterator[tuple[str, str]]:
-        settings, rollout = self.algorithm, self.rollout
-        if settings.exact_kl and settings.beta == 0:
-            text = "exact takes memory and time, and algorithm.beta is 0; write k3"
-            yield "algorithm.kl.estimator", text
-        unguided = (self.guidance_scale, rollout.temperature) == (1, 1)
-        whole = (rollout.top_k, rollout.top_p) == (0, 1)
-        own_samples = settings.logprobs != "conditional" or (unguided and whole)
-        once = self.optimizer.updates_per_rollout == 1
-        if settings.kl.estimator == "k1" and settings.beta and own_samples and once:
-            text = "k1 pulls nowhere on samples of the policy that is scored; write k2, k3 or k3+"
-            yield "algorithm.kl.estimator", text
-
-    def _contradictions_of_the_rewards(self) -> Iterator[tuple[str, str]]:
-        settings, names = self.algorithm, [reward.name for reward in self.rewards]
-        if settings.advantage == "gdpo" and settings.loss_kind == "dr_grpo":
-            text = "gdpo divides by deviations, which dr_grpo leaves out; write sum, or loss=clip"
-            yield "algorithm.advantage", text
-        for number, reward in enumerate(self.rewards):
-            others = [name for name in names if name != reward.name]
-            if reward.requires and reward.requires.reward not in others:
-                hint = did_you_mean(reward.requires.reward, others)
-                text = f"no other reward is named '{reward.requires.reward}'; {hint}"
-                yield f"rewards.{number}.requires.reward", text
