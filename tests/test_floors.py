@@ -16,8 +16,7 @@ ROOT = Path(stage_rl.__file__).parent
 FLOORS = (
     (
         *("algorithm", "types", "errors", "settings", "files", "pictures", "openmp"),
-        "allocator",
-        *("recipes", "studies"),
+        *("allocator", "contradictions", "recipes", "studies"),
     ),
     ("distributed", "console"),
     ("policies", "prompts"),
