@@ -5,6 +5,7 @@ import json
 import pytest
 from pydantic import ValidationError
 
+from stage_rl.algorithm_config import AlgorithmConfig
 from stage_rl.config import (
     describe,
     diff_recipes,
@@ -15,7 +16,7 @@ from stage_rl.config import (
     written_out,
 )
 from stage_rl.errors import RecipeError
-from stage_rl.recipe import AlgorithmConfig, Origin, RolloutConfig
+from stage_rl.recipe import Origin, RolloutConfig
 
 
 def refusal(recipe, *overrides):

@@ -16,12 +16,13 @@ ROOT = Path(stage_rl.__file__).parent
 FLOORS = (
     (
         *("algorithm", "types", "errors", "settings", "files", "pictures", "openmp"),
-        *("allocator", "contradictions", "recipes", "studies"),
+        "allocator",
+        *("recipes", "studies"),
     ),
     ("distributed", "console"),
     ("policies", "prompts"),
     ("rollout", "rewards"),
-    ("recipe", "config"),
+    ("algorithm_config", "recipe", "config"),
     ("evaluation",),
     ("objective",),
     ("training",),

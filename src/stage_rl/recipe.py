@@ -5,7 +5,8 @@ The docstring under an attribute is the reference of its key: `stage recipes sho
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -17,12 +18,11 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     PrivateAttr,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
 
-from stage_rl.contradictions import contradictions
+from stage_rl.algorithm_config import AlgorithmConfig, idle_settings
 from stage_rl.errors import RecipeError
 from stage_rl.policies.base import PolicyConfig, resolve_guidance
 from stage_rl.prompts.files import PromptsConfig
@@ -32,12 +32,13 @@ from stage_rl.settings import (
     MAX_TEMPERATURE,
     MIN_TEMPERATURE,
     Fraction,
-    FunctionName,
     Guidance,
     Seed,
     Settings,
-    check_function,
+    did_you_mean,
+    needs_of,
     resolve,
+    resolve_function,
     validation_error,
 )
 
@@ -72,203 +73,6 @@ class RolloutConfig(Settings):
     release_cache: bool = False
     """Give the memory of the key-value cache back before the other passes of a step, on a GPU that
     cannot hold both."""
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "paper": {
-        "mask_normalization": "none",
-        "self_similarity": 1,
-    },
-    "release": {
-        "self_similarity": 0,
-        "equal_group_similarity": 1.0,
-        "loss": "unclipped",
-        "logprob_dtype": "bfloat16",
-        "entropy": {"centred": True},
-    },
-}
-"""What a preset of the objective changes; the defaults of the classes are `default`."""
-
-
-class EntropyConfig(Settings):
-    """How the policy is held to the reference's entropy."""
-
-    mode: Literal["reward", "constant", "loss", "none"] = "reward"
-    """reward: equations 11 and 12; constant: equation 12 with R_ent = 1 whatever the entropy, a
-    control of the former; loss: the penalty of equations 13 and 14; none: nothing."""
-    scale: NonNegativeFloat = 0.4
-    """lambda of equation 12."""
-    penalty_scale: NonNegativeFloat = 0.01
-    """Factor of the penalty of equation 14; as in the released code."""
-    scope: Literal["best", "all"] = "best"
-    """Which samples of a group get the bonus: those that share its best reward, or all."""
-    centred: bool = False
-    """Subtract the mean bonus of the samples that get one first."""
-
-
-class KlConfig(Settings):
-    """Pull towards the reference."""
-
-    estimator: Literal["k1", "k2", "k3", "k3+", "rk3", "exact"] = "k3"
-    """Of the KL, by the sampled token, d = reference - policy log-probability: k1: -d, which pulls
-    nowhere on average; k2: d^2 / 2; k3: exp(d) - d - 1; k3+: k3 with the gradient of k2; rk3: k3
-    times the ratio to the old policy; exact: the sum over the codebook, which keeps the reference's
-    states and reads three more arrays of logits."""
-    a: NonNegativeFloat = 0.5
-    """Factor of beta is a + b x clip(similarity + 1)."""
-    b: NonNegativeFloat = 0.5
-    """See a."""
-    weight_clip: tuple[NonNegativeFloat, NonNegativeFloat] = (0.0, 1.0)
-    """Range of the clip; with (0, 1) the factor is a + b at every similarity >= 0."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        low, high = self.weight_clip
-        if low > high:
-            raise validation_error(
-                "weight_clip", f"{low} is above {high}; write the lower bound first"
-            )
-        return self
-
-
-class AlgorithmConfig(Settings):
-    """The objective."""
-
-    preset: Literal["default", "paper", "release"] = "default"
-    """default: ours; paper: its equations read literally; release: the released code, fixed."""
-    beta: NonNegativeFloat = 0.03
-    """KL coefficient."""
-    clip: float = Field(default=0.2, gt=0, lt=1)
-    """epsilon of equation 3."""
-    clip_high: PositiveFloat | None = None
-    """epsilon of the upper side; null: clip."""
-    advantage: Literal["sum", "gdpo"] = "sum"
-    """Of several rewards: sum: that of their weighted sum; gdpo: each is normalized within the
-    group, then weighted and added, so that its say is its weight, whatever its spread."""
-    whiten: Literal["batch", "none"] = "batch"
-    """With gdpo: divide by the standard deviation over all images of the step, or leave it."""
-    advantage_eps: PositiveFloat = 1e-4
-    """Added to the standard deviation of equation 2."""
-    advantage_std_floor: NonNegativeFloat = 0.0
-    """Least standard deviation in equation 2; above 0 it silences small differences, those of the
-    entropy reward among them."""
-    credit: FunctionName = "stage"
-    """What each token's advantage and beta are weighted by: stage, its similarity, as reweight,
-    mask_normalization, self_similarity, equal_group_similarity and kl say; uniform, nothing;
-    critical, guidance, entropy_bonus, high_entropy: rules of other papers; or module:function. With
-    parameters of its own: {kind: NAME, PARAMETER: VALUE}."""
-    reweight: Literal["both", "advantages", "kl", "none"] = "both"
-    """What the similarity weighs: advantages (equation 8) and beta, one of them, or nothing."""
-    mask_normalization: Literal["group_mean", "none"] = "group_mean"
-    """Divide the mask by its group's mean, or take it as it is (the literal equation 3)."""
-    self_similarity: Literal[0, 1] | None = None
-    """Cosine with which a sample of advantage 0 opposes itself; null: it never does."""
-    equal_reward_groups: Literal["keep", "drop_policy", "drop_kl", "drop_all"] = "keep"
-    """Which terms leave the loss in groups whose summed rewards are all equal."""
-    equal_group_similarity: Annotated[float, Field(ge=-1, le=1)] | None = None
-    """Similarity of all tokens in groups without any advantage; null: as computed."""
-    loss: FunctionName = "clip"
-    """The policy loss: clip, equation 3; unclipped, without its clip, for one update per rollout;
-    gspo, gspo_token, gmpo, cispo, sapo, dr_grpo; or module:function. With parameters like credit.
-    """
-    logprobs: Literal["conditional", "guided", "guided_detached"] = "conditional"
-    """Distribution that is scored: conditional, at temperature 1; or guided, the one that images
-    are drawn from, with or without a gradient through its unconditional pass."""
-    importance_sampling: Literal[
-        "none",
-        "token_truncate",
-        "token_mask",
-        "sequence_truncate",
-        "sequence_mask",
-        "geometric_mask",
-    ] = "none"
-    """Weigh the policy term by the trainer's over the sampler's probability of each token or of an
-    image, or by 1 where the geometric mean of its tokens' will do: truncate: at most
-    importance_cap; mask: 0 outside of [importance_floor, importance_cap]."""
-    importance_cap: PositiveFloat = 2.0
-    """Largest of these weights."""
-    importance_floor: NonNegativeFloat = 0.5
-    """Smallest that a mask keeps."""
-    logprob_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of log-probabilities and entropies; in bfloat16 a small KL is exactly 0."""
-    reference_refresh_every: NonNegativeInt = 0
-    """Steps after which the reference becomes the current policy; 0: never."""
-    entropy: EntropyConfig = EntropyConfig()
-    kl: KlConfig = KlConfig()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _apply_preset(cls, data: Any) -> Any:
-        """Lays the written keys over those of the preset."""
-        if not isinstance(data, dict):
-            return data
-        data = _of_former_version(data)
-        preset = PRESETS.get(str(data.get("preset")), {})
-        merged = preset | data
-        for section in ("entropy", "kl"):
-            if isinstance(data.get(section), dict):
-                merged[section] = preset.get(section, {}) | data[section]
-        return merged
-
-    @field_validator("credit", "loss", mode="before")
-    @classmethod
-    def _is_known(cls, name: Any, info: ValidationInfo) -> FunctionName:
-        """Finds the function, so that what is wrong with it shows before anything is loaded."""
-        return check_function(str(info.field_name), name)
-
-    @property
-    def of_preset(self) -> dict[str, Any]:
-        """What the preset sets, by key."""
-        return PRESETS[self.preset]
-
-    @property
-    def loss_kind(self) -> str:
-        """Name of the loss, without parameters."""
-        return self.loss if isinstance(self.loss, str) else self.loss["kind"]
-
-    @property
-    def exact_kl(self) -> bool:
-        """Whether the KL in the loss is summed over the codebook."""
-        return self.kl.estimator == "exact"
-
-    def through_weights(self, daw_gradient: str | None) -> bool:
-        """Whether `critical` has the gradient through its dynamic weight: as it is told, else with
-        the preset `release`.
-        """
-        return (daw_gradient or ("through" if self.preset == "release" else "")) == "through"
-
-    @property
-    def one_advantage_per_image(self) -> bool:
-        """Whether all tokens of an image have one advantage, by a built-in rule of credit."""
-        return self.credit == "uniform" or (
-            self.credit == "stage" and not self.reweights_advantages
-        )
-
-    @property
-    def reweights_advantages(self) -> bool:
-        """Whether equation 8 is applied."""
-        return self.reweight in ("both", "advantages")
-
-    @property
-    def weights_kl(self) -> bool:
-        """Whether beta is weighted by similarity."""
-        return self.reweight in ("both", "kl")
-
-
-def _of_former_version(data: dict[str, Any]) -> dict[str, Any]:
-    """Recipes of former versions call the losses grpo by `ratio`, and one kind of weight another
-    name.
-    """
-    data = dict(data)
-    if "ratio" in data and data.get("loss", "grpo") == "grpo":
-        data["loss"] = {"clipped": "clip"}.get(data["ratio"], data["ratio"])
-    data.pop("ratio", None)
-    if data.get("loss") == "grpo":
-        data["loss"] = "clip"
-    if data.get("importance_sampling") == "truncated":
-        data["importance_sampling"] = "token_truncate"
-    return data
 
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -526,6 +330,123 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _agree(self) -> Self:
         """Refuses settings that contradict each other."""
-        for key, text in contradictions(self):
+        for key, text in self._contradictions():
             raise validation_error(key, text)
         return self
+
+    def _contradictions(self) -> Iterator[tuple[str, str]]:
+        """Keys, and what is wrong with them."""
+        for name, count in Counter(reward.name for reward in self.rewards).items():
+            if count > 1:
+                yield "rewards", f"{count} rewards are named '{name}'; give each its own name"
+            if name in ("mean", "std", "equal_groups", "failed_groups"):
+                text = f"'{name}' is a metric of the summed reward; give the reward another name"
+                yield "rewards", text
+        for key, text in idle_settings(self.algorithm):
+            yield f"algorithm.{key}", text
+        yield from self._contradictions_of_the_credit()
+        yield from self._contradictions_of_the_loss()
+        yield from self._contradictions_of_the_kl()
+        yield from self._contradictions_of_the_sampler()
+        if self.algorithm.logprobs != "conditional":
+            for key, off in (("top_k", 0), ("top_p", 1)):
+                if getattr(self.rollout, key) != off:
+                    text = "guided log-probabilities are those of the whole distribution; write "
+                    yield f"rollout.{key}", f"{text}{off}, or algorithm.logprobs=conditional"
+        yield from self._contradictions_of_the_rewards()
+        evaluation = self.evaluation
+        if not self.policy.policy_class.guided:
+            text = f"the policy {self.policy.kind} has no unconditional rows; write 1"
+            if self.rollout.guidance_scale not in (None, 1):
+                yield "rollout.guidance_scale", text
+            if evaluation and evaluation.guidance_scale not in (None, 1):
+                yield "evaluation.guidance_scale", text
+            needed = needs_of(resolve_function("credit", self.algorithm.credit))
+            if {"unconditional", "exact_guidance"} & {*needed}:
+                text = "needs unconditional rows, and the policy has none; write another credit"
+                yield "algorithm.credit", text
+        if self.tripwires.validation_drop is not None and not (evaluation and evaluation.every):
+            text = "needs validation while training; write evaluation.every, or null here"
+            yield "tripwires.validation_drop", text
+        if evaluation and evaluation.every and evaluation.validation_seed == evaluation.seed:
+            text = "is evaluation.seed too, so the best checkpoint would be judged on the images it"
+            yield "evaluation.validation_seed", f"{text} was chosen by; write another"
+        if self.optimizer.warmup_steps > self.steps:
+            text = f"{self.optimizer.warmup_steps} is more than steps ({self.steps}); write at "
+            text += f"most {self.steps}, or more steps"
+            yield "optimizer.warmup_steps", text
+
+    def _contradictions_of_the_sampler(self) -> Iterator[tuple[str, str]]:
+        if self.rollout.cache_dtype == "fp8" and self.algorithm.importance_sampling == "none":
+            text = "fp8 draws from another distribution than the policy's; write auto, or "
+            yield "rollout.cache_dtype", f"{text}algorithm.importance_sampling=token_truncate"
+
+    def _contradictions_of_the_credit(self) -> Iterator[tuple[str, str]]:
+        settings, credit = self.algorithm, self.algorithm.credit
+        parameters = {"kind": credit} if isinstance(credit, str) else credit
+        released = parameters["kind"] == "entropy_bonus" and parameters.get("form") != "paper"
+        if released and parameters.get("kappa", 1.0) != 1.0:
+            text = "has no effect with form: release; write form: paper"
+            yield "algorithm.credit.kappa", text
+        if parameters["kind"] != "critical":
+            return
+        daw, gradient = parameters.get("daw", "release"), parameters.get("daw_gradient")
+        through = settings.through_weights(gradient)
+        if daw == "none" and gradient == "through":
+            text = "has no effect with daw: none; write detached, or daw: release"
+            yield "algorithm.credit.daw_gradient", text
+        elif through and self.optimizer.updates_per_rollout > 1:
+            text = "through is the gradient of one update per rollout; write detached, or "
+            yield "algorithm.credit.daw_gradient", f"{text}optimizer.updates_per_rollout=1"
+        if daw == "paper" and not through and settings.entropy.mode != "loss":
+            text = (
+                "paper is 0 where policy and reference are the same, as they are at first, and so"
+            )
+            text += " they stay; write release, or daw_gradient: through"
+            yield "algorithm.credit.daw", text
+
+    def _contradictions_of_the_loss(self) -> Iterator[tuple[str, str]]:
+        settings = self.algorithm
+        loss = settings.loss_kind
+        if self.optimizer.updates_per_rollout > 1 and loss == "unclipped":
+            text = "unclipped is for one update per rollout; write clip, or "
+            yield "algorithm.loss", f"{text}optimizer.updates_per_rollout=1"
+        high = settings.clip_high
+        if loss in ("clip", "dr_grpo", "cispo") and high is not None and high < settings.clip:
+            text = f"{high} is below algorithm.clip ({settings.clip}); write a larger one"
+            yield "algorithm.clip_high", text
+        if loss in ("gspo", "gmpo"):
+            text = f"{loss} has one ratio per image, so all its tokens get their mean advantage"
+            if not settings.one_advantage_per_image:
+                yield "algorithm.loss", f"{text}; write gspo_token, or algorithm.credit=uniform"
+            if settings.importance_sampling.startswith("token"):
+                hint = f"write {settings.importance_sampling.replace('token', 'sequence')}"
+                yield "algorithm.importance_sampling", f"{text}; {hint}, or geometric_mask"
+        if settings.importance_floor > settings.importance_cap:
+            text = f"{settings.importance_floor} is above importance_cap; write a lower one"
+            yield "algorithm.importance_floor", text
+
+    def _contradictions_of_the_kl(self) -> Iterator[tuple[str, str]]:
+        settings, rollout = self.algorithm, self.rollout
+        if settings.exact_kl and settings.beta == 0:
+            text = "exact takes memory and time, and algorithm.beta is 0; write k3"
+            yield "algorithm.kl.estimator", text
+        unguided = (self.guidance_scale, rollout.temperature) == (1, 1)
+        whole = (rollout.top_k, rollout.top_p) == (0, 1)
+        own_samples = settings.logprobs != "conditional" or (unguided and whole)
+        once = self.optimizer.updates_per_rollout == 1
+        if settings.kl.estimator == "k1" and settings.beta and own_samples and once:
+            text = "k1 pulls nowhere on samples of the policy that is scored; write k2, k3 or k3+"
+            yield "algorithm.kl.estimator", text
+
+    def _contradictions_of_the_rewards(self) -> Iterator[tuple[str, str]]:
+        settings, names = self.algorithm, [reward.name for reward in self.rewards]
+        if settings.advantage == "gdpo" and settings.loss_kind == "dr_grpo":
+            text = "gdpo divides by deviations, which dr_grpo leaves out; write sum, or loss=clip"
+            yield "algorithm.advantage", text
+        for number, reward in enumerate(self.rewards):
+            others = [name for name in names if name != reward.name]
+            if reward.requires and reward.requires.reward not in others:
+                hint = did_you_mean(reward.requires.reward, others)
+                text = f"no other reward is named '{reward.requires.reward}'; {hint}"
+                yield f"rewards.{number}.requires.reward", text

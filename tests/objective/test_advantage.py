@@ -5,9 +5,9 @@ import torch
 from credit_parts import credit_inputs, tensor
 
 from stage_rl.algorithm import group_advantages
+from stage_rl.algorithm_config import AlgorithmConfig
 from stage_rl.distributed import concat
 from stage_rl.objective.advantage import image_advantages, reward_terms
-from stage_rl.recipe import AlgorithmConfig
 from stage_rl.types import Rewards
 
 FIRST = tensor([[1.0, 0, 1], [0, 0, 1]])

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from stage_rl.algorithm import group_advantages
+from stage_rl.algorithm_config import AlgorithmConfig
 from stage_rl.objective.advantage import entropy_share
 from stage_rl.objective.credit import assign_credit
 from stage_rl.objective.record import CreditOutputs, MeasuredGroups
 from stage_rl.objective.stage import stage
-from stage_rl.recipe import AlgorithmConfig
 
 # A group of two with rewards 1 and 0 and two tokens: equal codes, then opposite ones.
 CODES = torch.tensor([[[[1.0, 0.0], [1.0, 0.0]], [[1.0, 0.0], [-1.0, 0.0]]]])

@@ -4,6 +4,7 @@ import pytest
 import torch
 from credit_parts import credit_inputs, tensor
 
+from stage_rl.algorithm_config import AlgorithmConfig
 from stage_rl.errors import RecipeError
 from stage_rl.objective.critical import (
     advantage_weights,
@@ -12,7 +13,6 @@ from stage_rl.objective.critical import (
     entropy_steepness,
     group_similarity,
 )
-from stage_rl.recipe import AlgorithmConfig
 
 ROW, COLUMN = torch.meshgrid(torch.arange(5), torch.arange(5), indexing="ij")
 ENTROPY = torch.stack(

@@ -6,8 +6,8 @@ import pytest
 import torch
 from credit_parts import credit_inputs, tensor
 
+from stage_rl.algorithm_config import AlgorithmConfig
 from stage_rl.objective.entropy import entropy_bonus, high_entropy, most_uncertain
-from stage_rl.recipe import AlgorithmConfig
 
 NORMED = tensor([0.3, 0.9, 0.1, 0.55, 0.7, 0.2, 0.8, 0.4, 0.6, 0.5])
 VOCAB = 16

@@ -6,8 +6,8 @@ import pytest
 import torch
 from credit_parts import credit_inputs, tensor
 
+from stage_rl.algorithm_config import AlgorithmConfig
 from stage_rl.objective.guidance import ALPHA, guidance, rank_weights, sampled_eta
-from stage_rl.recipe import AlgorithmConfig
 
 COND = tensor([[[-1.0, -2.0, -0.5, -3.0, -1.5]]])
 UNCOND = tensor([[[-1.2, -4.0, -0.6, -2.5, -1.4]]])

@@ -6,8 +6,8 @@ import pytest
 import torch
 from credit_parts import tensor
 
+from stage_rl.algorithm_config import AlgorithmConfig
 from stage_rl.objective.importance import importance_metrics, importance_weights
-from stage_rl.recipe import AlgorithmConfig
 
 RHO = tensor([[[1.1, 0.9, 3], [0.4, 1.05, 1.2]]])
 ADVANTAGES = tensor([[[1.0], [-1]]])

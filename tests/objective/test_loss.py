@@ -8,8 +8,8 @@ import torch
 from credit_parts import loss_inputs, tensor
 
 from stage_rl import algorithm
+from stage_rl.algorithm_config import AlgorithmConfig
 from stage_rl.objective import loss as losses
-from stage_rl.recipe import AlgorithmConfig
 
 TOKENS = tensor([[[2.0, 1, 0], [-1, -0.5, 0]]])
 IMAGES = tensor([[[1.0] * 3, [-0.5] * 3]])

@@ -2,10 +2,10 @@
 
 import torch
 
+from stage_rl.algorithm_config import AlgorithmConfig
 from stage_rl.config import load_recipe
 from stage_rl.objective.record import CreditInputs
 from stage_rl.objective.stage import stage
-from stage_rl.recipe import AlgorithmConfig
 from stage_rl.study.controls import permuted_stage
 
 TOKENS = 12

@@ -10,10 +10,10 @@ import pytest
 import torch
 from run_files import steps_of
 
+from stage_rl.algorithm_config import AlgorithmConfig
 from stage_rl.errors import RecipeError
 from stage_rl.evaluation.results import ImageScore, Results, Setup
 from stage_rl.policies.logprobs import Scoring
-from stage_rl.recipe import AlgorithmConfig
 from stage_rl.rollout.engine import Engine, PassStats
 from stage_rl.rollout.sample import rollout
 from stage_rl.rollout.sampling import Sampling

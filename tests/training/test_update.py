@@ -7,9 +7,9 @@ import pytest
 import torch
 from fake_family import CONTROL, COORDS, FakePolicy
 
+from stage_rl.algorithm_config import AlgorithmConfig
 from stage_rl.errors import DivergedError
 from stage_rl.policies.janus import JanusPolicy
-from stage_rl.recipe import AlgorithmConfig
 from stage_rl.settings import resolve_function
 from stage_rl.training.measure import Precision, measure, measure_all, micro_batches
 from stage_rl.training.update import Update, learn, measure_to_learn

@@ -14,6 +14,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from stage_rl import algorithm
+from stage_rl.algorithm_config import AlgorithmConfig
 from stage_rl.bench.base import (
     BenchResult,
     Group,
@@ -31,7 +32,7 @@ from stage_rl.bench.reweight import pair_loop_similarity
 from stage_rl.bench.rollout import generate, padded_ids, with_plain_layers
 from stage_rl.errors import InputError
 from stage_rl.policies.base import Policy
-from stage_rl.recipe import AlgorithmConfig, Recipe
+from stage_rl.recipe import Recipe
 from stage_rl.rewards.judge import RewardFunctions
 from stage_rl.training.loop import train_step
 from stage_rl.training.metrics import DecoderSize, RolloutStats, Timer, rates

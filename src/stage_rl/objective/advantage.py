@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from stage_rl import algorithm
+from stage_rl.algorithm_config import AlgorithmConfig
 from stage_rl.objective.record import MeasuredGroups, RewardTerms
-from stage_rl.recipe import AlgorithmConfig
 from stage_rl.types import Rewards
 
 

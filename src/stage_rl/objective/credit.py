@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from stage_rl import algorithm
+from stage_rl.algorithm_config import AlgorithmConfig
 from stage_rl.errors import RecipeError
 from stage_rl.objective.advantage import image_advantages
 from stage_rl.objective.importance import importance_metrics, importance_weights
@@ -31,7 +32,6 @@ from stage_rl.objective.record import (
     CreditOutputs,
     MeasuredGroups,
 )
-from stage_rl.recipe import AlgorithmConfig
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
+from stage_rl.algorithm_config import AlgorithmConfig
 from stage_rl.errors import RecipeError
 from stage_rl.objective.record import CreditInputs, CreditOutputs, needs
-from stage_rl.recipe import AlgorithmConfig
 
 Daw = Literal["release", "paper", "none"]
 

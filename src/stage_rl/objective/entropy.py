@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from stage_rl.algorithm_config import AlgorithmConfig
 from stage_rl.objective.record import CreditInputs, CreditOutputs
-from stage_rl.recipe import AlgorithmConfig
 from stage_rl.settings import Fraction
 
 BONUS = 0.3

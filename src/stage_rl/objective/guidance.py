@@ -13,8 +13,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from stage_rl.algorithm_config import AlgorithmConfig
 from stage_rl.objective.record import CreditInputs, CreditOutputs, needs
-from stage_rl.recipe import AlgorithmConfig
 
 ALPHA = math.log(1 - 0.8) / math.log(1 - 0.4) - 1
 """Exponent by which the upper 40 % of the ranks hold 80 % of the weight, 2.15."""

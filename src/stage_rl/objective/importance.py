@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stage_rl.recipe import AlgorithmConfig
+from stage_rl.algorithm_config import AlgorithmConfig
 
 
 def importance_weights(

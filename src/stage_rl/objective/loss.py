@@ -28,9 +28,9 @@ from pydantic import PositiveFloat
 from torch import Tensor
 
 from stage_rl import algorithm
+from stage_rl.algorithm_config import AlgorithmConfig
 from stage_rl.errors import RecipeError
 from stage_rl.objective.kl import token_divergence
-from stage_rl.recipe import AlgorithmConfig
 
 
 @dataclass(frozen=True)

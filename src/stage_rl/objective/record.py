@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from stage_rl.recipe import AlgorithmConfig
+from stage_rl.algorithm_config import AlgorithmConfig
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 
 from stage_rl import algorithm
+from stage_rl.algorithm_config import AlgorithmConfig
 from stage_rl.objective.record import CreditInputs, CreditOutputs
-from stage_rl.recipe import AlgorithmConfig
 
 
 def stage(inputs: CreditInputs, settings: AlgorithmConfig) -> CreditOutputs:

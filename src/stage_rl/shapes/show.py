@@ -42,7 +42,7 @@ from stage_rl.shapes.gold import inspect, matches_scene
 from stage_rl.shapes.pretrain_tokenizer import tokenize
 from stage_rl.shapes.prompts import ShapesPromptsConfig
 from stage_rl.shapes.scenes import Scene, random_scene, render
-from stage_rl.shapes.suite import SHAPES_GENEVAL
+from stage_rl.shapes.suite import GUIDANCE_SCALE, SHAPES_GENEVAL
 from stage_rl.types import Prompt, Rollout
 
 LOOK_ALIKE = 0.8
@@ -93,7 +93,7 @@ def main(
     *,
     model: str = "shapes",
     guidance_scales: tuple[float, ...] = (1.0, 2.0, 3.0, 5.0),
-    guidance_scale: float = SHAPES_GENEVAL.guidance_scale,
+    guidance_scale: float = GUIDANCE_SCALE,
     training_guidance: float = 1.0,
     images_per_task: PositiveInt = 100,
     regime_images: PositiveInt = 2048,

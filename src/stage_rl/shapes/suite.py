@@ -119,6 +119,9 @@ def _diversity(policy: Policy, drawn: Rollout) -> list[Mapping[str, float]]:
     ]
 
 
+GUIDANCE_SCALE = 2.5
+"""At which the benchmark is drawn where nobody says."""
+
 SHAPES_GENEVAL = Suite(
     name="shapes-geneval",
     prompt_set=PromptSet("shapes_geneval", benchmark_prompts, has_smoke_prompts=False),
@@ -136,7 +139,7 @@ SHAPES_GENEVAL = Suite(
         *("retention", "transfer", "agreement"),
     ),
     images_per_task=400,
-    guidance_scale=2.5,
+    guidance_scale=GUIDANCE_SCALE,
     measures_of=_measures,
     measures_of_groups=_diversity,
 )

@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from stage_rl.algorithm_config import AlgorithmConfig
 from stage_rl.objective.record import CreditInputs, CreditOutputs
 from stage_rl.objective.stage import stage
-from stage_rl.recipe import AlgorithmConfig
 
 
 def permuted_stage(inputs: CreditInputs, settings: AlgorithmConfig) -> CreditOutputs:

@@ -21,12 +21,12 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from stage_rl.algorithm import equal_reward_groups, importance_ratio
+from stage_rl.algorithm_config import AlgorithmConfig
 from stage_rl.distributed import World
 from stage_rl.files import replace_file
 from stage_rl.pictures import image_boxes, image_grid
 from stage_rl.policies.base import Policy
 from stage_rl.policies.logprobs import CONDITIONAL, Scoring
-from stage_rl.recipe import AlgorithmConfig
 from stage_rl.rollout.attention import BLOCK
 from stage_rl.rollout.decoder import Decoder
 from stage_rl.rollout.engine import PassStats

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from stage_rl import algorithm
+from stage_rl.algorithm_config import AlgorithmConfig
 from stage_rl.distributed import concat
 from stage_rl.errors import DivergedError
 from stage_rl.objective.advantage import reward_terms
@@ -28,7 +29,6 @@ from stage_rl.objective.loss import LossFunction, LossInputs, policy_loss
 from stage_rl.objective.record import CreditFunction, MeasuredGroups
 from stage_rl.policies.base import Policy
 from stage_rl.policies.logprobs import ReferenceRows
-from stage_rl.recipe import AlgorithmConfig
 from stage_rl.settings import needs_of
 from stage_rl.training.measure import MicroBatch, Precision, measure, needed_inputs
 from stage_rl.training.optim import apply_gradient, check_parameters
