@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+# Tests send themselves what a shell has ignored for what runs in the background, and nohup.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # As a shell starts what runs in the background; tests send it to themselves.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # As many processes as processors: a thread each, before torch loads.

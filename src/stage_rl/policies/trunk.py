@@ -258,7 +258,7 @@ def _unseen(num_positions: int) -> Tensor:
 
 
 class InputNorm(nn.Module):
-    """The RMSNorm in front of linear layers, computed in fp32.
+    """The RMSNorm in front of linear layers, computed in fp32, of fp64 in fp64.
 
     Under autocast it gives what they take, in place of a copy of its result for each of them.
     """
@@ -268,10 +268,11 @@ class InputNorm(nn.Module):
         self.weight, self.variance_epsilon = weight, eps
 
     def forward(self, states_NSD: Tensor) -> Tensor:
-        kind, weight_D, eps = states_NSD.device.type, self.weight.float(), self.variance_epsilon
+        kind, eps = states_NSD.device.type, self.variance_epsilon
         autocast = torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if autocast else states_NSD.dtype
-        states_NSD = states_NSD.float()
+        wide = torch.promote_types(states_NSD.dtype, torch.float32)
+        states_NSD, weight_D = states_NSD.to(wide), self.weight.to(wide)
         if autocast and kind == "cpu" and not torch.compiler.is_compiling():
             return _MixedNorm.apply(states_NSD, weight_D, eps, dtype)
         return rms_norm(states_NSD, weight_D.shape, weight_D, eps).to(dtype)
