@@ -4,6 +4,10 @@ import json
 import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -88,6 +92,37 @@ def test_a_run_that_another_study_has_is_taken_over_and_none_of_other_settings(
     (taken,) = run_study(second, tmp_path / "second", jobs=1)["runs"]
     assert (taken["arm"], taken["series"]) == ("plain", series)
     assert [one.arm for one in started] == ["other"]
+
+
+WAITS = """
+import signal, sys, time
+told = []
+signal.signal(signal.SIGTERM, lambda *_: told.append(1))
+open(sys.argv[1] + ".ready", "w").close()
+while not told:
+    time.sleep(0.01)
+time.sleep(0.5)
+open(sys.argv[1], "w").write(str(len(told)))
+"""
+
+
+def test_a_stop_is_passed_on_once_so_that_a_training_saves(tmp_path, monkeypatch):
+    signals = []
+
+    def start(_run, folder, _gpu):
+        command = [sys.executable, "-c", WAITS, str(folder / "told")]
+        process = subprocess.Popen(command)
+        while not (folder / "told.ready").exists():
+            time.sleep(0.01)
+        signals.append(signal.SIGTERM)
+        return process
+
+    monkeypatch.setattr(run, "_start", start)
+    monkeypatch.setattr(run, "POLL_S", 0.05)
+    waiting = list(load_study("quick").runs())[:2]
+    ended = run._run_all(waiting, tmp_path, [None], advance=lambda _: None, signals=signals)
+    assert [(one, why) for one, why in ended] == [(waiting[0], "")]
+    assert (tmp_path / "told").read_text() == "1"
 
 
 def test_a_folder_without_results_is_one_line(tmp_path):

@@ -165,12 +165,14 @@ def _run_all(
     """Runs all, each slot one at a time; yields each that ended and why, if it failed."""
     queue, free = list(waiting), list(slots)
     running: list[tuple[StudyRun, subprocess.Popen[bytes], int | None, int]] = []
+    told = 0  # signals that were passed on: a training that gets a second one does not save
     while running or (queue and not signals):
         while queue and free and not signals:
             run, slot = queue.pop(0), free.pop(0)
             running.append((run, _start(run, folder, slot), slot, _done_steps(run, folder)))
         time.sleep(POLL_S)
-        if signals:
+        if len(signals) > told:
+            told = len(signals)
             for _, process, _, _ in running:
                 process.terminate()
         still = []
