@@ -16,7 +16,7 @@ ROOT = Path(stage_rl.__file__).parent
 FLOORS = (
     (
         *("algorithm", "types", "errors", "settings", "files", "pictures", "openmp"),
-        "allocator",
+        *("allocator", "vector_math"),
         *("recipes", "studies"),
     ),
     ("distributed", "console"),

@@ -15,6 +15,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from stage_rl.vector_math import choose_kernels
+
+choose_kernels()
+
 EqualGroupHandling = Literal["keep", "drop_policy", "drop_kl", "drop_all"]
 
 

@@ -15,6 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from stage_rl.pictures import image_grid
+from stage_rl.vector_math import choose_kernels
+
+choose_kernels()
 
 
 @dataclass(frozen=True)
