@@ -11,6 +11,7 @@ from stage_rl.objective.advantage import entropy_share
 from stage_rl.objective.credit import assign_credit
 from stage_rl.objective.record import CreditOutputs, MeasuredGroups
 from stage_rl.objective.stage import stage
+from stage_rl.training.metrics import equal_group_metrics
 
 # A group of two with rewards 1 and 0 and two tokens: equal codes, then opposite ones.
 CODES = torch.tensor([[[[1.0, 0.0], [1.0, 0.0]], [[1.0, 0.0], [-1.0, 0.0]]]])
@@ -148,6 +149,21 @@ def test_the_share_of_entropy_differences_in_the_advantages():
     even = [value / (1.69 / 3) ** 0.5 for value in (0.65, 0.65, -0.65, -0.65)]
     expected = sum(abs(a - b) for a, b in zip(own, even, strict=True)) / sum(map(abs, own))
     assert share_P.tolist() == pytest.approx([0, expected, 1], abs=1e-6)
+
+
+def test_an_equal_group_has_the_advantages_that_entropy_makes():
+    # Rewards (1, 1) and bonuses 0.4 e^-0.5 and 0.4: normalized, -1 and 1 over sqrt(2).
+    equal = credits(((1.0, 1.0),), entropies=((2.5, 2.0),), settings={"advantage_std_floor": 0.0})
+    assert equal_group_metrics(equal) == pytest.approx(
+        {
+            "entropy/equal_groups_share": 1.0,
+            "entropy/equal_groups_advantage": 0.5**0.5,
+        },
+        abs=1e-5,
+    )
+    assert equal_group_metrics(credits()) == {}
+    assert equal_group_metrics(credits(((1.0, 1.0),), settings=NO_ENTROPY)) == {}
+    assert equal_group_metrics(credits(((1.0, 1.0),), kept=(0.0,))) == {}
 
 
 def test_the_tokens_that_a_mask_leaves_in_effect():

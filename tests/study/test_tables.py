@@ -99,6 +99,19 @@ def test_the_endpoint_is_shown_by_task():
     assert line_of(text, "grpo", "0.700")[:4] == ["grpo", "0.700", "+-", "0.100"]
 
 
+def test_what_the_entropy_reward_does_is_shown_of_arms_that_have_one():
+    runs = [a_run(arm, seed, [0.3] * 5, [0.01] * 5) for arm in ("grpo", "stage") for seed in (1, 2)]
+    for run, share in zip(runs[2:], (0.2, 0.4), strict=True):
+        run["series"]["entropy/advantage_share"] = [STEPS, [share] * 5]
+        run["series"]["reward/equal_groups"] = [STEPS, [0.25] * 5]
+    # One run only says it of the groups of equal rewards, at two of its steps.
+    runs[3]["series"]["entropy/equal_groups_share"] = [STEPS[:2], [0.9, 1.0]]
+    text = study_tables(RESULTS | {"runs": runs})
+    _, below = text.split("entropy reward", 1)
+    row = " ".join(below.splitlines()[1].split())
+    assert row == "stage 0.300 +- 0.100 (2) 0.250 +- 0.000 (2) 0.950 (1)"
+
+
 def test_studies_of_one_cell_are_shown_together():
     more = {
         "study": RESULTS["study"]

@@ -287,6 +287,9 @@ def written(recipe, monkeypatch, tmp_path):
         train(recipe("steps=1", "algorithm.advantage=gdpo", rule, f"run.dir={tmp_path}/{number}"))
         for number, rule in enumerate(OTHER_RULES)
     ]
+    # A reward that says the same of every image.
+    same = "rewards=[{kind: 'loop_parts:Coarse', edge: 1000}]"
+    runs.append(train(recipe("steps=1", same, f"run.dir={tmp_path}/same")))
     full = train(
         recipe(
             "steps=2",

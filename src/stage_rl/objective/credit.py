@@ -48,6 +48,8 @@ class TokenCredit:
     """KL coefficient."""
     valid_P: Tensor
     """0 for groups that were dropped from the step, else 1."""
+    equal_P: Tensor
+    """Groups whose rewards were all equal before the entropy reward."""
     metrics: Mapping[str, Tensor]
 
 
@@ -97,6 +99,7 @@ def assign_credit(
         kl_weight_PGT,
         beta_PGT=settings.beta * kl_weight_PGT,
         valid_P=groups.valid_P,
+        equal_P=images.equal_P,
         metrics={**metrics, **images.metrics},
     )
 

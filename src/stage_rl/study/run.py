@@ -42,6 +42,8 @@ SERIES = (
     "credit/ess",
     "credit/policy_weight",
     "entropy/advantage_share",
+    "entropy/equal_groups_share",
+    "entropy/equal_groups_advantage",
     "grad/norm",
     "probe/kl",
     "probe/entropy_drift",

@@ -42,6 +42,11 @@ class RunResult:
         count = math.ceil(len(values) * LAST_SHARE)
         return float(np.mean(values[-count:])) if values else None
 
+    def mean(self, metric: str) -> float | None:
+        """Mean over all steps that have it."""
+        _, values = self.values(metric)
+        return float(np.mean(values)) if values else None
+
     def curve(self, metric: str) -> tuple[list[int], list[float], list[float]]:
         """A score where it was evaluated, and the divergence there, linear between its probes."""
         steps, scores = self.values(metric)
@@ -90,6 +95,7 @@ def cell_tables(results: Mapping[str, Any]) -> list[CellTables]:
         tables = (
             _ends(arms, endpoint, base),
             _tasks(arms, endpoint, results["base"].get(cell, {})),
+            _entropy_reward(arms),
             _contrasts(arms, endpoint, pairs),
             _differences(arms, endpoint, [*pairs, *study.get("compared", ())]),
             _frontier(arms, endpoint, base),
@@ -206,6 +212,28 @@ def _tasks(arms: Arms, endpoint: str, base: Mapping[str, float]) -> list[list[st
         ]
         rows.append([arm, *(_mean(values.values()) for values in ends)])
     return rows
+
+
+ENTROPY_REWARD = {
+    "of the advantages": "entropy/advantage_share",
+    "groups of equal rewards": "reward/equal_groups",
+    "of the advantages there": "entropy/equal_groups_share",
+    "mean |advantage| there": "entropy/equal_groups_advantage",
+}
+"""What the differences of entropy make, by column: means over all steps of a run."""
+
+
+def _entropy_reward(arms: Arms) -> list[list[str]]:
+    """What the entropy reward does, in the arms that have one."""
+    rows = [["entropy reward", *ENTROPY_REWARD]]
+    for arm, runs in arms.items():
+        if any("entropy/advantage_share" in run.series for run in runs):
+            means = (
+                _values(runs, lambda run, name=name: run.mean(name))
+                for name in ENTROPY_REWARD.values()
+            )
+            rows.append([arm, *(_mean(values.values(), count=True) for values in means)])
+    return rows if len(rows) > 1 else []
 
 
 def _contrasts(arms: Arms, endpoint: str, pairs: Sequence[Sequence[str]]) -> list[list[str]]:

@@ -24,6 +24,7 @@ from stage_rl.algorithm import equal_reward_groups, importance_ratio
 from stage_rl.algorithm_config import AlgorithmConfig
 from stage_rl.distributed import World
 from stage_rl.files import replace_file
+from stage_rl.objective.credit import TokenCredit
 from stage_rl.pictures import image_boxes, image_grid
 from stage_rl.policies.base import Policy
 from stage_rl.policies.logprobs import CONDITIONAL, Scoring
@@ -88,12 +89,27 @@ def learning_metrics(learned: UpdateStats, reference: Measured, world: World) ->
     losses = world.concat({name: value[None] for name, value in learned.losses.items()})
     credited = {"kl/weight": learned.credit.kl_weight_PGT, **learned.credit.metrics}
     return {
+        **equal_group_metrics(learned.credit),
         **{name: values.float().mean().item() for name, values in credited.items()},
         **{name: value.item() for name, value in total_losses(losses).items()},
         "entropy/policy": entropy,
         "entropy/reference": ref_entropy,
         "entropy/gap": entropy - ref_entropy,
         "grad/norm": learned.grad_norm,
+    }
+
+
+def equal_group_metrics(credit: TokenCredit) -> dict[str, float]:
+    """What the entropy reward makes of groups whose rewards are equal, if there are such groups:
+    without it they have no advantage.
+    """
+    share_P = credit.metrics.get("entropy/advantage_share")
+    equal_P = credit.equal_P & (credit.valid_P > 0)
+    if share_P is None or not equal_P.any():
+        return {}
+    return {
+        "entropy/equal_groups_share": share_P[equal_P].mean().item(),
+        "entropy/equal_groups_advantage": credit.advantages_PG[equal_P].abs().mean().item(),
     }
 
 
