@@ -29,6 +29,7 @@ from stage_rl.evaluation.understanding import (
     Answers,
     UnderstandingReport,
     answer_all,
+    check_pictures,
     find_understanding,
 )
 from stage_rl.files import replace_text
@@ -263,7 +264,8 @@ def evaluate_understanding(
     `request.out`, or evaluations/understanding.
     """
     request = request or Request()
-    check = find_understanding(benchmark)
+    published = find_understanding(benchmark).published
+    check_pictures(benchmark, request.data, request.images_per_task)  # no model is loaded for less
 
     def answers(asked: Model) -> Answers:
         return answer_all(
@@ -277,7 +279,7 @@ def evaluate_understanding(
         )
 
     base = None if against is None else answers(against)
-    return UnderstandingReport(answers(model), check.published, base)
+    return UnderstandingReport(answers(model), published, base)
 
 
 def evaluate_run(recipe: Recipe, folder: Path) -> str:

@@ -85,13 +85,14 @@ def test_eval_lists_what_each_benchmark_needs_and_what_is_missing(tmp_path, stag
     assert lines["shapes-geneval"].endswith("nothing")
     assert re.search(r"800 x 1 +Qwen/Qwen3-VL-8B-Instruct", lines["geneval2"])
     assert "--data has no questions/geneval2.jsonl; Qwen/Qwen3-VL-8B-" in lines["geneval2"]
-    assert "--data has no coco/val2014" in lines["pope"]
+    assert f"--data {tmp_path}: has no coco/val2014/COCO_val2014_" in lines["pope"]
+    assert "has no mmbench/MMBench_DEV_EN.tsv" in lines["mmbench"]
     assert "mplug_scorer" in lines["dpg"]
     assert "program 'mplug/bin/python'" in lines["dpg"]
-    (tmp_path / "val2014").mkdir()
+    (tmp_path / "val2014").mkdir()  # without pictures it is nothing
     done = stage("eval", "--benchmark", "list", "--data", tmp_path, "ocr.engine=paddleocr")
     lines = {line.split()[0]: line for line in done.stdout.splitlines() if line}
-    assert lines["pope"].endswith("nothing")
+    assert "has no coco/val2014/COCO_val2014_" in lines["pope"]
     assert lines["ocr"].endswith("package paddleocr")
     assert "--data" not in lines["drawbench"]
     assert "aesthetic.head: is required" in lines["drawbench"]

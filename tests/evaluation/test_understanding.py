@@ -28,7 +28,7 @@ from stage_rl.shapes.prompts import WORDS
 SETS = ("random", "popular", "adversarial")
 
 
-def items(number, *, row="random", right="yes"):
+def items(number, *, row="adversarial", right="yes"):
     return tuple(
         Item(f"{row}-{n}", row, f"{n // 2}.jpg", "Is it?", YES_NO, right, str(n))
         for n in range(number)
@@ -40,7 +40,7 @@ def report(before, after):
     words = {"y": "yes", "n": "no"}
     asked = items(len(before))
     base, trained = (
-        Answers(name, "pope", asked, tuple(words[one] for one in given))
+        Answers(name, "pope", asked, tuple(words[one] for one in given), len(asked))
         for name, given in (("base", before), ("trained", after))
     )
     return UnderstandingReport(trained, "published", base)
@@ -48,11 +48,11 @@ def report(before, after):
 
 def test_the_figures_are_those_of_popes_own_script():
     asked = (*items(3), *items(5, right="no")[3:])
-    answers = Answers("x", "pope", asked, ("yes", "yes", "no", "yes", "no"))
+    answers = Answers("x", "pope", asked, ("yes", "yes", "no", "yes", "no"), 5)
     # 2 hits, 3 said yes, 3 are yes, 5 questions, of which 3 right.
     expected = {"accuracy": 0.6, "precision": 2 / 3, "recall": 2 / 3, "F1": 2 / 3}
-    assert answers.figures()["random"] == pytest.approx(expected | {"share of yes": 0.6})
-    two = Answers("x", "pope", (*items(1), *items(1, row="popular")), ("yes", "no"))
+    assert answers.figures()["adversarial"] == pytest.approx(expected | {"share of yes": 0.6})
+    two = Answers("x", "pope", (*items(1), *items(1, row="popular")), ("yes", "no"), 2)
     assert two.figures()["mean"]["accuracy"] == 0.5
 
 
@@ -63,6 +63,20 @@ def test_the_difference_is_paired_and_its_test_is_exact():
     assert interval is not None
     assert interval[0] < change < interval[1] < 0
     assert report("yn" * 4, "yn" * 4).difference()[2] == 1
+
+
+def test_a_question_of_all_three_sets_is_tested_once():
+    # Of ten questions eight are lost; each of them stands in every set.
+    asked = tuple(item for row in SETS for item in items(10, row=row))
+    answers = [
+        Answers(name, "pope", asked, tuple(given * 3), 30)
+        for name, given in (("base", ["yes"] * 10), ("trained", ["no"] * 8 + ["yes"] * 2))
+    ]
+    one = UnderstandingReport(answers[1], "published", answers[0])
+    change, _, p = one.difference()
+    assert (change, p) == (pytest.approx(-0.8), pytest.approx(2 * 0.5**8))
+    assert "McNemar p 0.00781 (adversarial)" in one.table()
+    assert one.to_json()["mcnemar_of"] == "adversarial"
 
 
 @pytest.mark.parametrize(("lost", "alarm"), [(0, False), (1, False), (20, True)])
@@ -129,10 +143,30 @@ def test_answers_are_kept_and_only_what_is_missing_is_asked(tmp_path, stub, monk
     monkeypatch.setitem(understanding.BENCHMARKS, "pope", replace(known, items=lambda _: other))
     ask(stub, "pope", tmp_path, limit=1)
     assert stub.asked == 7
+    # What was answered before a picture is missing is kept.
     (folder / "2.jpg").unlink()
     monkeypatch.setattr(understanding, "base_digest", lambda policy: "other weights")
     with pytest.raises(InputError, match=r"has no coco/val2014/2\.jpg"):
         ask(stub, "pope", tmp_path)
+    newest = max((tmp_path / "out").glob("pope-*.json"), key=lambda file: file.stat().st_mtime_ns)
+    assert len(json.loads(newest.read_text())) == 4
+
+
+def test_every_picture_is_looked_for_before_a_model_is_loaded(tmp_path, monkeypatch):
+    known = replace(BENCHMARKS["pope"], items=lambda data: items(6))
+    monkeypatch.setitem(understanding.BENCHMARKS, "pope", known)  # type: ignore[arg-type]
+    (tmp_path / "val2014").mkdir()
+    for n in range(2):
+        Image.new("RGB", (4, 4)).save(tmp_path / "val2014" / f"{n}.jpg")
+    request = Request(data=tmp_path, out=tmp_path / "out")
+    with pytest.raises(InputError, match=r"has no coco/val2014/2\.jpg"):
+        evaluate_understanding("no/model", "pope", request)
+    # The first four questions are about the two that are there.
+    with pytest.raises(InputError, match="no/model"):
+        evaluate_understanding("no/model", "pope", replace(request, images_per_task=4))
+    (tmp_path / "val2014/2.jpg").write_bytes(b"cut off")
+    with pytest.raises(InputError, match="pope: cannot identify image file"):
+        evaluate_understanding("no/model", "pope", request)
 
 
 def test_a_question_of_mmbench_is_right_in_all_its_variants(tmp_path, stub):
@@ -143,14 +177,22 @@ def test_a_question_of_mmbench_is_right_in_all_its_variants(tmp_path, stub):
     rows = [
         "index\tquestion\thint\tA\tB\tC\tD\tanswer\tcategory\timage",
         f"7\tWhat?\tLook.\tcat\tdog\t\t\tA\tx\t{picture}",
-        "1000007\tWhat?\tLook.\tdog\tcat\t\t\tB\tx\t7",
         "8\tWhich?\t\tcat\tdog\t\t\tA\tx\t7",
+        "1000007\tWhat?\tLook.\tdog\tcat\t\t\tB\tx\t7",
     ]
     (tmp_path / "mmbench/MMBench_DEV_EN.tsv").write_text("\n".join(rows) + "\n")
     answers = ask(stub, "mmbench", tmp_path)
     assert answers.items[0].text.splitlines()[:4] == ["Look.", "What?", "A. cat", "B. dog"]
-    assert answers.given == ("A", "A", "A")  # right, wrong in the other order, right
+    assert answers.given == ("A", "A", "A")  # 7 is wrong in its other order
     assert answers.figures()["mean"] == {"accuracy": 0.5}
+    # The first question has two variants, wherever in the file the second stands.
+    first = ask(stub, "mmbench", tmp_path, limit=1)
+    assert [item.id for item in first.items] == ["7", "1000007"]
+    assert first.figures()["mean"] == {"accuracy": 0}
+    said = [UnderstandingReport(one, "x").table() for one in (first, answers)]
+    assert "1 of 2 questions; not the whole benchmark" in said[0]
+    assert "not the whole" not in said[1]
+    assert (first.to_json()["asked"], first.to_json()["questions"]) == (1, 2)
 
 
 def test_a_family_without_eyes_and_an_unknown_name_are_refused(stub, tmp_path):

@@ -13,7 +13,7 @@ from stage_rl.errors import InputError
 from stage_rl.evaluation.published import WEIGHTS
 from stage_rl.evaluation.results import aligned
 from stage_rl.evaluation.suites import Overrides, Suite, scorers_of
-from stage_rl.evaluation.understanding import BENCHMARKS
+from stage_rl.evaluation.understanding import BENCHMARKS, Understanding, check_pictures
 
 
 def missing_data(suite: Suite, data: Path | None) -> str | None:
@@ -52,9 +52,7 @@ def needs_table(suites: list[Suite], data: Path | None, overrides: Overrides) ->
     rows = [["benchmark", "prompts", "judged by", "on one GPU", "missing here"]]
     rows += [_row(suite, data, overrides) for suite in suites]
     for one in BENCHMARKS.values():
-        there = data is not None and any((data / where).exists() for where in one.places)
-        missing = "nothing" if there else f"--data has no {one.where}"
-        rows.append([one.name, one.size, "the model answers", "minutes", missing])
+        rows.append([one.name, one.size, "the model answers", "minutes", _lacks(one, data)])
     there = torch.cuda.is_available()
     memory = torch.cuda.get_device_properties(0).total_memory if there else 0
     here = f"{memory / 1e9:.0f} GB" if there else "none"
@@ -80,6 +78,15 @@ def _row(suite: Suite, data: Path | None, overrides: Overrides) -> list[str]:
         missing.append(str(error).partition(";")[0].removeprefix(f"{suite.name}: "))
     gpu = suite.gpu or "not measured"
     return [suite.name, prompts, judges, gpu, "; ".join(missing) or "nothing"]
+
+
+def _lacks(asked: Understanding, data: Path | None) -> str:
+    """What a benchmark of understanding lacks of its pictures, in words."""
+    try:
+        check_pictures(asked.name, data)
+    except InputError as error:
+        return str(error).partition(";")[0]
+    return "nothing"
 
 
 def _judge(settings: Mapping[str, Any]) -> str:

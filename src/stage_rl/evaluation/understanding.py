@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from scipy.stats import binomtest
 from torch import Tensor
 
@@ -70,13 +70,9 @@ class Understanding:
     published: str
     size: str
     """Its questions, in words."""
-    places: tuple[str, ...]
-    """Where below --data what it needs may be."""
-
-    @property
-    def where(self) -> str:
-        """The first of the places, for messages."""
-        return self.places[0]
+    tested: str
+    """The row of McNemar's test, which takes every question for one of its own: POPE asks half of
+    the same questions in all three sets."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +84,8 @@ class Answers:
     items: tuple[Item, ...]
     given: tuple[str, ...]
     """The choice that was taken, question by question."""
+    all_questions: int
+    """How many the benchmark has, variants aside; fewer may have been asked."""
 
     def rights(self) -> dict[str, list[bool]]:
         """By row, whether each question was answered right, in all its variants."""
@@ -115,7 +113,8 @@ class Answers:
     def to_json(self) -> dict[str, Any]:
         """As plain values: the figures, and each answer by the id of its question."""
         given = {item.id: answer for item, answer in zip(self.items, self.given, strict=True)}
-        return {"model": self.model, "figures": self.figures(), "answers": given}
+        record = {"model": self.model, "figures": self.figures(), "answers": given}
+        return {**record, "questions": self.all_questions, "asked": len(_by_question(self))}
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,8 @@ class UnderstandingReport:
 
     def difference(self) -> tuple[float, Interval, float]:
         """Trained minus base in accuracy, its paired 95 % interval by drawing images again, and
-        the p of McNemar's exact test on the questions that only one of them answers right.
+        the p of McNemar's exact test on the questions of the tested row that only one of them
+        answers right.
         """
         assert self.base is not None, "there is no base"
         before, after = self.base, self.answers
@@ -144,11 +144,16 @@ class UnderstandingReport:
             ImageScore("all", images[image_of[key]], n, float(is_[key]) - float(was[key]))
             for n, key in enumerate(is_)
         ]
-        lost = sum(was[key] and not is_[key] for key in is_)
-        won = sum(is_[key] and not was[key] for key in is_)
+        tested = [key for key in is_ if key[0] == self._tested]
+        lost = sum(was[key] and not is_[key] for key in tested)
+        won = sum(is_[key] and not was[key] for key in tested)
         p = float(binomtest(lost, lost + won).pvalue) if lost + won else 1.0
         mean = sum(one.value for one in changes) / len(changes)
         return mean, bootstrap_intervals(changes, pooled=True)["overall"], p
+
+    @property
+    def _tested(self) -> str:
+        return find_understanding(self.benchmark).tested
 
     @property
     def is_harmed(self) -> bool:
@@ -168,9 +173,14 @@ class UnderstandingReport:
         if self.base is not None:
             change, interval, p = self.difference()
             shown = "not known" if interval is None else f"[{interval[0]:+.4f}, {interval[1]:+.4f}]"
-            lines.append(f"accuracy {change:+.4f}, 95 % interval {shown}, McNemar p {p:.3g}")
+            lines.append(
+                f"accuracy {change:+.4f}, 95 % interval {shown}; McNemar p {p:.3g} ({self._tested})"
+            )
         if self.is_harmed:
             lines.append("ALARM: understanding is lost, by more than one point")
+        number, all_of_them = len(_by_question(self.answers)), self.answers.all_questions
+        if number < all_of_them:
+            lines.append(f"{number} of {all_of_them} questions; not the whole benchmark")
         return "\n".join([*lines, self.published])
 
     def to_json(self) -> dict[str, Any]:
@@ -179,7 +189,7 @@ class UnderstandingReport:
         if self.base is not None:
             change, interval, p = self.difference()
             record |= {"base": self.base.to_json(), "difference": change, "interval": interval}
-            record |= {"mcnemar_p": p, "is_harmed": self.is_harmed}
+            record |= {"mcnemar_p": p, "mcnemar_of": self._tested, "is_harmed": self.is_harmed}
         return record
 
 
@@ -210,6 +220,18 @@ def find_understanding(name: str) -> Understanding:
     if name not in BENCHMARKS:
         raise InputError(f"benchmark: unknown '{name}'; {did_you_mean(name, BENCHMARKS)}")
     return BENCHMARKS[name]
+
+
+def check_pictures(name: str, data: Path | None, limit: int | None = None) -> None:
+    """Finds every picture that will be asked about; one that is not there, or none, is an
+    `InputError`.
+    """
+    benchmark = find_understanding(name)
+    for image in dict.fromkeys(item.image for item in _first(benchmark.items(data), limit)):
+        try:
+            benchmark.picture(data, image).close()
+        except UnidentifiedImageError as error:
+            raise InputError(f"{name}: {error}; get it again") from error
 
 
 def answer_all(
@@ -246,22 +268,26 @@ def answer_all(
                     f"{file}: stopped; run the same command again to go on",
                     signal_number=signals[0],
                 )
-            for item in some:
-                kept[item.id] = _answer(policy, benchmark.picture(data, item.image), item, mixed)
-            out.mkdir(parents=True, exist_ok=True)
-            replace_text(file, json.dumps(kept) + "\n")
+            try:
+                for item in some:
+                    picture = benchmark.picture(data, item.image)
+                    kept[item.id] = _answer(policy, picture, item, mixed)
+            finally:
+                out.mkdir(parents=True, exist_ok=True)
+                replace_text(file, json.dumps(kept) + "\n")
             advance(len(some))
-    return Answers(model, name, tuple(items), tuple(kept[item.id] for item in items))
+    given = tuple(kept[item.id] for item in items)
+    return Answers(model, name, tuple(items), given, len({(i.row, i.question) for i in known}))
 
 
 def _first(items: Sequence[Item], limit: int | None) -> list[Item]:
-    taken: dict[str, int] = {}
-    some = []
+    """The first questions of each row in all their variants, which may lie anywhere in a file."""
+    taken: dict[str, set[str]] = {}
     for item in items:
-        taken[item.row] = taken.get(item.row, 0) + 1
-        if limit is None or taken[item.row] <= limit:
-            some.append(item)
-    return some
+        some = taken.setdefault(item.row, set())
+        if limit is None or len(some) < limit:
+            some.add(item.question)
+    return [item for item in items if item.question in taken[item.row]]
 
 
 def _answer(policy: Policy, picture: Image.Image, item: Item, mixed: bool) -> str:
@@ -382,7 +408,7 @@ BENCHMARKS: Mapping[str, Understanding] = {
         _coco_picture,
         BAND.format("86.2", "87.4"),
         size="3 x 3000",
-        places=COCO,
+        tested="adversarial",
     ),
     "mmbench": Understanding(
         "mmbench",
@@ -390,7 +416,7 @@ BENCHMARKS: Mapping[str, Understanding] = {
         _mmbench_picture,
         BAND.format("75.5", "79.2"),
         size="dev",
-        places=(MMBENCH_FILE,),
+        tested="dev",
     ),
 }
 """By name; `stage eval MODEL --benchmark NAME --against BASE`."""
