@@ -9,6 +9,7 @@ from stage_rl.evaluation.aggregation import (
     WISE_WEIGHTS,
     ImageAnswers,
     PromptAnswers,
+    alignment,
     dependency_graph,
     nine_groups,
     region_words,
@@ -59,23 +60,33 @@ def test_soft_tifa_is_the_geometric_mean_of_the_atoms_of_an_image():
 
 
 def test_a_chain_falls_with_its_root_as_a_whole_or_link_by_link():
-    chain = row([0.0, 1.0, 1.0], parents={2: [1], 3: [2]}, names=["entity - whole", "a", "a"])
-    # Zeroed: 2 is wrong with 1, 3 with 2. Raw: 2 was answered right, so 3 stands.
-    assert dependency_graph([chain], parents="zeroed", scale=100)["overall"] == 0
-    assert dependency_graph([chain], parents="raw")["overall"] == pytest.approx(1 / 3)
-    # Categories pool what was answered, and two images count once each.
-    both = dependency_graph([chain, row([[1.0], [0.0]], names=["entity"])], parents="zeroed")
+    named = {"groups": {"category": "anime"}, "names": ["entity - whole", "a", "a"]}
+    chain = row([0.0, 1.0, 1.0], parents={2: [1], 3: [2]}, **named)
+    # DPG-Bench: 2 is wrong with 1, 3 with 2. OneIG-Bench: 2 was answered right, so 3 stands.
+    assert dependency_graph([chain], scale=100)["overall"] == 0
+    assert alignment([chain])["overall"] == pytest.approx(1 / 3)
+    # Categories of DPG-Bench pool what was answered, and two images count once each.
+    both = dependency_graph([chain, row([[1.0], [0.0]], names=["entity"])])
     assert both == pytest.approx({"overall": 0.25, "entity": 1 / 3, "a": 1.0})
 
 
+def test_the_categories_of_oneig_are_means_of_prompts_as_overall_is():
+    rows = [
+        row([0.0, 1.0], parents={2: [1]}, groups={"category": "anime"}),  # the child is 0: 0
+        row([[1.0, 1.0], [1.0, 0.0]], groups={"category": "object"}),  # 1 and 1/2
+        row([None, 1.0], groups={"category": "human"}),  # not answered
+    ]
+    assert alignment(rows) == {"overall": 0.375, "anime": 0, "object": 0.75}
+
+
 def test_a_question_that_depends_on_itself_keeps_its_answer():
-    assert dependency_graph([row([1.0], parents={1: [1]})], parents="raw")["overall"] == 1
+    assert alignment([row([1.0], parents={1: [1]}, groups={"category": "x"})])["overall"] == 1
 
 
 def test_an_answer_that_is_missing_is_left_out_and_not_wrong():
     rows = [row([1.0, None]), row([1.0, 1.0])]
     assert share_missing(rows) == 0.25
-    assert dependency_graph(rows, parents="zeroed")["overall"] == 1
+    assert dependency_graph(rows)["overall"] == 1
     assert soft_tifa(rows)["GM"] == 100
 
 
@@ -146,6 +157,13 @@ def test_the_text_score_joins_edits_exact_texts_and_words():
     assert text_rendering(rows) == pytest.approx(
         {"text": 1 - 0.5 * 0.5 / 3 / 100, "ED": 0.5, "CR": 0.5, "WAC": 2 / 3}
     )
+
+
+def test_a_text_with_a_chinese_character_is_one_word_to_oneig_alone():
+    # "Open\u5e97now" against "Open now": one edit, none of the two words.
+    rows = [row([], text="Open now", replies=["Open \u5e97 now"])]
+    assert text_rendering(rows) == pytest.approx({"text": 0.99, "ED": 1, "CR": 0, "WAC": 0})
+    assert word_overlap(rows) == {"words read": 1}
 
 
 def test_each_word_is_held_against_the_closest_one_that_was_read():

@@ -153,7 +153,7 @@ def test_a_changed_aggregation_asks_no_judge_again(smoke, tiny_shapes, monkeypat
 
     monkeypatch.setattr(run, "Engine", never)
     monkeypatch.setattr(run, "made_up_reward", never)
-    other = replace(find_suite("dpg"), aggregate=partial(dependency_graph, parents="raw"))
+    other = replace(find_suite("dpg"), aggregate=partial(dependency_graph, scale=1))
     monkeypatch.setattr(run, "find_suites", lambda names: [other])
     (again,) = run_suites(lambda: tiny_shapes, ["dpg"], request, model="tiny")
     assert again.scores == results["dpg"].scores

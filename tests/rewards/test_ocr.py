@@ -254,3 +254,7 @@ def test_each_version_of_paddleocr_is_asked_as_it_wants(
     monkeypatch.setattr(ocr.importlib.metadata, "version", lambda name: version)
     assert paddleocr(language="en")(PICTURES[:2]) == pages
     assert device.items() <= calls[0].items()
+    # Lines upside down are turned on demand.
+    paddleocr(turned=True)
+    (switch,) = {"use_angle_cls", "use_textline_orientation"} & calls[0].keys()
+    assert [one[switch] for one in calls] == [False, True]

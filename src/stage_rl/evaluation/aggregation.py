@@ -70,7 +70,8 @@ def soft_tifa(rows: Sequence[PromptAnswers]) -> dict[str, float]:
     GM: the geometric mean of an image's atoms, in the mean over prompts, and by number of atoms;
     AM: the arithmetic; the skills pool their atoms.
     """
-    gm, am = _by_prompt(rows, geometric_mean), _by_prompt(rows, _mean)
+    gm = _by_prompt(rows, lambda row, values: geometric_mean(values))
+    am = _by_prompt(rows, lambda row, values: _mean(values))
     by_atoms: dict[str, list[float]] = {}
     for row, value in zip(rows, gm, strict=True):
         if value is not None:
@@ -80,19 +81,25 @@ def soft_tifa(rows: Sequence[PromptAnswers]) -> dict[str, float]:
     return _means(figures, scale=100)
 
 
-def dependency_graph(
-    rows: Sequence[PromptAnswers], *, parents: Literal["raw", "zeroed"], scale: float = 1.0
-) -> dict[str, float]:
-    """DPG-Bench (arXiv 2403.05135, `zeroed`) and the alignment of OneIG-Bench (arXiv 2506.07977,
-    `raw`), times `scale`: the mean of the prompts, and the answers pooled by category, as given.
+def dependency_graph(rows: Sequence[PromptAnswers], *, scale: float = 1.0) -> dict[str, float]:
+    """DPG-Bench (arXiv 2403.05135), times `scale`: the mean of the prompts, and by category the
+    pooled answers as given, whatever they depend on.
     """
-    overall = []
-    for row in rows:
-        answered = [values for image in row.images if (values := whole_values(image))]
-        images = [dependent_mean(row.questions, values, parents=parents) for values in answered]
-        overall += [_mean(images)] if images else []
+    overall = _by_prompt(rows, lambda row, v: dependent_mean(row.questions, v, parents="zeroed"))
     categories = _pooled(rows, lambda row, question: question.group.split("-")[0].strip())
-    return _means({"overall": overall, **categories}, scale=scale)
+    return _means({"overall": _present(overall), **categories}, scale=scale)
+
+
+def alignment(rows: Sequence[PromptAnswers]) -> dict[str, float]:
+    """The alignment of OneIG-Bench (arXiv 2506.07977): the mean of all prompts and of each
+    category's.
+    """
+    overall = _by_prompt(rows, lambda row, v: dependent_mean(row.questions, v, parents="raw"))
+    by_category: dict[str, list[float]] = {}
+    for row, value in zip(rows, overall, strict=True):
+        if value is not None:
+            by_category.setdefault(row.groups["category"], []).append(value)
+    return _means({"overall": _present(overall), **by_category})
 
 
 def dependent_mean(
@@ -210,7 +217,7 @@ def text_rendering(rows: Sequence[PromptAnswers]) -> dict[str, float]:
     any, and the share of words read.
     """
     edits, matched, total = [], 0, 0
-    for target, read in _texts(rows):
+    for target, read in _texts(rows, _words_or_characters):
         edits.append(_edits(read, target))
         found, words = matched_words(target, read)
         matched, total = matched + found, total + words
@@ -242,14 +249,22 @@ def plain_text(text: str) -> str:
     return re.sub(r"\s+", " ", re.sub(LETTERS, "", text)).strip()
 
 
-def _texts(rows: Sequence[PromptAnswers]) -> Iterable[tuple[str, str]]:
-    """Target and what was read of every image."""
+def _words_or_characters(text: str) -> str:
+    """As `plain_text`; one with a Chinese character has no spaces (OneIG-Bench)."""
+    plain = plain_text(text)
+    return plain.replace(" ", "") if re.search(r"[\u4e00-\u9fa5]", plain) else plain
+
+
+def _texts(
+    rows: Sequence[PromptAnswers], plain: Callable[[str], str] = plain_text
+) -> Iterable[tuple[str, str]]:
+    """Target and what was read of every image, both made plain."""
     for row in rows:
         for image in row.images:
             read = " ".join(image.replies)
             for words in NOT_TEXT:
                 read = read.replace(words, "")
-            yield plain_text(row.fields["text"]), plain_text(read)
+            yield plain(row.fields["text"]), plain(read)
 
 
 # The bootstrap compares the same texts again and again.
@@ -285,13 +300,13 @@ def _group(row: PromptAnswers, question: Question) -> str:
 
 
 def _by_prompt(
-    rows: Sequence[PromptAnswers], of_image: Callable[[Sequence[float]], float]
+    rows: Sequence[PromptAnswers], of_image: Callable[[PromptAnswers, Sequence[float]], float]
 ) -> list[float | None]:
     """The mean over each prompt's images with all answers; None for a prompt without one."""
     means: list[float | None] = []
     for row in rows:
         answered = [values for image in row.images if (values := whole_values(image))]
-        images = [of_image(values) for values in answered]
+        images = [of_image(row, values) for values in answered]
         means.append(_mean(images) if images else None)
     return means
 

@@ -16,6 +16,7 @@ from typing import Any
 from stage_rl.evaluation import aggregation
 from stage_rl.evaluation.aggregation import (
     PromptAnswers,
+    alignment,
     dependency_graph,
     dependent_mean,
     geometric_mean,
@@ -147,7 +148,7 @@ DPG = _suite(
         )
     },
     of_image=_dependent("zeroed", 100),
-    aggregate=partial(dependency_graph, parents="zeroed", scale=100),
+    aggregate=partial(dependency_graph, scale=100),
     task_of=lambda prompt: "prompts",
     gpu="under 1 h",
 )
@@ -180,7 +181,7 @@ ONEIG_ALIGNMENT = _suite(
         jpeg_quality=75,
     ),
     of_image=_dependent("raw", 1),
-    aggregate=partial(dependency_graph, parents="raw"),
+    aggregate=alignment,
     task_of=_group("category"),
     gpu="17 GB, under 1 h",
 )
@@ -223,7 +224,7 @@ CVTG = replace(
         "cvtg",
         11,
         scorers={
-            "ocr": Scorer({"kind": "ocr"}),
+            "ocr": Scorer({"kind": "ocr", "turned": True}),
             "clip": Scorer(
                 {
                     "kind": "clip_score",

@@ -50,6 +50,8 @@ class OcrRewardConfig(RewardConfig):
     """A target inside a longer text scores 1, as released; false: as in the paper."""
     min_confidence: float = Field(default=0.0, ge=0, lt=1)
     """Confidence above which a line counts."""
+    turned: bool = False
+    """Lines upside down are turned before they are read; the released code reads none."""
     processes: PositiveInt = 1
     """Processes that read, each with an engine of its own; 1: the trainer's."""
     threads: PositiveInt = 1
@@ -72,9 +74,10 @@ class OcrRewardConfig(RewardConfig):
 
     def build(self, device: torch.device) -> OcrReward:
         """The reward with its engine, on the CPU; an InputError where that is not installed."""
-        make = functools.partial(rapidocr, threads=self.threads)
+        how: dict[str, Any] = {"threads": self.threads, "turned": self.turned}
+        make = functools.partial(rapidocr, **how)
         if self.engine == "paddleocr":
-            make = functools.partial(paddleocr, language=self.language, threads=self.threads)
+            make = functools.partial(paddleocr, language=self.language, **how)
         read = make() if self.processes == 1 else ParallelReader(make, self.processes)
         return OcrReward(read, self.compat, self.min_confidence, self.allow_more)
 
@@ -176,7 +179,15 @@ Reader = Callable[[Sequence[Picture]], list[list[Line]]]
 """The lines of each picture in reading order."""
 
 
-def rapidocr(*, threads: int = 1) -> Reader:
+def engine_name(engine: str) -> str:
+    """An engine with its major version, such as `paddleocr 2`; without, if it is not installed."""
+    try:
+        return f"{engine} {importlib.metadata.version(engine).partition('.')[0]}"
+    except importlib.metadata.PackageNotFoundError:
+        return engine
+
+
+def rapidocr(*, threads: int = 1, turned: bool = False) -> Reader:
     """RapidOCR on ONNX Runtime. Its models come with its wheel: nothing is downloaded."""
     _require("rapidocr", "onnxruntime", extra="ocr")
     from rapidocr import RapidOCR
@@ -184,7 +195,7 @@ def rapidocr(*, threads: int = 1) -> Reader:
     engine: Any = RapidOCR(
         params={
             "Global.text_score": 0.0,  # the reward has a threshold of its own
-            "Global.use_cls": False,  # no text upside down, as the released code
+            "Global.use_cls": turned,
             "Global.log_level": "error",  # an image without text is no warning
             "Det.limit_side_len": 960,  # a longer side is scaled down, as PaddleOCR does
             "Det.limit_type": "max",
@@ -201,22 +212,22 @@ def rapidocr(*, threads: int = 1) -> Reader:
     return lambda pictures: [read(picture) for picture in pictures]
 
 
-def paddleocr(*, language: str = "en", threads: int = 1) -> Reader:
+def paddleocr(*, language: str = "en", threads: int = 1, turned: bool = False) -> Reader:
     """PaddleOCR 2 or 3, installed by the user; it downloads its models on first use."""
     _require("paddleocr", "paddle", extra=None)
     from paddleocr import PaddleOCR  # pyright: ignore[reportMissingImports]
 
     options: dict[str, Any] = {"lang": language, "cpu_threads": threads}
-    if importlib.metadata.version("paddleocr").startswith("2."):
-        engine = PaddleOCR(use_angle_cls=False, use_gpu=False, show_log=False, **options)
+    if engine_name("paddleocr") == "paddleocr 2":
+        engine = PaddleOCR(use_angle_cls=turned, use_gpu=False, show_log=False, **options)
 
         def read(picture: Picture) -> list[Line]:
             # A list of pages, each a list of (box, (text, confidence)), or None without text.
-            (page,) = engine.ocr(picture, cls=False)
+            (page,) = engine.ocr(picture, cls=turned)
             return [Line(text, float(confidence)) for _, (text, confidence) in page or ()]
 
     else:
-        options |= {"use_textline_orientation": False, "use_doc_unwarping": False}
+        options |= {"use_textline_orientation": turned, "use_doc_unwarping": False}
         engine = PaddleOCR(use_doc_orientation_classify=False, device="cpu", **options)
 
         def read(picture: Picture) -> list[Line]:

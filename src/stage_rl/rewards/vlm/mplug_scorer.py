@@ -2,9 +2,9 @@
 
 ModelScope's pipeline needs an environment of its own:
 
-    python -m venv mplug && mplug/bin/pip install "modelscope[multi-modal]" torch pillow
+    python -m venv mplug && mplug/bin/pip install -r ELLA/requirements-for-dpg_bench.txt
 
-DPG-Bench names no versions of them.
+That list, in the repository of DPG-Bench (TencentQQGYLab/ELLA), names few versions.
 
 It answers every question of a prompt with one word; `q0`, `q1`, ... are 1 where that is yes.
 """
