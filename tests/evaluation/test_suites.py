@@ -145,7 +145,6 @@ def test_the_evaluators_own_detector_is_known_by_its_sum(tmp_path, monkeypatch):
     file = tmp_path / "x.pth"
     file.write_bytes(b"weights")
     assert not is_official(str(file))
-    is_official.cache_clear()
     sums = hashlib.sha256(b"weights").hexdigest()
     monkeypatch.setattr(openmmlab, "OFFICIAL_SHA256", sums[:8])
 

@@ -1,5 +1,6 @@
 """OpenMMLab's Mask2Former in transformers' model, against what MMDetection 2.28.2 computed."""
 
+import hashlib
 import json
 import zlib
 from fractions import Fraction
@@ -14,6 +15,7 @@ from stage_rl.rewards.detectors.mask2former import IGNORED_KEYS, Mask2FormerConf
 from stage_rl.rewards.detectors.openmmlab import (
     fitted_size,
     from_openmmlab,
+    is_openmmlab,
     load_openmmlab,
     openmmlab_pixels,
 )
@@ -141,6 +143,31 @@ def test_files_that_are_something_else_are_refused_with_what_to_get(load, tmp_pa
         load(weights(), meta=Fraction(1, 2))
     with pytest.raises(WeightsError, match=r"no such file; get https://download\.openmmlab"):
         Mask2FormerConfig(path=str(tmp_path / "none.pth")).build(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("digits", "is_whole"), [(None, True), ("743b7d99", False)])
+def test_a_file_whose_name_holds_another_sum_is_damaged_or_converted(
+    load, tmp_path, digits, is_whole
+):
+    load(weights())
+    file = tmp_path / "detector.pth"
+    digits = digits or hashlib.sha256(file.read_bytes()).hexdigest()[:8]
+    named = str(file.rename(tmp_path / f"mask2former_swin-s-{digits}.pth"))
+    options = {"device": "cpu", "ignore_keys": IGNORED_KEYS}
+    if is_whole:
+        assert load_openmmlab(named, **options)
+        return
+    with pytest.raises(WeightsError, match="is damaged or converted, for its SHA-256 does not"):
+        load_openmmlab(named, **options)
+
+
+def test_a_file_of_any_ending_is_openmmlabs(load, tmp_path):
+    load(weights())
+    copy = (tmp_path / "detector.pth").rename(tmp_path / "detector.pt")
+    assert is_openmmlab(str(copy))
+    assert load_openmmlab(str(copy), device="cpu", ignore_keys=IGNORED_KEYS)
+    assert is_openmmlab("weights/not_there.pth")
+    assert not is_openmmlab(str(tmp_path))
 
 
 def test_a_pth_file_brings_its_own_preprocessing(load, saved, reference, tmp_path):

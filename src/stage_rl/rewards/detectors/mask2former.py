@@ -63,8 +63,8 @@ class Mask2FormerConfig(DetectorConfig):
     """GenEval's detector: Mask2Former for objects, CLIP for their colours."""
 
     path: str = "facebook/mask2former-swin-small-coco-instance"
-    """Folder or hub id of the Mask2Former; or FILE.pth, the weights of OpenMMLab that GenEval's
-    evaluation uses, with the preprocessing that belongs to them."""
+    """Folder or hub id of the Mask2Former; or a file, the weights of OpenMMLab that GenEval's
+    evaluation uses (.pth), with the preprocessing that belongs to them."""
     clip: str = CLIP_L14
     """Folder or hub id of the CLIP that tells colours."""
     shortest_side: int = Field(default=800, ge=32)

@@ -108,19 +108,25 @@ NAMES = {
 """From OpenMMLab's names to those of transformers' checkpoints, one after the other."""
 
 
+NAMED_SUM = r"-([0-9a-f]{8})\.pth$"
+"""How OpenMMLab's files end: with the digits that their SHA-256 begins with."""
+
+
 def is_openmmlab(path: str) -> bool:
-    """Whether a detector's path means a file of OpenMMLab, and not a folder or hub id."""
-    return path.endswith(".pth")
+    """Whether a detector's path means a file, as OpenMMLab's are, and not a folder or hub id."""
+    return path.endswith(".pth") or Path(path).expanduser().is_file()
 
 
-@functools.cache
 def is_official(path: str) -> bool:
     """Whether a path is the very file that GenEval's evaluation downloads."""
     file = Path(path).expanduser()
-    if not is_openmmlab(path) or not file.is_file():
-        return False
+    return file.is_file() and _sha256(file).startswith(OFFICIAL_SHA256)
+
+
+@functools.cache
+def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest().startswith(OFFICIAL_SHA256)
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def load_openmmlab(
@@ -128,7 +134,8 @@ def load_openmmlab(
 ) -> Mask2FormerForUniversalSegmentation:
     """The model with the weights of a file of MMDetection 2.x; sizes are read off its tensors.
 
-    Another file, a tensor that is missing or one too many is a `WeightsError`.
+    Another file, one that is not what its name says, a tensor that is missing or one too many is a
+    `WeightsError`. Whether the patch merging of a file was permuted before cannot be told.
     """
     tensors = _read(Path(path).expanduser())
     with refused(f"{path}: is not a Mask2Former of OpenMMLab"):
@@ -197,6 +204,12 @@ def _read(file: Path) -> dict[str, Tensor]:
     """The tensors of a file of MMDetection 2.x."""
     if not file.is_file():
         raise WeightsError(f"{file}: no such file; get {WEIGHTS_URL}")
+    named = re.search(NAMED_SUM, file.name)
+    if named and not _sha256(file).startswith(named[1]):
+        raise WeightsError(
+            f"{file}: is damaged or converted, for its SHA-256 does not begin with {named[1]}, as "
+            f"its name says; get {WEIGHTS_URL}, or give another file another name"
+        )
     try:
         tensors = read_tensors(file, entry="state_dict")
     except WeightsError as error:
