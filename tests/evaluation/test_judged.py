@@ -1,8 +1,11 @@
 """A benchmark with a judge from its question file to its figures, with a tiny random judge."""
 
+import gzip
 import json
+import shutil
 
 import pytest
+from PIL import Image
 from tiny_vlms import save_vlm
 
 from stage_rl.errors import InputError
@@ -15,7 +18,8 @@ from stage_rl.evaluation.suites import ALL, PromptSet, Scorer, find_suite
 from stage_rl.prompts.questions import Header, Question, QuestionRecord, write_questions
 from stage_rl.rewards.base import Score
 from stage_rl.rewards.vlm import judge
-from stage_rl.rewards.vlm.judge import JudgeReward
+from stage_rl.rewards.vlm.chat import Reply
+from stage_rl.rewards.vlm.judge import JudgeReward, JudgeRewardConfig
 
 
 @pytest.fixture
@@ -113,7 +117,7 @@ def test_replies_that_were_kept_are_read_anew(data, tiny_shapes, monkeypatch):
 
         class Judge(JudgeReward):
             def _replies(self, images, requests, longest):
-                return ["Verdict: right"] * len(requests)
+                return [Reply("Verdict: right")] * len(requests)
 
         return Judge(MadeUpChat(), config)
 
@@ -128,6 +132,53 @@ def test_replies_that_were_kept_are_read_anew(data, tiny_shapes, monkeypatch):
     assert again.figures["answers missing"] == 0
     assert [one.value for one in again.scores["score"]] == [1, 1]
     assert asked == ["judge"]
+
+
+def test_more_tries_ask_again_where_an_answer_is_missing_alone(data, monkeypatch):
+    asked = []
+
+    class Judge(JudgeReward):
+        def _replies(self, images, requests, longest):
+            asked.extend((one.text, longest) for one in requests)
+            cut = [longest < 200 and "square" in one.text for one in requests]
+            return [Reply("" if one else "Yes", is_cut=one) for one in cut]
+
+    monkeypatch.setattr(
+        JudgeRewardConfig, "build", lambda config, device: Judge(MadeUpChat(), config)
+    )
+    images = data / "images"
+    for n, thing in enumerate(("circle", "square")):
+        (images / f"{n:05d}/samples").mkdir(parents=True)
+        record = json.dumps({"prompt": f"a photo of a red {thing}"})
+        (images / f"{n:05d}/metadata.jsonl").write_text(record)
+        Image.new("RGB", (8, 8), "red").save(images / f"{n:05d}/samples/0.png")
+
+    def missing(**settings):
+        own = {"mode": "reply_equals", "template": "{question}", "answers": ["Yes"], **settings}
+        request = Request(out=data / "out", data=data, images=images, scorers={"judge": own})
+        asked.clear()
+        (results,) = run_suites(None, ["geneval2"], request, model="x")
+        return results.figures["answers missing"]
+
+    assert missing(tries=1) == 0.25  # of four questions the one about the square
+    assert [longest for _, longest in asked] == [128] * 4
+    # Three tries, the last one four times as long; two questions of the second prompt alone.
+    assert missing() == 0
+    assert [longest for _, longest in asked] == [128, 128, 256]
+    # Nor do readers, what is printed beside, or a copy of the files ask anybody again.
+    assert missing(answers=["No"]) == missing(tries=9, max_new_tokens=4) == 0
+    images.rename(data / "before")
+    shutil.copytree(data / "before", images, copy_function=shutil.copyfile)
+    assert missing() == 0
+    assert asked == []
+    file = data / "questions/geneval2.jsonl.gz"
+    text = gzip.decompress(file.read_bytes()).decode().replace('"attribute"', '"colour"')
+    file.write_bytes(gzip.compress(text.encode()))
+    assert missing() == 0
+    assert asked == []
+    file.write_bytes(gzip.compress(text.replace("Is it red?", "Is it blue?").encode()))
+    assert missing() == 0
+    assert len(asked) == 5
 
 
 def test_a_benchmark_without_its_questions_says_where_they_go(tmp_path):

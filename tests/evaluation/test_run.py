@@ -18,7 +18,7 @@ from stage_rl.evaluation import run
 from stage_rl.evaluation.aggregation import WISE_WEIGHTS, dependency_graph
 from stage_rl.evaluation.request import Request, asked_of, evaluation_of
 from stage_rl.evaluation.run import run_suites, skipped
-from stage_rl.evaluation.scores import settings_that_score
+from stage_rl.evaluation.scores import folder_name
 from stage_rl.evaluation.suites import ALL, PromptSet, find_suite, parse_overrides, scorers_of
 from stage_rl.rewards.base import RewardConfig, Score
 
@@ -349,7 +349,7 @@ def test_a_reward_of_ones_own_adds_a_measure(few, tiny_shapes, tmp_path):
 
 def test_what_changes_no_score_asks_nobody_again():
     def hashed(kind, *settings):
-        return settings_that_score(load_reward(kind, settings))
+        return folder_name(load_reward(kind, settings)).rpartition("-")[2]
 
     geneval = ("detector={kind: mask2former}",)
     assert hashed("geneval", *geneval, "detector.batch_size=1", "name=x") == hashed(
@@ -358,7 +358,14 @@ def test_what_changes_no_score_asks_nobody_again():
     assert hashed("geneval", *geneval, "threshold=0.2") != hashed("geneval", *geneval)
     judge = ("path=x/y", "mode=score_line")
     assert hashed("judge", *judge, "batch_size=1") == hashed("judge", *judge)
-    assert hashed("judge", *judge, "tries=1") != hashed("judge", *judge)
+    # Replies are kept and read anew; probabilities are of the right answer, and a text that was
+    # cut off counts as it was read.
+    assert hashed("judge", *judge, "tries=1", "numbers=[5]") == hashed("judge", *judge)
+    assert hashed("judge", *judge, "max_new_tokens=9") == hashed("judge", *judge)
+    assert hashed("judge", *judge, "system=x") != hashed("judge", *judge)
+    for mode, setting in (("token_probability", "answers=[x]"), ("read_text", "max_new_tokens=9")):
+        own = ("path=x/y", f"mode={mode}")
+        assert hashed("judge", *own, setting) != hashed("judge", *own)
     assert hashed("ocr", "processes=2", "threads=2") == hashed("ocr")
     assert hashed("external", "command=[x]", "cwd=y") == hashed("external", "command=[x]")
     assert hashed("external", "command=[y]") != hashed("external", "command=[x]")

@@ -34,12 +34,7 @@ from stage_rl.evaluation.images import DrawnPrompt, find_images, planned
 from stage_rl.evaluation.needs import missing_data, missing_parts, missing_weights
 from stage_rl.evaluation.request import Request, asked_of, recipe_request
 from stage_rl.evaluation.results import OVERALL, Comparison, Draws, ImageScore, Results, Setup
-from stage_rl.evaluation.scores import (
-    ScoreFolder,
-    hash8,
-    score_images,
-    settings_that_score,
-)
+from stage_rl.evaluation.scores import ScoreFolder, folder_name, score_images
 from stage_rl.evaluation.smoke import IMAGES as SMOKE_IMAGES
 from stage_rl.evaluation.smoke import made_up_reward
 from stage_rl.evaluation.suites import (
@@ -410,9 +405,8 @@ class _Run:
         folders = {}
         for name, (scorer, config) in job.scorers.items():
             made_up = name in job.made_up
-            # Other settings of the reward have other scores.
-            which = "smoke" if made_up else hash8(settings_that_score(config))
-            folders[name] = folder = ScoreFolder(root / f"{name}-{which}", config)
+            which = f"{name}-smoke" if made_up else folder_name(config)
+            folders[name] = folder = ScoreFolder(root / which, config)
             mine = drawn[self.world.rank :: self.world.size]
             asked = [one for one in mine if scorer.asks(one.prompt)]
             lacking = [one for one in asked if folder.read(one) is None]

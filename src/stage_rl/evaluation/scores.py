@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Container, Sequence
@@ -21,13 +22,20 @@ NO_SCORES = {"name", "weight", "self_test", "timeout_s", "device"}
 """Settings of a reward that change no score."""
 
 SPEED = {"batch_size", "processes", "threads"}
-"""Those on whatever level that change its speed and memory alone."""
+"""Those on whatever level that change its speed and memory, and in bf16 a score's last digits."""
 
 
 def settings_that_score(config: RewardConfig) -> dict[str, Any]:
     """The settings of a reward that its scores depend on."""
     settings = config.model_dump(mode="json", exclude={*NO_SCORES, *config.changeable})
     return _without(settings, SPEED)
+
+
+def folder_name(config: RewardConfig) -> str:
+    """Of the scores of a reward: settings that ask something else have another."""
+    kept_over = config.kept_over()
+    asked = {k: value for k, value in settings_that_score(config).items() if k not in kept_over}
+    return f"{config.name}-{hash8(asked)}"
 
 
 def _without(settings: dict[str, Any], names: Container[str]) -> dict[str, Any]:
@@ -48,26 +56,37 @@ class ScoreFolder:
 
     def read(self, drawn: DrawnPrompt) -> list[Score] | None:
         """The scores of a prompt's images, a judge's replies read anew; None where they are not
-        those of these files.
+        those of these files, or where an answer that is missing would now be tried for longer.
         """
         file = self._file(drawn)
         record = read_record(file) if file.exists() else None
-        if record is None or record.get("made_of") != _made_of(drawn):
+        if record is None or record.get("made_of") != self._made_of(drawn):
             return None  # what was cut off is scored again
         kept = (
             Score(**{**score, "replies": tuple(score.get("replies", ()))})
             for score in record["scores"]
         )
-        return [self.reward.reread(drawn.prompt, score) for score in kept]
+        scores = [self.reward.reread(drawn.prompt, score) for score in kept]
+        has_missing = any(score.extras.get("missing") for score in scores)
+        return None if has_missing and record["effort"] < self.reward.effort() else scores
 
     def write(self, drawn: DrawnPrompt, scores: Sequence[Score]) -> None:
         """Keeps the scores of a prompt's images."""
         self.path.mkdir(parents=True, exist_ok=True)
-        record = {"made_of": _made_of(drawn), "scores": [asdict(score) for score in scores]}
+        record = {
+            "made_of": self._made_of(drawn),
+            "effort": self.reward.effort(),
+            "scores": [asdict(score) for score in scores],
+        }
         replace_text(self._file(drawn), json.dumps(record, allow_nan=False) + "\n")
 
     def _file(self, drawn: DrawnPrompt) -> Path:
         return self.path / f"{drawn.place:05d}.json"
+
+    def _made_of(self, drawn: DrawnPrompt) -> dict[str, Any]:
+        """What a prompt's scores depend on besides the reward: what is asked, and the images."""
+        asked = json.dumps(self.reward.asked_of(drawn.prompt), sort_keys=True, default=str)
+        return {"prompt": drawn.prompt.text, "hash": hash8([asked, *map(_sum, drawn.files)])}
 
 
 def score_images(item: WeightedReward, some: Sequence[DrawnPrompt], folder: ScoreFolder) -> None:
@@ -101,12 +120,16 @@ def read_record(file: Path) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def _made_of(drawn: DrawnPrompt) -> dict[str, Any]:
-    """What a prompt's scores depend on besides the reward: prompt, metadata, image files."""
-    stats = [(file.name, file.stat()) for file in drawn.files]
-    stamps = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-    metadata = json.dumps(dict(drawn.prompt.metadata), sort_keys=True, default=str)
-    return {"prompt": drawn.prompt.text, "hash": hash8([metadata, stamps])}
+def _sum(file: Path) -> str:
+    stat = file.stat()
+    return _sum_of(file, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _sum_of(file: Path, size: int, changed: int) -> str:
+    """Of a file's content, which a copy has too; read once for each size and time of change."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def hash8(value: Any) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from stage_rl.prompts.files import as_prompts, read_records
 from stage_rl.rewards.base import Reward, RewardConfig, Score
+from stage_rl.rewards.vlm.chat import Reply
 from stage_rl.rewards.vlm.judge import JudgeReward, JudgeRewardConfig, Request
 from stage_rl.types import Prompt
 
@@ -78,7 +79,7 @@ class MadeUpChat:
 
     def replies(
         self, images_NHWC: Tensor, conversations: Sequence[Any], *, max_new_tokens: int
-    ) -> list[str]:
+    ) -> list[Reply]:
         """None: what can be read depends on the questions."""
         raise AssertionError("a made-up judge writes its own replies")
 
@@ -89,20 +90,23 @@ class MadeUpJudge(JudgeReward):
     def __init__(self, settings: JudgeRewardConfig) -> None:
         super().__init__(MadeUpChat(), settings)
 
-    def _replies(self, images_RHWC: Tensor, requests: Sequence[Request], longest: int) -> list[str]:
-        """One of ten is unreadable; another time it is not."""
+    def _replies(
+        self, images_RHWC: Tensor, requests: Sequence[Request], longest: int
+    ) -> list[Reply]:
+        """One of ten is cut off and unreadable; another time it is not."""
         replies = []
         for image_HWC, one in zip(images_RHWC, requests, strict=True):
             rng = _rng(image_HWC, f"{one.text} {longest}")
             verdicts = [int(value) for value in rng.integers(2, size=len(one.questions))]
             forms = {
                 "one_reply_lines": "\n".join("yes" if value else "no" for value in verdicts),
-                "binary_lists": f"<score>{verdicts}</score>",
+                "binary_lists": f"<analysis>{verdicts}</analysis><score>{verdicts}</score>",
                 "score_line": f"Score: {rng.integers(2)}",
                 "reply_equals": str(rng.choice(["Yes", "No"])),
                 "read_text": str(rng.choice(["circle", "red square", "No text recognized."])),
             }
-            replies.append(forms[self._settings.mode] if rng.random() > 0.1 else "")
+            is_cut = bool(rng.random() <= 0.1)
+            replies.append(Reply("" if is_cut else forms[self._settings.mode], is_cut))
         return replies
 
 

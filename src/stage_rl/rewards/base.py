@@ -139,6 +139,20 @@ class RewardConfig(Component):
         """
         return ()
 
+    def kept_over(self) -> frozenset[str]:
+        """Keys that change how kept replies are read, or how long an answer is tried for: scores
+        that were kept are good under any values of them.
+        """
+        return frozenset()
+
+    def effort(self) -> int:
+        """How long an answer is tried for; a missing one is asked for again where it is more."""
+        return 0
+
+    def asked_of(self, prompt: Prompt) -> Any:
+        """What of a prompt its scores depend on, as plain values."""
+        return [prompt.text, dict(prompt.metadata)]
+
     def reread(self, prompt: Prompt, score: Score) -> Score:
         """A score that was kept, by what the reward makes of its replies today."""
         return score

@@ -8,7 +8,7 @@ from tiny_models import noise
 from tiny_vlms import QWENS, image_processor, save_vlm, token
 
 from stage_rl.errors import WeightsError
-from stage_rl.rewards.vlm.chat import ChatModel, load_processor, question
+from stage_rl.rewards.vlm.chat import ChatModel, Reply, load_processor, question
 
 KINDS = (*QWENS, "llava_onevision")
 
@@ -98,7 +98,7 @@ def test_a_reply_is_the_most_probable_token_each_time_whatever_the_checkpoint_sa
             row = inputs[name]
             inputs[name] = torch.cat([row, torch.zeros_like(best) + new], dim=1)
     (reply,) = model.replies(image, [asked], max_new_tokens=6)
-    assert reply == model.tokenizer.decode(expected, skip_special_tokens=True).strip()
+    assert reply.text == model.tokenizer.decode(expected, skip_special_tokens=True).strip()
     assert len(set(expected)) < len(expected)  # or the penalty would have changed nothing
 
 
@@ -107,7 +107,18 @@ def test_the_tokens_of_a_reply_come_first_in_the_next_logits(chat):
     asked = [question("a"), question("abc")]
     best = model.next_logits_NV(images, asked).argmax(-1)
     replies = model.replies(images, asked, max_new_tokens=1)
-    assert replies == [model.tokenizer.decode([token_id]).strip() for token_id in best]
+    texts = [model.tokenizer.decode([token_id]).strip() for token_id in best]
+    assert replies == [Reply(text, is_cut=True) for text in texts]
+
+
+def test_a_reply_that_ends_by_itself_is_not_cut_off(chat):
+    model, image = chat("qwen3_vl"), noise(1, 64, 96)
+    # The first word of this model is made the one that ends a reply.
+    first = int(model.next_logits_NV(image, [question("a")]).argmax())
+    model.module.generation_config.eos_token_id = [first]
+    for longest in (1, 3):
+        (reply,) = model.replies(image, [question("a")], max_new_tokens=longest)
+        assert not reply.is_cut
 
 
 @pytest.mark.parametrize("kind", KINDS)

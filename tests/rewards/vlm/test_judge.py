@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from stage_rl.prompts.questions import Question
 from stage_rl.rewards.base import RewardConfig
 from stage_rl.rewards.judge import RewardFunctions, WeightedReward
+from stage_rl.rewards.vlm.chat import Reply
 from stage_rl.rewards.vlm.judge import JudgeReward, JudgeRewardConfig, read_score
 from stage_rl.types import Prompt, Rollout
 
@@ -32,7 +33,7 @@ class Tokenizer:
 
 
 class Chat:
-    """Says what it was told to say, and remembers what it was asked."""
+    """Says what it was told to say, cut off at three dots, and remembers what it was asked."""
 
     tokenizer = Tokenizer()
 
@@ -48,7 +49,8 @@ class Chat:
 
     def replies(self, images_NHWC, conversations, *, max_new_tokens):
         self.asked += [(one, max_new_tokens) for one in conversations]
-        return [self.says.pop(0) for _ in conversations]
+        said = [self.says.pop(0) for _ in conversations]
+        return [Reply(text.removesuffix("..."), text.endswith("...")) for text in said]
 
 
 def prompt(index=0, questions=TWO, **metadata):
@@ -111,13 +113,18 @@ def test_a_reply_is_right_letter_by_letter():
 
 
 def test_lines_are_held_against_the_expected_word():
-    one = score("one_reply_lines", "yes there is.\n2. No, it is blue")
+    one = score("one_reply_lines", "Here you are:\nyes there is.\n\n  No, it is blue")
     assert (one.value, one.extras) == (1, {"missing": 0, "q0": 1, "q1": 1})
+    # As the published script, which takes no line that begins with anything else.
+    assert score("one_reply_lines", "1. yes\n2. No").value is None
 
 
 def test_a_list_is_read_between_its_tags():
     one = score("binary_lists", "<analysis>['a', 'b']</analysis>\n<score>[1, 0]</score>")
     assert (one.value, one.extras["q1"]) == (0.5, 0)
+    # As the published script, which wants as many texts as scores.
+    for analysis in ("", "<analysis>['a']</analysis>", "<analysis>a, b</analysis>"):
+        assert score("binary_lists", f"{analysis}<score>[1, 0]</score>").value is None
 
 
 @pytest.mark.parametrize(
@@ -144,8 +151,8 @@ def test_what_is_read_is_kept_and_counted_by_word():
     assert (one.value, one.replies, one.extras) == (0.5, ("OPEN 24 h",), {"missing": 0})
 
 
-@pytest.mark.parametrize("reply", ["yes", "", "yes\nno\nyes"])
-def test_an_unreadable_answer_is_asked_for_again_and_then_missing(reply):
+@pytest.mark.parametrize("reply", ["yes...", "...", "yes\nno\nyes..."])
+def test_an_answer_that_was_cut_off_is_asked_for_again_and_then_missing(reply):
     chat, reward = judge("one_reply_lines", reply, reply, "yes\nno", max_new_tokens=10)
     assert reward(IMAGES[:1], [prompt()])[0].value == 1
     assert [longest for _, longest in chat.asked] == [10, 20, 40]
@@ -156,11 +163,18 @@ def test_an_unreadable_answer_is_asked_for_again_and_then_missing(reply):
         {"missing": 2},
         "2 of 2 answers cannot be read",
     )
-    assert one.replies == (reply,)
+    assert one.replies == (reply.removesuffix("..."),)
+
+
+def test_a_reply_that_ended_is_not_asked_for_again():
+    # A judge without chance would say the same.
+    chat, reward = judge("one_reply_lines", "I cannot tell.", tries=3)
+    assert reward(IMAGES[:1], [prompt()])[0].value is None
+    assert len(chat.asked) == 1
 
 
 def test_only_what_is_missing_is_asked_for_again():
-    says = ["yes\nyes", "?", "yes\nno"]
+    says = ["yes\nyes", "?...", "yes\nno"]
     chat, reward = judge("one_reply_lines", *says)
     first, second = reward(IMAGES, [prompt(), prompt(1)])
     assert (first.value, second.value, len(chat.asked)) == (0.5, 1, 3)

@@ -12,7 +12,7 @@ from transformers import Qwen2VLForConditionalGeneration
 
 from stage_rl.errors import WeightsError
 from stage_rl.rewards.base import Score
-from stage_rl.rewards.vlm.chat import ChatModel, published_template, question
+from stage_rl.rewards.vlm.chat import ChatModel, Reply, published_template, question
 from stage_rl.rewards.vlm.hps_v3 import HpsV3Config
 from stage_rl.rewards.vlm.q_sit import WORDS, QSitConfig
 from stage_rl.rewards.vlm.unified_reward import UnifiedReward, UnifiedRewardConfig, score_reply
@@ -100,7 +100,8 @@ def test_unified_reward_asks_with_the_published_words_and_keeps_what_is_said(fol
             picture, text = conversations[0][0]["content"]
             assert (len(images_NHWC), picture["type"]) == (1, "image")
             assert text["text"].endswith("Text Caption: [a red cat]")
-            return ["Alignment Score (1-5): 5\nCoherence Score (1-5): 4\nStyle Score (1-5): 3"]
+            marks = zip(("Alignment", "Coherence", "Style"), (5, 4, 3), strict=True)
+            return [Reply("\n".join(f"{name} Score (1-5): {mark}" for name, mark in marks))]
 
     (score,) = UnifiedReward(Model(), 8)(noise(1), PROMPTS[:1])
     assert score.extras == {"alignment": 5.0, "coherence": 4.0, "style": 3.0}

@@ -47,6 +47,15 @@ def question(text: str, *, image_first: bool = True, system: str | None = None) 
 
 
 @dataclass(frozen=True)
+class Reply:
+    """What a model wrote."""
+
+    text: str
+    is_cut: bool = False
+    """It reached the limit of tokens before it ended."""
+
+
+@dataclass(frozen=True)
 class ChatModel:
     """A vision-language model with its processor; rows of a batch do not depend on each other."""
 
@@ -113,7 +122,7 @@ class ChatModel:
     @torch.inference_mode()
     def replies(
         self, images_NHWC: Tensor, conversations: Sequence[Conversation], *, max_new_tokens: int
-    ) -> list[str]:
+    ) -> list[Reply]:
         """The greedy reply to each conversation, without special tokens and outer white space."""
         inputs = self.inputs(images_NHWC, conversations)
         # Checkpoints bring settings for sampling, of which the penalty of repetition acts on greedy
@@ -127,7 +136,17 @@ class ChatModel:
         with quiet():
             tokens = self.module.generate(**inputs, generation_config=greedy)
         new = tokens[:, inputs["input_ids"].shape[1] :]
-        return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+        texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
+        return [
+            Reply(text.strip(), is_cut=len(row) == max_new_tokens and row[-1] not in self._ends)
+            for text, row in zip(texts, new.tolist(), strict=True)
+        ]
+
+    @property
+    def _ends(self) -> set[int | None]:
+        """The tokens that end a reply, or stand behind its end."""
+        ends = self.module.generation_config.eos_token_id
+        return {self.tokenizer.pad_token_id, *(ends if isinstance(ends, list) else [ends])}
 
 
 def published_template(name: str, **fields: str) -> str:

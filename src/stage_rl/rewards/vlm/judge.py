@@ -12,7 +12,7 @@ from __future__ import annotations
 import ast
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, Self
 
@@ -22,8 +22,8 @@ from torch import Tensor
 
 from stage_rl.prompts.questions import Question, questions_of
 from stage_rl.rewards.base import ReferenceCase, Reward, RewardConfig, Score, cat_or_cup_cases
-from stage_rl.rewards.pretrained import batches, on_jpeg
-from stage_rl.rewards.vlm.chat import ChatModel, Conversation, Dtype, question
+from stage_rl.rewards.pretrained import on_jpeg
+from stage_rl.rewards.vlm.chat import ChatModel, Conversation, Dtype, Reply, question
 from stage_rl.rewards.vlm.yes_no import NO, YES
 from stage_rl.rewards.vqa import answers_from, tokens_of
 from stage_rl.settings import validation_error
@@ -53,9 +53,10 @@ class JudgeRewardConfig(RewardConfig):
     """Folder or hub id."""
     mode: Mode
     """token_probability: the probability of the right answer's first token; yes_share: of yes
-    against no; reply_equals: the reply is the right word; one_reply_lines: a line with yes or no
-    for each question; binary_lists: a list of 0 and 1 between <score> tags; score_line: a number
-    after "Score"; read_text: the reply is the text in the image."""
+    against no; reply_equals: the reply is the right word; one_reply_lines: a line that begins with
+    yes or no for each question; binary_lists: a list of 0 and 1 between <score> tags and one of
+    texts between <analysis> tags; score_line: a number after "Score"; read_text: the reply is the
+    text in the image."""
     template: str | None = None
     """What is asked: {question}, {questions} (one a line), {prompt} and fields of the prompt; null:
     the template of the question file."""
@@ -74,7 +75,7 @@ class JudgeRewardConfig(RewardConfig):
     batch_size: PositiveInt = 8
     """Questions at a time."""
     tries: PositiveInt = 3
-    """How often an answer that cannot be read is asked for."""
+    """How often an answer that was cut off and cannot be read is asked for."""
     jpeg_quality: int | None = Field(default=None, ge=1, le=100)
     """Show the images as JPEG of this quality; null: as drawn."""
 
@@ -133,6 +134,25 @@ class JudgeRewardConfig(RewardConfig):
             return read_score(reply, self.numbers)
         return READERS[self.mode](reply, one.questions)
 
+    def kept_over(self) -> frozenset[str]:
+        """Of a judge that writes also how its replies are read, and how long they may be."""
+        if self.mode == "token_probability":
+            return frozenset({"tries", "max_new_tokens", "numbers"})
+        read_anew = {"answers", "numbers", "tries"}
+        # A transcription that is cut off is scored as it is.
+        return frozenset(read_anew if self.mode == "read_text" else {*read_anew, "max_new_tokens"})
+
+    def effort(self) -> int:
+        """The longest reply of the last try."""
+        return self.max_new_tokens * 2 ** (self.tries - 1)
+
+    def asked_of(self, prompt: Prompt) -> Any:
+        """The texts; where probabilities are read also what the right answers are."""
+        requests = self.requests(0, prompt)
+        if self.mode not in ("token_probability", "yes_share"):
+            return [one.text for one in requests]
+        return [(one.text, one.questions[0].expected, one.questions[0].answers) for one in requests]
+
     def reread(self, prompt: Prompt, score: Score) -> Score:
         """The score of an image by its replies; of probabilities, which have none, as it was."""
         if self.mode in ("token_probability", "yes_share"):
@@ -161,6 +181,8 @@ class Request:
     """How right each answer is, in [0, 1]; None: not yet, or not readable."""
     replies: list[str] = field(default_factory=list)
     note: str = ""
+    is_open: bool = True
+    """Not asked yet, or cut off before it could be read."""
 
 
 class Chat(Protocol):
@@ -175,7 +197,7 @@ class Chat(Protocol):
 
     def replies(
         self, images_NHWC: Tensor, conversations: Sequence[Conversation], *, max_new_tokens: int
-    ) -> list[str]:
+    ) -> list[Reply]:
         """The reply to each conversation."""
         ...
 
@@ -214,13 +236,21 @@ class JudgeReward:
     def _weigh(self, images_NHWC: Tensor, requests: Sequence[Request]) -> None:
         """Reads the answers from the probabilities of the first token."""
         weigh = self._shares if self._settings.mode == "yes_share" else self._probabilities
-        images_RHWC = images_NHWC[[one.image for one in requests]]
-        for images, some in batches(images_RHWC, requests, self._settings.batch_size):
+        for images, some in self._batches(images_NHWC, requests):
             weigh(self._model.next_logits_NV(images, self._conversations(some)).float(), some)
+
+    def _batches(
+        self, images_NHWC: Tensor, requests: Sequence[Request]
+    ) -> Iterator[tuple[Tensor, Sequence[Request]]]:
+        """A few requests at a time with the image of each: all at once would be gigabytes."""
+        size = self._settings.batch_size
+        for first in range(0, len(requests), size):
+            some = requests[first : first + size]
+            yield images_NHWC[[one.image for one in some]], some
 
     def _replies(
         self, images_RHWC: Tensor, requests: Sequence[Request], longest: int
-    ) -> Sequence[str]:
+    ) -> Sequence[Reply]:
         """The reply to each request."""
         conversations = self._conversations(requests)
         return self._model.replies(images_RHWC, conversations, max_new_tokens=longest)
@@ -246,23 +276,23 @@ class JudgeReward:
     def _read(
         self, images_NHWC: Tensor, requests: Sequence[Request], prompts: Sequence[Prompt]
     ) -> None:
-        """Reads the answers from replies; those that cannot be read are asked for again."""
+        """Reads the answers from replies; those that were cut off are asked for again."""
         settings = self._settings
         for attempt in range(settings.tries):
-            # A judge without chance repeats itself, so a next try differs in its length alone.
+            # A judge without chance repeats itself, so a next try differs in its length alone, and
+            # what has ended by itself will end there again.
             longest = settings.max_new_tokens * 2**attempt
-            open_ = [one for one in requests if one.values is None]
-            images_RHWC = images_NHWC[[one.image for one in open_]]
-            for images, some in batches(images_RHWC, open_, settings.batch_size):
+            for images, some in self._batches(images_NHWC, [o for o in requests if o.is_open]):
                 for one, reply in zip(some, self._replies(images, some, longest), strict=True):
-                    settings.read(one, reply, prompts[one.image])
+                    settings.read(one, reply.text, prompts[one.image])
+                    one.is_open = one.values is None and reply.is_cut
 
 
 def read_lines(reply: str, questions: Sequence[Question]) -> list[float] | None:
-    """Of a line with yes or no for each question, whether it is the expected word (TIIF-Bench);
-    None unless there are as many.
+    """Of a line that begins with yes or no for each question, whether it is the expected word
+    (TIIF-Bench); None unless there are as many.
     """
-    words = re.findall(r"(?im)^[\W\d]*(yes|no)\b", reply)
+    words = re.findall(r"(?im)^[^\S\n]*(yes|no)\b", reply)
     if len(words) != len(questions):
         return None
     pairs = zip(words, questions, strict=True)
@@ -270,17 +300,24 @@ def read_lines(reply: str, questions: Sequence[Question]) -> list[float] | None:
 
 
 def read_list(reply: str, questions: Sequence[Question]) -> list[float] | None:
-    """The list of 0 and 1 between <score> tags (UniGenBench++); None where it is another."""
-    found = re.search(r"<score>(.*?)</score>", reply, re.DOTALL)
-    try:
-        values = ast.literal_eval(found[1].strip()) if found else None
-    except (ValueError, SyntaxError):
-        return None
-    if not isinstance(values, list) or len(values) != len(questions):
+    """The list of 0 and 1 between <score> tags, where one as long stands between <analysis> tags
+    (UniGenBench++); None where they are others.
+    """
+    analysis, values = (_tagged_list(reply, tag) for tag in ("analysis", "score"))
+    if analysis is None or values is None or not len(analysis) == len(values) == len(questions):
         return None
     if any(value not in (0, 1) for value in values):
         return None
     return [float(value) for value in values]
+
+
+def _tagged_list(reply: str, tag: str) -> list[Any] | None:
+    found = re.search(rf"<{tag}>(.*?)</{tag}>", reply, re.DOTALL)
+    try:
+        values = ast.literal_eval(found[1].strip()) if found else None
+    except (ValueError, SyntaxError):
+        return None
+    return values if isinstance(values, list) else None
 
 
 READERS: Mapping[str, Callable[[str, Sequence[Question]], list[float] | None]] = {

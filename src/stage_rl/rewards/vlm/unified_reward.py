@@ -60,7 +60,7 @@ class UnifiedReward:
             replies = self._model.replies(
                 images, [question(text) for text in texts], max_new_tokens=MAX_NEW_TOKENS
             )
-            scores += [score_reply(reply) for reply in replies]
+            scores += [score_reply(reply.text) for reply in replies]
         return scores
 
 
