@@ -14,7 +14,7 @@ import json
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from stage_rl.rollout import kernels
+from stage_rl.rollout import draw_kernel, kernels
 
 CACHES = [{"keys": kind, "values": kind, "key_scales": "*fp32", "value_scales": "*fp32"}
           for kind in ("*bf16", "*fp8e4nv")]
@@ -44,6 +44,13 @@ CASES = [
         {"states": "*fp32", "delta": "*bf16", "delta_norm": "*bf16", "weight": "*fp32",
          "out": "*bf16", "eps": "fp32"},
         {"WIDTH": 4096, "PADDED": 4096, "ADDS": True, "DELTA_NORM": False},
+    ),
+    (
+        draw_kernel._draw,
+        {"logits": "*fp32", "uniforms": "*fp32", "tokens": "*i64", "logprobs": "*fp32",
+         "guided_logprobs": "*fp32", "entropies": "*fp32", "guided_entropies": "*fp32",
+         "scale": "fp32", "temperature": "fp32"},
+        {"WIDTH": 16384, "TILE": 2048, "GUIDED": True, "GUIDED_ENTROPY": True},
     ),
     (kernels._swiglu, {"gate_up": "*bf16", "out": "*bf16", "width": "i32"}, {"SIZE": 1024}),
 ]
@@ -77,4 +84,4 @@ def test_the_kernels_compile_for_an_h100_without_local_memory(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     spills = json.loads(done.stdout)
-    assert spills == dict.fromkeys(("_attend", "_rotate", "_norm", "_swiglu"), False)
+    assert spills == dict.fromkeys(("_attend", "_rotate", "_norm", "_draw", "_swiglu"), False)

@@ -196,6 +196,57 @@ def test_norms_and_the_gate_are_those_of_torch(dtype):
 
 
 @kernels
+@pytest.mark.parametrize("width", [300, 2500])  # within one tile of the codebook, and across two
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(),
+        Sampling(5.0),
+        Sampling(0.0, temperature=0.5, guided_entropy=True),
+        Sampling(temperature=2.0, guided_entropy=True),
+        Sampling(3.0, top_k=20),  # by torch's operations
+    ],
+)
+def test_a_column_is_drawn_as_by_torch(sampling, width):
+    from stage_rl.rollout.kernels import TritonBackend
+
+    torch.manual_seed(0)
+    logits_RV = 3 * torch.randn(16 if sampling.guided else 8, width, device=DEVICE)
+    uniforms_N = torch.rand(8, device=DEVICE)
+    ours = TritonBackend().draw(logits_RV, uniforms_N, sampling)
+    theirs = Backend().draw(logits_RV, uniforms_N, sampling)
+    assert_close(vars(ours), vars(theirs), atol=1e-4, rtol=0)
+
+
+@kernels
+@pytest.mark.parametrize(
+    ("uniform", "token"), [(0.0, 1), (0.4, 1), (0.6, 2100), (1 - 2**-24, 2100)]
+)
+def test_a_token_without_probability_is_never_drawn(uniform, token):
+    from stage_rl.rollout.draw_kernel import draw_tokens
+
+    logits_RV = torch.full((1, 2500), -1e4, device=DEVICE)
+    logits_RV[0, [1, 2100]] = 0.0
+    drawn = draw_tokens(logits_RV, torch.tensor([uniform], device=DEVICE), Sampling())
+    assert drawn.tokens_N.tolist() == [token]
+    assert drawn.logprobs_N.item() == pytest.approx(-0.6931472, abs=1e-6)
+    assert drawn.entropy_N.item() == pytest.approx(0.6931472, abs=1e-6)
+
+
+@kernels
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_what_is_drawn_from_logits_that_are_not_finite_says_so():
+    from stage_rl.rollout.draw_kernel import draw_tokens
+
+    for value in (float("nan"), float("inf")):
+        logits_RV = torch.zeros(1, 300, device=DEVICE)
+        logits_RV[0, 7] = value
+        drawn = draw_tokens(logits_RV, torch.tensor([0.5], device=DEVICE), Sampling())
+        assert 0 <= drawn.tokens_N.item() < 300
+        assert not drawn.guided_logprobs_N.isfinite().item()
+
+
+@kernels
 @pytest.mark.parametrize(
     ("family", "guidance_scale"),
     [

@@ -36,6 +36,7 @@ CPU_ROWS = {
     "cpu-memory": "stage bench memory",
     "cpu-fsdp2": "stage bench fsdp2",
     "cpu-decode-attention": "stage bench decode-attention",
+    "cpu-draw": "stage bench draw",
 }
 """Names of files without suffix, and the commands that make them with --json FILE."""
 GPU_ROWS = {
@@ -44,6 +45,7 @@ GPU_ROWS = {
     "gpu-train-1b": "stage bench gpu --part train-1b",
     "gpu-step-7b": "stage bench gpu --part step-7b",
     "gpu-decode-attention": "stage bench decode-attention",
+    "gpu-draw": "stage bench draw",
     "gpu-scale": "stage bench scale --model janus-1b --image-sizes 256,384",
 }
 """The parts of `stage bench gpu` write their files themselves."""

@@ -20,6 +20,7 @@ BENCHMARKS = {
     "gpu": "Whether a GPU computes what it should, and how fast: the acceptance run.",
     "rollout": "The engine against transformers' own generate.",
     "decode-attention": "The attention kernel against what a copy moves (GPU).",
+    "draw": "The kernel that draws a token against torch's operations (GPU).",
     "scale": "What a step costs for each image, against group size and tokens.",
     "mismatch": "What the engine and the trainer say of the same tokens.",
     "logprobs": "Chunked log-probability and entropy against the naive form.",
@@ -37,6 +38,7 @@ BENCHMARKS = {
 MODULES = {
     "gpu": "gpu.acceptance",
     "decode-attention": "gpu.decode_attention",
+    "draw": "gpu.draw",
     "conflict": "signal.conflict",
     "gradient-signal": "signal.gradient_signal",
 }

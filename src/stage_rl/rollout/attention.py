@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
+from stage_rl.rollout.sampling import Drawn, Sampling, draw_tokens
+
 BLOCK = 32
 """Positions that lie together."""
 
@@ -231,6 +233,10 @@ class Backend:
         """silu(gate) x up, in the dtype of the input."""
         gate, up = gate_up_MF.chunk(2, -1)
         return silu(gate) * up
+
+    def draw(self, logits_RV: Tensor, uniforms_N: Tensor, sampling: Sampling) -> Drawn:
+        """A token of every image from the logits of a column."""
+        return draw_tokens(logits_RV, uniforms_N, sampling)
 
     def attention(
         self,

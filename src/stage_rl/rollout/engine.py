@@ -19,10 +19,9 @@ from torch.nn.functional import pad
 from stage_rl.errors import InputError
 from stage_rl.openmp import sleep_beside_others
 from stage_rl.policies.base import Policy, Prefix, TokenLayout
-from stage_rl.policies.logprobs import guide
 from stage_rl.rollout.attention import Backend, KeyValueCache
 from stage_rl.rollout.decoder import CACHE_DTYPES, LINEAR_DTYPES, Decoder
-from stage_rl.rollout.sampling import Sampling, conditional_statistics, draw, entropy
+from stage_rl.rollout.sampling import Sampling
 
 BACKENDS = ("eager", "triton")
 
@@ -387,22 +386,14 @@ class DecodeState:
 
     def draw(self) -> Tensor:
         """Draws the token of every image and records it; the rows of the next inputs, N."""
-        num_images, sampling = len(self._tokens), self._sampling
-        cond_NV = guided_NV = self.logits_RV[:num_images]
-        if sampling.guided:
-            guided_NV = guide(cond_NV, self.logits_RV[num_images:], sampling.guidance_scale)
         token_1 = self._columns.token_U.index_select(0, self._column)
         uniforms_N = self._uniforms.index_select(1, token_1)[:, 0]
-        probs_NV = cond_NV.softmax(-1) if sampling.plain else None
-        tokens_N, guided_logprobs_N = draw(guided_NV, uniforms_N, sampling, probs_NV)
-        logprobs_N, entropy_N = conditional_statistics(cond_NV, tokens_N, probs_NV)
-        known = [logprobs_N, guided_logprobs_N, entropy_N]
-        if sampling.guided_entropy:
-            known.append(entropy(guided_NV) if sampling.guided else entropy_N)
-        for buffer, values_N in zip((self._tokens, *self._known), (tokens_N, *known), strict=True):
+        drawn = self._decoder.backend.draw(self.logits_RV, uniforms_N, self._sampling)
+        known = [part for part in vars(drawn).values() if part is not None]
+        for buffer, values_N in zip((self._tokens, *self._known), known, strict=True):
             buffer.index_copy_(1, token_1, values_N[:, None])
         fixed_1 = self._columns.fixed_U.index_select(0, self._column)
-        return torch.where(fixed_1 < 0, tokens_N, fixed_1)
+        return torch.where(fixed_1 < 0, drawn.tokens_N, fixed_1)
 
     def result(self) -> Generated:
         """A copy of what was drawn, which the next pass leaves alone."""

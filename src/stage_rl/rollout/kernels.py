@@ -30,6 +30,8 @@ from stage_rl.rollout.attention import (
     Heads,
     KeyValueCache,
 )
+from stage_rl.rollout.draw_kernel import draw_tokens
+from stage_rl.rollout.sampling import Drawn, Sampling
 
 
 class TritonBackend(Backend):
@@ -73,6 +75,12 @@ class TritonBackend(Backend):
         kernel: Any = _swiglu[num_rows, triton.cdiv(width, 1024)]
         kernel(gate_up_MF, out, width, SIZE=1024, enable_fp_fusion=True)
         return out
+
+    def draw(self, logits_RV: Tensor, uniforms_N: Tensor, sampling: Sampling) -> Drawn:
+        # To leave tokens out, or to take the likeliest, is not in the kernel.
+        if not sampling.whole:
+            return super().draw(logits_RV, uniforms_N, sampling)
+        return draw_tokens(logits_RV, uniforms_N, sampling)
 
     def attention(
         self,

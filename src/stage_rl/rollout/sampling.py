@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stage_rl.errors import InputError
-from stage_rl.policies.logprobs import CONDITIONAL, Scoring
+from stage_rl.policies.logprobs import CONDITIONAL, Scoring, guide
 from stage_rl.settings import MAX_GUIDANCE, MAX_TEMPERATURE, MIN_TEMPERATURE
 
 
@@ -54,10 +54,14 @@ class Sampling:
         return self.guidance_scale != 1
 
     @property
+    def whole(self) -> bool:
+        """Whether any token of the codebook may be drawn."""
+        return self.temperature > 0 and self.top_k == 0 and self.top_p == 1
+
+    @property
     def plain(self) -> bool:
         """Whether tokens are drawn from all of the conditional distribution as it is."""
-        whole = self.top_k == 0 and self.top_p == 1
-        return whole and self.temperature == 1 and not self.guided
+        return self.whole and self.temperature == 1 and not self.guided
 
     def scoring(self, logprobs: Literal["conditional", "guided", "guided_detached"]) -> Scoring:
         """How a recipe scores: guided forms what was sampled from, so that nothing can differ."""
@@ -92,6 +96,36 @@ def _stream(*, key: tuple[int, int], counter: tuple[int, int, int, int]) -> np.r
     # Philox counts up in its first word, so streams that differ in another word never meet.
     words = np.array(counter, dtype=np.uint64), np.array(key, dtype=np.uint64)
     return np.random.Generator(np.random.Philox(counter=words[0], key=words[1]))
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A token of every image, and what the sampler knew of it (nats)."""
+
+    tokens_N: Tensor
+    logprobs_N: Tensor
+    """Conditional, temperature 1."""
+    guided_logprobs_N: Tensor
+    """Under the distribution that the token was drawn from."""
+    entropy_N: Tensor
+    """Of the conditional distribution, temperature 1."""
+    guided_entropy_N: Tensor | None
+    """Of the guided distribution, temperature 1, where `Sampling.guided_entropy` asks."""
+
+
+def draw_tokens(logits_RV: Tensor, uniforms_N: Tensor, sampling: Sampling) -> Drawn:
+    """Guidance, draw and statistics; of 2 N rows the second half is unconditional."""
+    num_images = len(uniforms_N)
+    cond_NV = guided_NV = logits_RV[:num_images]
+    if sampling.guided:
+        guided_NV = guide(cond_NV, logits_RV[num_images:], sampling.guidance_scale)
+    probs_NV = cond_NV.softmax(-1) if sampling.plain else None
+    tokens_N, guided_logprobs_N = draw(guided_NV, uniforms_N, sampling, probs_NV)
+    logprobs_N, entropy_N = conditional_statistics(cond_NV, tokens_N, probs_NV)
+    guided_entropy_N = None
+    if sampling.guided_entropy:
+        guided_entropy_N = entropy(guided_NV) if sampling.guided else entropy_N
+    return Drawn(tokens_N, logprobs_N, guided_logprobs_N, entropy_N, guided_entropy_N)
 
 
 def draw(

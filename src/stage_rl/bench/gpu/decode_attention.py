@@ -7,10 +7,7 @@ are compared with torch.
 from __future__ import annotations
 
 import itertools
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -20,6 +17,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from stage_rl.bench.base import BenchResult, copy_bytes_per_s, flat, interleaved, table
+from stage_rl.bench.gpu.interpreter import in_interpreter
 from stage_rl.distributed import pick_device
 from stage_rl.errors import InputError
 from stage_rl.rollout.attention import CacheShape, KeyValueCache, length_mask
@@ -77,7 +75,7 @@ def run(
 
 
 def _interpreted() -> BenchResult:
-    measures = in_interpreter("print_differences()")
+    measures = in_interpreter(__name__, "differences()")
     fp32, bf16 = (
         max(value for key, value in measures.items() if f"_{name}_" in key)
         for name in ("fp32", "bf16")
@@ -90,30 +88,14 @@ def _interpreted() -> BenchResult:
     )
 
 
-def in_interpreter(call: str) -> dict[str, float]:
-    """What a call of a function of this file prints as JSON, by a process with the interpreter.
-
-    Triton chooses it when it is imported, and here it may have been.
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", f"from {__name__} import *; {call}"],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def print_differences() -> None:
-    """Prints differences from torch as JSON, by precision and length."""
+def differences() -> dict[str, float]:
+    """From torch, by precision and length."""
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    found = {
+    return {
         f"difference_{name}_l{length}": _difference(CacheShape(1, 2, 16, dtype), [length] * 2)
         for name, dtype in dtypes.items()
         for length in (1, 31, 64, 65, 200)
     }
-    print(json.dumps(found))
 
 
 def differences_of_lengths(heads: int, head_dim: int, num_lengths: int) -> dict[str, float]:
@@ -122,7 +104,8 @@ def differences_of_lengths(heads: int, head_dim: int, num_lengths: int) -> dict[
     """
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         return in_interpreter(
-            f"print(json.dumps(differences_of_lengths({heads}, {head_dim}, {num_lengths})))"
+            __name__,
+            f"print(json.dumps(differences_of_lengths({heads}, {head_dim}, {num_lengths})))",
         )
     lengths = range(1, num_lengths + 1)
     parts = [lengths[first : first + ROWS] for first in range(0, num_lengths, ROWS)]

@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from stage_rl.bench import rollout
 from stage_rl.bench.base import BenchResult, flat, table
+from stage_rl.bench.gpu import draw
 from stage_rl.bench.gpu.checks import Checks, Sizes
 from stage_rl.bench.models import policy_of
 from stage_rl.bench.rollout import engine_form
@@ -44,6 +45,7 @@ def drawing(sizes: Sizes) -> Checks:
         "rollout-7b": partial(rollout.run, model=sizes.large, **options),
         "profile-1b": partial(profile_step, sizes, sizes.small),
         "profile-7b": partial(profile_step, sizes, sizes.large),
+        "draw": partial(draw.run, images=sizes.num_prompts * sizes.group_size),
     }
 
 
