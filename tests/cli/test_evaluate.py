@@ -8,6 +8,7 @@ import pytest
 
 from stage_rl import api
 from stage_rl.cli.evaluate import UNDERSTANDING
+from stage_rl.evaluation import needs
 from stage_rl.evaluation.understanding import BENCHMARKS
 
 
@@ -76,14 +77,19 @@ def test_eval_runs_benchmarks_with_settings_of_their_rewards(tmp_path, called, s
     assert called["request"].data == tmp_path
 
 
-def test_eval_lists_what_each_benchmark_needs_and_what_is_missing(tmp_path, stage):
+def test_eval_lists_what_each_benchmark_needs_and_what_is_missing(tmp_path, stage, monkeypatch):
+    monkeypatch.setattr(needs.torch.cuda, "is_available", lambda: False)
     (tmp_path / "drawbench").mkdir()
     (tmp_path / "drawbench/prompts.csv").touch()
     done = stage("eval", "--benchmark", "list", "--data", tmp_path)
     assert done.exit_code == 0, done.output
     lines = {line.split()[0]: line for line in done.stdout.splitlines() if line}
     assert lines["shapes-geneval"].endswith("nothing")
-    assert re.search(r"800 x 1 +Qwen/Qwen3-VL-8B-Instruct", lines["geneval2"])
+    assert "facebook/mask2former-swin-small-coco-instance, openai/clip-vit-l" in lines["geneval"]
+    assert re.search(r"800 x 1 +Qwen/Qwen3-VL-8B-Instruct +17\.5 +not known", lines["geneval2"])
+    assert lines["geneval2"].endswith("; a GPU of 17.5 GB")
+    assert re.search(r"rapidocr, openai/clip-vit-large-patch14 +0 +60 ", lines["cvtg"])
+    assert "GPU of" not in lines["cvtg"]
     assert "--data has no questions/geneval2.jsonl; Qwen/Qwen3-VL-8B-" in lines["geneval2"]
     assert f"--data {tmp_path}: has no coco/val2014/COCO_val2014_" in lines["pope"]
     assert "has no mmbench/MMBench_DEV_EN.tsv" in lines["mmbench"]
@@ -96,6 +102,21 @@ def test_eval_lists_what_each_benchmark_needs_and_what_is_missing(tmp_path, stag
     assert lines["ocr"].endswith("package paddleocr")
     assert "--data" not in lines["drawbench"]
     assert "aesthetic.head: is required" in lines["drawbench"]
+
+
+def test_weights_are_here_where_a_file_of_them_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(needs, "HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--x--y/snapshots/0"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").touch()  # all that an interrupted download left
+    for path in ("x/y", str(snapshot)):
+        assert not needs.is_here(path)
+        assert needs.is_here(path, has_weights=False)
+    (snapshot / "model.safetensors").touch()
+    assert needs.is_here("x/y")
+    assert needs.is_here(str(snapshot))
+    assert needs.is_here(str(snapshot / "config.json"))
+    assert not needs.is_here("x/z")
 
 
 def test_eval_scores_external_images(tmp_path, called, stage):

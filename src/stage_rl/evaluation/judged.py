@@ -67,7 +67,8 @@ def _suite(
     of_image: OfImage,
     aggregate: Callable[[Sequence[PromptAnswers]], Mapping[str, float]],
     task_of: Callable[[Prompt], str],
-    gpu: str,
+    gpu_gb: float | None = None,
+    minutes: float | None = None,
 ) -> Suite:
     source, file = SOURCES[name], f"questions/{name}.jsonl"
     judge = next(iter(scorers))
@@ -92,7 +93,8 @@ def _suite(
         pooled=True,
         answers=judge,
         aggregate=aggregate,
-        gpu=gpu,
+        gpu_gb=gpu_gb,
+        minutes=minutes,
     )
 
 
@@ -132,7 +134,7 @@ GENEVAL2 = _suite(
     of_image=lambda row: 100 * geometric_mean(_values(row)),
     aggregate=soft_tifa,
     task_of=_group("atoms", " atoms"),
-    gpu="17.5 GB, minutes",
+    gpu_gb=17.5,
 )
 
 DPG = _suite(
@@ -150,7 +152,7 @@ DPG = _suite(
     of_image=_dependent("zeroed", 100),
     aggregate=partial(dependency_graph, scale=100),
     task_of=lambda prompt: "prompts",
-    gpu="under 1 h",
+    minutes=60,
 )
 
 WISE = _suite(
@@ -167,7 +169,7 @@ WISE = _suite(
     of_image=_mean,
     aggregate=wise_weights,
     task_of=_group("category"),
-    gpu="70 GB",
+    gpu_gb=70,
 )
 
 ONEIG_ALIGNMENT = _suite(
@@ -183,7 +185,7 @@ ONEIG_ALIGNMENT = _suite(
     of_image=_dependent("raw", 1),
     aggregate=alignment,
     task_of=_group("category"),
-    gpu="17 GB, under 1 h",
+    minutes=60,
 )
 
 ONEIG_TEXT = _suite(
@@ -193,7 +195,6 @@ ONEIG_TEXT = _suite(
     of_image=lambda row: text_rendering([row])["text"],
     aggregate=text_rendering,
     task_of=lambda prompt: "prompts",
-    gpu="17 GB, minutes",
 )
 
 LONGTEXT = _suite(
@@ -203,7 +204,7 @@ LONGTEXT = _suite(
     of_image=_words,
     aggregate=word_overlap,
     task_of=_group("category"),
-    gpu="17 GB, 15 min",
+    minutes=15,
 )
 
 
@@ -236,7 +237,8 @@ CVTG = replace(
         of_image=_found_words,
         aggregate=region_words,
         task_of=_group("regions", " regions"),
-        gpu="none needed, under 1 h",
+        gpu_gb=0,
+        minutes=60,
     ),
     measures_of=_cvtg,
 )
@@ -253,7 +255,8 @@ UNIGENBENCH = _suite(
     of_image=partial(_mean, scale=100),
     aggregate=ten_dimensions,
     task_of=_group("category"),
-    gpu="65 GB, 1 h",
+    gpu_gb=65,
+    minutes=60,
 )
 
 TIIF = _suite(
@@ -269,5 +272,6 @@ TIIF = _suite(
     of_image=partial(_mean, scale=100),
     aggregate=nine_groups,
     task_of=_group("length"),
-    gpu="17.5 GB, 20 min",
+    gpu_gb=17.5,
+    minutes=20,
 )

@@ -35,49 +35,68 @@ def missing_parts(suite: Suite, overrides: Overrides) -> list[str]:
 def missing_weights(suite: Suite, overrides: Overrides) -> list[str]:
     """The weights of its rewards that are not on this machine; as `missing_parts`."""
     configs = [config for _, config in scorers_of(suite, overrides, smoke=False).values()]
-    paths = [path for config in configs for path in _weights(config.model_dump())]
-    return [path for path in dict.fromkeys(paths) if not is_here(path)]
+    named = dict.fromkeys(one for config in configs for one in _weights(config.model_dump()))
+    lacking = [path for key, path in named if not is_here(path, has_weights=key != "base")]
+    return list(dict.fromkeys(lacking))
 
 
-def is_here(path: str) -> bool:
-    """Whether weights are a file or folder, or a hub id that was downloaded before."""
-    if Path(path).expanduser().exists():
+ENDINGS = (".safetensors", ".bin", ".pt", ".pth")
+
+
+def is_here(path: str, *, has_weights: bool = True) -> bool:
+    """Whether weights are a file, a folder, or a hub id that was downloaded before; of folders one
+    that holds such a file, or without `has_weights` any.
+    """
+    local = Path(path).expanduser()
+    if local.is_file():
         return True
-    snapshots = Path(HF_HUB_CACHE) / f"models--{path.replace('/', '--')}" / "snapshots"
-    return snapshots.is_dir() and any(snapshots.iterdir())
+    hub = Path(HF_HUB_CACHE) / f"models--{path.replace('/', '--')}" / "snapshots"
+    folder = local if local.is_dir() else hub
+    return any(
+        file.is_file() and (file.suffix in ENDINGS or not has_weights)
+        for file in folder.glob("**/*")
+    )
+
+
+HEADS = ("benchmark", "prompts", "judged by", "GPU, GB", "minutes", "missing here")
+
+NOT_KNOWN = "not known"
 
 
 def needs_table(suites: list[Suite], data: Path | None, overrides: Overrides) -> str:
     """A line for each benchmark: prompts, who judges, what of a GPU it takes, what is missing."""
-    rows = [["benchmark", "prompts", "judged by", "on one GPU", "missing here"]]
-    rows += [_row(suite, data, overrides) for suite in suites]
-    for one in BENCHMARKS.values():
-        rows.append([one.name, one.size, "the model answers", "minutes", _lacks(one, data)])
-    there = torch.cuda.is_available()
-    memory = torch.cuda.get_device_properties(0).total_memory if there else 0
-    here = f"{memory / 1e9:.0f} GB" if there else "none"
+    has_gpu = torch.cuda.is_available()
+    here_gb = torch.cuda.get_device_properties(0).total_memory / 1e9 if has_gpu else 0.0
+    rows = [list(HEADS), *(_row(suite, data, overrides, here_gb) for suite in suites)]
+    rows += [
+        [one.name, one.size, "the model answers", NOT_KNOWN, NOT_KNOWN, _lacks(one, data)]
+        for one in BENCHMARKS.values()
+    ]
     # Texts of such lengths read better from the left.
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
     lines = [line.rstrip() for line in aligned(padded)]
+    here = f"{here_gb:.0f} GB" if here_gb else "none"
     return "\n".join([*lines, "", f"GPU memory here: {here}. Memory and times are estimates."])
 
 
-def _row(suite: Suite, data: Path | None, overrides: Overrides) -> list[str]:
-    size = suite.prompt_set.size
+def _row(suite: Suite, data: Path | None, overrides: Overrides, here_gb: float) -> list[str]:
+    size, known = suite.prompt_set.size, (suite.gpu_gb, suite.minutes)
     prompts = f"{size} x {suite.images_per_prompt}" if size else "its own"
-    judges = ", ".join(
-        _judge({**scorer.settings, **(overrides.get(name) or {})})
-        for name, scorer in suite.scorers.items()
-    )
     absent = missing_data(suite, data)
     missing = [absent] if absent else []
     try:
+        configs = scorers_of(suite, overrides, smoke=False)
+        judges = [_judge(config.model_dump()) for _, config in configs.values()]
         missing += [*missing_weights(suite, overrides), *missing_parts(suite, overrides)]
     except InputError as error:
+        judges = [_judge(scorer.settings) for scorer in suite.scorers.values()]
         missing.append(str(error).partition(";")[0].removeprefix(f"{suite.name}: "))
-    gpu = suite.gpu or "not measured"
-    return [suite.name, prompts, judges, gpu, "; ".join(missing) or "nothing"]
+    if suite.gpu_gb is not None and suite.gpu_gb > here_gb:
+        missing.append(f"a GPU of {suite.gpu_gb:g} GB")
+    numbers = [NOT_KNOWN if number is None else f"{number:g}" for number in known]
+    judged_by = ", ".join(dict.fromkeys(judges))
+    return [suite.name, prompts, judged_by, *numbers, "; ".join(missing) or "nothing"]
 
 
 def _lacks(asked: Understanding, data: Path | None) -> str:
@@ -90,16 +109,18 @@ def _lacks(asked: Understanding, data: Path | None) -> str:
 
 
 def _judge(settings: Mapping[str, Any]) -> str:
-    """A reward by its weights where it names some, else by its kind."""
+    """A reward by its program, its weights or its engine, whichever it has, else by its kind."""
     if settings["kind"] == "external":
         return Path(str(settings["command"][-1])).stem
-    return str(settings.get("path", settings["kind"].rpartition(":")[2]))
+    weights = dict.fromkeys(path for key, path in _weights(settings) if key != "base")
+    return ", ".join(weights) or str(settings.get("engine", settings["kind"].rpartition(":")[2]))
 
 
-def _weights(settings: Any) -> Iterator[str]:
+def _weights(settings: Any) -> Iterator[tuple[str, str]]:
+    """Key and value of every setting that names weights, on whatever level."""
     if isinstance(settings, Mapping):
         for key, value in settings.items():
             if key in WEIGHTS and isinstance(value, str):
-                yield value
+                yield key, value
             else:
                 yield from _weights(value)

@@ -134,8 +134,10 @@ class Suite:
     """The scorer whose answers to questions, or whose replies, are aggregated."""
     aggregate: Callable[[Sequence[PromptAnswers]], Mapping[str, float]] | None = None
     """The figures that papers print, from all of them."""
-    gpu: str = ""
-    """What scoring takes of a GPU, as far as it is known: memory, and time with one."""
+    gpu_gb: float | None = None
+    """Memory that its judge takes of a GPU, in GB; 0: it needs none; None: not known."""
+    minutes: float | None = None
+    """How long scoring takes with one GPU, or an upper bound of it; None: not known."""
 
     def examples(self, data: Path | None, number: int) -> list[Prompt]:
         """So many prompts, the first of each task, then the second of each, and so on."""
@@ -184,6 +186,7 @@ GENEVAL = Suite(
     measures_of=_geneval,
     by_task=("correct", "strict", "reward"),
     figures_of=_correct_images,
+    minutes=4,
 )
 
 DIVERSITY = Suite(
