@@ -14,7 +14,7 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-QWENS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
+QWENS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe")
 
 MARKS = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"),
@@ -114,11 +114,14 @@ def _qwen(kind: str) -> Any:
         rope |= {"mrope_interleaved": True}
     if kind == "qwen3_vl":
         vision |= {"deepstack_visual_indexes": [0]}
-    if kind == "qwen3_5":
+    if kind.startswith("qwen3_5"):
         sizes = ("key_head_dim", "value_head_dim", "num_key_heads", "num_value_heads")
         text |= {f"linear_{name}": 8 if "dim" in name else 2 for name in sizes}
         text |= {"layer_types": ["linear_attention", "full_attention"]}
         rope |= {"partial_rotary_factor": 1.0}
+    if kind == "qwen3_5_moe":
+        text |= {"num_experts": 4, "num_experts_per_tok": 2}
+        text |= {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
     return AutoConfig.for_model(
         kind,
         text_config={**text, "rope_parameters": rope},

@@ -1,6 +1,7 @@
 """From answers to published figures, against numbers worked out by hand and published ones."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from stage_rl.evaluation.aggregation import (
     word_overlap,
 )
 from stage_rl.prompts.questions import Question
+from stage_rl.rewards.vlm.judge import read_lines
 
 DATA = Path(__file__).parents[1] / "data" / "benchmarks"
 
@@ -119,6 +121,30 @@ def test_nine_groups_of_the_raw_answers_of_janus_pro():
     assert figures["short: Attribute"] == pytest.approx(25 * (0.8 + 0.8 + 0.76 + 0.62))
     without = [one for one in rows if one.groups["attribute"] != "real_world"]
     assert "short" not in nine_groups(without)
+
+
+@pytest.mark.skipif("STAGE_BENCHMARK_CLONES" not in os.environ, reason="names no folder of clones")
+@pytest.mark.parametrize(
+    ("judge", "short", "long"), [("QwenVL", 65.38, 61.10), ("GPT-4o", 66.67, 65.19)]
+)
+def test_what_the_judges_of_janus_pro_wrote_makes_the_published_figures(judge, short, long):
+    subset = "testmini_subset_eval_results"
+    folder = Path(os.environ["STAGE_BENCHMARK_CLONES"]) / "TIIF-Bench/eval-results" / subset
+    files = sorted((folder / f"{subset}_{judge}/Janus-Pro").glob("*/*/*.json"))
+    if not files:
+        pytest.skip(f"{folder} has no answers")
+    rows = []
+    for file in files:
+        record = json.loads(file.read_text())
+        expected = record["gt_answers"]
+        asked = [Question(id=n, text="?", expected=word) for n, word in enumerate(expected, 1)]
+        values = read_lines(record["model_output"], asked)
+        assert values is not None, file
+        groups = {"length": file.parent.name, "attribute": record["attribute"]}
+        rows.append(row(values, groups=groups))
+    assert len(rows) == 554
+    figures = nine_groups(rows)
+    assert (figures["short"], figures["long"]) == pytest.approx((short, long), abs=0.005)
 
 
 def test_ten_dimensions_of_janus_pro_have_the_published_mean():

@@ -442,6 +442,7 @@ def test_prompts_that_cannot_be_found_are_named(tmp_path):
     ]
     # The prompts of this one come with the package, its judge does not.
     assert "longtext is not run: Qwen/Qwen2.5-VL-7B-Instruct is not on this machine" in lines
+    (tmp_path / "model.safetensors").touch()
     there = Request(data=tmp_path, scorers={"judge": {"path": str(tmp_path)}})
     assert not any(line.startswith("longtext") for line in skipped(["all"], there))
     # What reads and what answers is looked for before anything is drawn.

@@ -127,6 +127,28 @@ def test_a_row_of_another_form_is_one_line(tmp_path, monkeypatch):
     assert question_sources._blob(tmp_path / "x") == "ce013625030ba8dba906f756967f9e9ca394464a"
 
 
+def test_texts_of_another_number_of_prompts_or_words_are_not_cvtgs(tmp_path):
+    # 1,999 prompts of eight words and one of the 214 that are left of 16,206.
+    sizes = {"CVTG": (200, 301, 300, 201), "CVTG-Style": (200, 299, 302, 197)}
+    for name, numbers in sizes.items():
+        (tmp_path / name).mkdir()
+        for regions, number in zip((2, 3, 4, 5), numbers, strict=True):
+            prompts = ["a sign 'a b c d' over 'e f g h'"] * number
+            if (name, regions) == ("CVTG", 2):
+                prompts[0] = f"a sign '{'x ' * 214}'"
+            rows = [{"index": i, "prompt": text} for i, text in enumerate(prompts)]
+            (tmp_path / name / f"{regions}.json").write_text(json.dumps({"data_list": rows}))
+    header, records = convert_questions("cvtg", tmp_path)
+    assert (header.prompts, len(records[0].fields["text"].split())) == (2000, 214)
+    file = tmp_path / "CVTG/2.json"
+    file.write_text(file.read_text().replace("x x", "x"))
+    with pytest.raises(InputError, match=r"with 16099 words, expected \[200, 301.*16206"):
+        convert_questions("cvtg", tmp_path)
+    (tmp_path / "CVTG-Style/5.json").unlink()
+    with pytest.raises(InputError, match=r"200, 299, 302\] prompts with"):
+        convert_questions("cvtg", tmp_path)
+
+
 def test_a_broken_line_is_named_by_its_number(tmp_path):
     file = tmp_path / "broken.jsonl"
     header = {"benchmark": "x", "source": "x", "licence": "x", "images_per_prompt": 1, "prompts": 1}

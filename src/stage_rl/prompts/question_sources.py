@@ -327,19 +327,34 @@ def _longtext(clone: Path) -> Iterator[QuestionRecord]:
         )
 
 
+CVTG_PROMPTS = [200, 301, 300, 201, 200, 299, 302, 197]
+"""Of 2 to 5 texts each, in CVTG and in CVTG-Style."""
+
+CVTG_WORDS = 16_206
+
+
 def _cvtg(clone: Path) -> Iterator[QuestionRecord]:
+    """No sum of the files is known, so prompts and words are counted."""
+    prompts, num_words = [], 0
     for file in sorted(clone.glob("CVTG*/[2-5].json")):
         content = _json(file.read_text(encoding="utf-8"), str(file))
         for number, row in enumerate(content["data_list"], 1):
             if not {"prompt", "index"} <= row.keys():
                 raise InputError(f"{file}: entry {number} has no prompt or no index")
             words = " ".join(re.findall(r"'(.*?)'", row["prompt"])).lower().split()
+            num_words += len(words)
             yield QuestionRecord(
                 id=f"{file.parent.name}-{file.stem}-{row['index']}",
                 text=row["prompt"],
                 groups={"regions": file.stem, "set": file.parent.name},
                 fields={"text": " ".join(words)},
             )
+        prompts.append(len(content["data_list"]))
+    if (prompts, num_words) != (CVTG_PROMPTS, CVTG_WORDS):
+        raise InputError(
+            f"{clone}: {prompts} prompts with {num_words} words, expected {CVTG_PROMPTS} with "
+            f"{CVTG_WORDS}; get the whole of dnkdnk/CVTG-2K"
+        )
 
 
 # UniGenBench++, English and short: test points with what they mean.
