@@ -226,6 +226,7 @@ def _grounded(name: str) -> dict[str, Any]:
     return {"kind": f"compbench_{name}", "detector": {"kind": "grounding_dino"}}
 
 
+# All eight categories: T2I-CompBench++.
 T2I_COMPBENCH = Suite(
     name="t2i-compbench",
     prompt_set=PromptSet(
