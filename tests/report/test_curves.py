@@ -120,6 +120,18 @@ def test_the_frontier_is_read_at_the_root_of_the_divergence(study, tmp_path):
         assert errors[root] == pytest.approx(abs(second - first) / math.sqrt(2) / math.sqrt(2))
 
 
+@pytest.mark.parametrize(
+    "names", [("GRPO", "STAGE"), ("beta_matched_in_the_healthy_cell", "x" * 30)]
+)
+def test_the_names_of_arms_end_within_the_figure(study, names):
+    with paper_style():
+        figure = frontier([study], labels=list(names)).figure
+        figure.draw_without_rendering()
+        (legend,) = figure.legends
+        box = legend.get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.width
+
+
 def test_runs_of_one_recipe_and_several_seeds_are_one_curve(a_run_folder, tmp_path):
     runs = [
         a_run_folder("a", [{"reward/mean": 1.0}, {"reward/mean": 2.0}], "seed=1"),

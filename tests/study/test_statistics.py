@@ -36,6 +36,13 @@ def test_few_or_equal_values_have_no_invented_interval(values, error, interval):
     assert result.interval == interval
 
 
+def test_without_draws_there_is_no_interval():
+    # std 1.5275, over sqrt(3)
+    result = estimate([1.0, 2.0, 4.0], draws=0)
+    assert result[:2] == (pytest.approx(7 / 3), pytest.approx(0.8819, abs=1e-4))
+    assert result.interval is None
+
+
 def test_the_bca_interval_covers_the_mean_as_often_as_it_says():
     rng = np.random.default_rng(0)
     samples = rng.normal(size=(100, 20))

@@ -37,6 +37,8 @@ Row = list[Any]
 
 WIDTH_IN, HEIGHT_IN = 2.2, 1.8
 """Of a panel."""
+ENTRY_IN, LETTER_IN = 0.55, 0.056
+"""Of a legend: the line and the gaps of an entry, and what a letter takes."""
 
 
 def curves(inputs: Sequence[Path], *, window: int = 10, **chosen: Any) -> Drawing:
@@ -164,4 +166,6 @@ def _add_legend(
     ]
     handles += [Line2D([], [], color="0.4", ls=ls, label=name) for name, ls in styles.items()]
     if len(handles) > 1:
-        figure.legend(handles=handles, loc="outside upper center", ncols=5)
+        longest = max(len(str(handle.get_label())) for handle in handles)
+        columns = int(figure.get_figwidth() / (ENTRY_IN + LETTER_IN * longest))
+        figure.legend(handles=handles, loc="outside upper center", ncols=max(1, columns))

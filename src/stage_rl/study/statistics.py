@@ -30,14 +30,16 @@ class Estimate(NamedTuple):
 
 
 def estimate(values_N: ArrayLike, *, draws: int = 9999, seed: int = 0) -> Estimate:
-    """Mean, standard error and BCa interval (Efron 1987) of values that are finite."""
+    """Mean, standard error and BCa interval (Efron 1987) of values that are finite; without `draws`
+    no interval.
+    """
     values_N = np.asarray(values_N, float)
     assert values_N.ndim == 1, values_N.shape
     assert len(values_N), "no value"
     assert np.isfinite(values_N).all(), values_N
     count, mean = len(values_N), float(values_N.mean())
     error = float(values_N.std(ddof=1) / math.sqrt(count)) if count > 1 else None
-    if count < 3:
+    if count < 3 or not draws:
         return Estimate(mean, error, None, count)
     if np.ptp(values_N) == 0:  # the bootstrap has no distribution
         return Estimate(mean, error, (mean, mean), count)

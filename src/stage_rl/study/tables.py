@@ -334,7 +334,7 @@ def _mean(values: Any, *, count: bool = False) -> str:
     if not found:
         return ""
     number = f" ({len(found)})" if count else ""
-    return f"{_cell(statistics.estimate(found, draws=1))}{number}" if found else ""
+    return f"{_cell(statistics.estimate(found, draws=0))}{number}" if found else ""
 
 
 def _cell(score: statistics.Estimate | None, *, signed: bool = False) -> str:
