@@ -40,6 +40,24 @@ class GrpoLoss(NamedTuple):
     """Share of tokens whose ratio the clip holds back, in [0, 1]."""
 
 
+def image_mean(values_PGT: Tensor, mask_PGT: Tensor | None = None) -> Tensor:
+    """Mean over the tokens of each image, PG. `mask_PGT` (bool) says which of them count, None all;
+    an image without any has 0.
+    """
+    if mask_PGT is None:
+        return values_PGT.mean(dim=-1)
+    counted_PGT = torch.where(mask_PGT, values_PGT, 0.0)
+    return counted_PGT.sum(dim=-1) / mask_PGT.sum(dim=-1).clamp_min(1)
+
+
+def token_mean(values_PGT: Tensor, mask_PGT: Tensor | None = None) -> Tensor:
+    """The mean of equation 3, over the tokens of each image and then over images, a scalar;
+    `mask_PGT` as in `image_mean`.
+    """
+    # Where every image has T tokens one mean is both.
+    return values_PGT.mean() if mask_PGT is None else image_mean(values_PGT, mask_PGT).mean()
+
+
 def group_advantages(rewards_PG: Tensor, eps: float = 1e-4, std_floor: float = 0.0) -> Tensor:
     """Equation 2: advantages_PG = (R - mean) / (max(std, std_floor) + eps) within each group.
 
@@ -119,13 +137,19 @@ def advantage_mask(sim_PGT: Tensor) -> Tensor:
     return ((1 - sim_PGT) / 2).clamp(0, 1)
 
 
-def normalize_mask(mask_PGT: Tensor, eps: float = 1e-6) -> Tensor:
+def normalize_mask(
+    mask_PGT: Tensor, eps: float = 1e-6, *, token_mask_PGT: Tensor | None = None
+) -> Tensor:
     """The mask divided by its mean over the group, so that less similar tokens are amplified.
 
     For one group this is the released code's division by the sum of the mask; `eps` is added to
-    that sum, so a mask of zeros stays 0.
+    that sum, so a mask of zeros stays 0. `token_mask_PGT` says which tokens count, as in
+    `image_mean`; the others get 0.
     """
-    num_tokens = mask_PGT.shape[1] * mask_PGT.shape[2]
+    num_tokens: Tensor | int = mask_PGT.shape[1] * mask_PGT.shape[2]
+    if token_mask_PGT is not None:
+        mask_PGT = mask_PGT * token_mask_PGT
+        num_tokens = token_mask_PGT.sum(dim=(1, 2), keepdim=True)
     return mask_PGT * (num_tokens / (mask_PGT.sum(dim=(1, 2), keepdim=True) + eps))
 
 
@@ -151,9 +175,9 @@ def token_entropy(logits: Tensor) -> Tensor:
     return -(logprobs.exp() * logprobs).sum(dim=-1)
 
 
-def completion_entropy(entropy_PGT: Tensor) -> Tensor:
-    """Equation 10: mean entropy over the tokens of each completion, entropy_PG."""
-    return entropy_PGT.mean(dim=-1)
+def completion_entropy(entropy_PGT: Tensor, mask_PGT: Tensor | None = None) -> Tensor:
+    """Equation 10: mean entropy over the tokens of each completion that count, entropy_PG."""
+    return image_mean(entropy_PGT, mask_PGT)
 
 
 def entropy_bonus(entropy_PG: Tensor, ref_entropy_PG: Tensor) -> Tensor:
@@ -217,6 +241,16 @@ def exact_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
     return (logprobs.exp() * (logprobs - ref_logits.log_softmax(dim=-1))).sum(dim=-1)
 
 
+def clipped_gain(
+    ratio: Tensor, advantages: Tensor, low: float, high: float
+) -> tuple[Tensor, Tensor]:
+    """min(r A, clip(r, 1 - low, 1 + high) A) of equation 3, and where the clip holds it back, bool;
+    of the inputs' shape.
+    """
+    whole, clipped = ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages
+    return torch.minimum(whole, clipped), clipped < whole
+
+
 def grpo_loss(
     ratio: Tensor,
     advantages: Tensor,
@@ -225,18 +259,19 @@ def grpo_loss(
     clip: float = 0.2,
     clip_high: float | None = None,
     beta: float | Tensor,
+    token_mask: Tensor | None = None,
 ) -> GrpoLoss:
     """Equation 3, negated: -min(r A, clip(r, 1 - clip, 1 + clip_high) A) + beta x KL, averaged over
     T, then G, then P.
 
     `ratio` and `kl` are PGT; `advantages` and `beta` anything that broadcasts to it, such as
     advantages_PG[:, :, None] without a mask or beta times `kl_weight`. `clip_high` None is `clip`;
-    an infinite `clip` never binds.
+    an infinite `clip` never binds. `token_mask`, PGT, is that of `image_mean`.
     """
-    clipped = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
-    unclipped_gain, clipped_gain = ratio * advantages, clipped * advantages
-    # Every completion has T tokens and every group G completions, so one mean is all three.
-    policy = -torch.minimum(unclipped_gain, clipped_gain).mean()
-    weighted_kl = (beta * kl).mean()
-    clip_fraction = (clipped_gain < unclipped_gain).float().mean()
+    high = clip if clip_high is None else clip_high
+    gain, held_back = clipped_gain(ratio, advantages, clip, high)
+    # Every group has G completions, so the mean over these is one over groups too.
+    policy = -token_mean(gain, token_mask)
+    weighted_kl = token_mean(beta * kl, token_mask)
+    clip_fraction = token_mean(held_back.float(), token_mask)
     return GrpoLoss(policy + weighted_kl, policy, weighted_kl, clip_fraction)

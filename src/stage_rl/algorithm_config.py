@@ -175,6 +175,11 @@ class AlgorithmConfig(Settings):
         return self.loss if isinstance(self.loss, str) else self.loss["kind"]
 
     @property
+    def clip_range(self) -> tuple[float, float]:
+        """How far the ratio may go below and above 1."""
+        return self.clip, self.clip if self.clip_high is None else self.clip_high
+
+    @property
     def exact_kl(self) -> bool:
         """Whether the KL in the loss is summed over the codebook."""
         return self.kl.estimator == "exact"

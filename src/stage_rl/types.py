@@ -95,7 +95,9 @@ class Rewards:
     valid_P: Tensor
     """False where a reward failed and the whole group is dropped from the step."""
     columns: Mapping[str, Tensor]
-    """Raw scores by reward name, PG; NaN where the reward does not apply to the prompt."""
+    """What is logged under `reward/`, PG: raw scores by reward name, and the extras of a reward and
+    its share of a group's spread under names of their own; NaN where a reward does not apply to the
+    prompt."""
     reasons: tuple[str, ...]
     """One sentence per completion, in the order of the rollout."""
     components: Mapping[str, Tensor] = field(default_factory=dict)

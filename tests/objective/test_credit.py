@@ -1,17 +1,21 @@
 """Credits by the recipe's settings, with hand-worked numbers."""
 
 import math
+from dataclasses import fields, replace
 
 import pytest
 import torch
+from credit_parts import credit_inputs, tensor
 
 from stage_rl.algorithm import group_advantages
 from stage_rl.algorithm_config import AlgorithmConfig
+from stage_rl.errors import RecipeError
 from stage_rl.objective.advantage import entropy_share
-from stage_rl.objective.credit import assign_credit
+from stage_rl.objective.credit import assign_credit, credit_metrics
 from stage_rl.objective.record import CreditOutputs, MeasuredGroups
 from stage_rl.objective.stage import stage
-from stage_rl.training.metrics import equal_group_metrics
+from stage_rl.settings import BUILT_IN, resolve_function
+from stage_rl.training.metrics import credited_metrics, equal_group_metrics
 
 # A group of two with rewards 1 and 0 and two tokens: equal codes, then opposite ones.
 CODES = torch.tensor([[[[1.0, 0.0], [1.0, 0.0]], [[1.0, 0.0], [-1.0, 0.0]]]])
@@ -170,3 +174,116 @@ def test_the_tokens_that_a_mask_leaves_in_effect():
     # Mask (0, 1), over its mean (0, 2): (0 + 2)^2 / (2 x 4).
     result = credits(settings=NO_ENTROPY)
     assert result.metrics["credit/ess"].tolist() == [[0.5, 0.5]]
+
+
+RULES = (
+    *BUILT_IN["credit"],
+    *({"kind": "critical", "daw": daw, "daw_gradient": "through"} for daw in ("release", "paper")),
+    {"kind": "guidance", "eta": "exact"},
+    {"kind": "entropy_bonus", "form": "paper"},
+    {"kind": "high_entropy", "scope": "group"},
+)
+"""Every rule, and its other forms."""
+
+
+def measured(*rewards):
+    """Groups of three images of 4 x 5 tokens with all that a rule may need, some with gradient."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (len(rewards), 3, 20)
+
+    def some(*more):
+        return torch.rand(*shape, *more, generator=generator, dtype=torch.float64)
+
+    known = {name: -some().requires_grad_() for name in ("logprobs_PGT", "ref_logprobs_PGT")}
+    return credit_inputs(
+        tensor([*rewards]),
+        20,
+        **known,
+        grid=(4, 5),
+        codes_PGTC=some(4) - 0.5,
+        entropy_PGT=some(),
+        ref_entropy_PGT=some(),
+        cond_logprobs_PGT=-some(),
+        uncond_logprobs_PGT=-some(),
+        guidance_kl_PGT=some(),
+        embeddings_PGTD=some(4),
+        guided_entropy_PGT=some(),
+    )
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_the_weights_of_every_rule_are_finite_constants_and_not_below_0(rule):
+    inputs = measured([1.0, -0.5, -0.5], [0.2, 0, -0.2])
+    function = resolve_function("credit", rule)
+    outputs = function(inputs, AlgorithmConfig())
+    assert outputs.policy_PGT.isfinite().all()
+    assert outputs.kl_PGT.isfinite().all()
+    known = {f.name: getattr(inputs, f.name) for f in fields(MeasuredGroups)}
+    credit = assign_credit(function, MeasuredGroups(**known), AlgorithmConfig())
+    assert not credit.advantages_PGT.requires_grad
+    assert not credit.kl_weight_PGT.requires_grad
+    assert (outputs.kl_PGT >= 0).all()
+    # The mean of clip(D) of the paper's dynamic weight has the sign of D; here D is of both signs.
+    signed = isinstance(rule, dict) and rule.get("daw") == "paper"
+    assert (outputs.policy_PGT < 0).any() == signed
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_a_group_without_advantages_has_none_of_its_tokens_and_no_bonus(rule):
+    inputs = measured([0.0, 0, 0], [0.2, 0, -0.2])
+    outputs = resolve_function("credit", rule)(inputs, AlgorithmConfig())
+    assert (outputs.policy_PGT * inputs.advantages_PG[..., None])[0].count_nonzero() == 0
+    if outputs.bonus_PGT is not None:
+        assert outputs.bonus_PGT[0].count_nonzero() == 0
+        assert outputs.bonus_PGT[1].count_nonzero() > 0
+
+
+def test_the_size_of_a_weight_is_that_of_a_negative_one_too():
+    outputs = CreditOutputs(tensor([[[0.5, -1.5]]]), tensor([[[1.0, 1]]]))
+    metrics = credit_metrics(outputs, tensor([[1.0]]))
+    assert metrics["credit/policy_weight"].item() == 1
+
+
+def test_the_metrics_of_credit_are_those_of_the_groups_that_are_learned_from():
+    inputs = measured([1.0, -0.5, -0.5], [0.2, 0, -0.2])
+    known = {f.name: getattr(inputs, f.name) for f in fields(MeasuredGroups)}
+    settings = AlgorithmConfig.model_validate(NO_ENTROPY)
+    one = MeasuredGroups(**known | {"valid_P": tensor([1.0, 0])})
+    credit = assign_credit(stage, one, settings)
+    numbers = credited_metrics(credit)
+    assert numbers["mask/mean"] == pytest.approx(credit.metrics["mask/mean"][0].mean().item())
+    assert numbers["kl/weight"] == pytest.approx(credit.kl_weight_PGT[0].mean().item())
+    none = MeasuredGroups(**known | {"valid_P": tensor([0.0, 0])})
+    assert credited_metrics(assign_credit(stage, none, settings)) == {}
+
+
+@pytest.mark.parametrize("rule", ["stage", "uniform"])
+def test_the_last_tokens_under_a_mask_are_as_if_the_images_were_shorter(rule):
+    whole = measured([1.0, -0.5, -0.5], [0.2, 0, -0.2])
+    known = {f.name: getattr(whole, f.name) for f in fields(MeasuredGroups)}
+    counts = torch.ones(2, 3, 20, dtype=torch.bool)
+    counts[..., 15:] = False
+    shorter = {
+        name: value[:, :, :15]
+        for name, value in known.items()
+        if name.endswith(("PGT", "PGTC")) and value is not None
+    }
+    settings = AlgorithmConfig.model_validate({"entropy": {"scope": "all"}})
+    function = resolve_function("credit", rule)
+    masked, expected = (
+        assign_credit(function, MeasuredGroups(**known | more), settings)
+        for more in ({"token_mask_PGT": counts}, {**shorter, "grid": (3, 5)})
+    )
+    assert torch.allclose(masked.advantages_PG, expected.advantages_PG)
+    assert torch.allclose(masked.advantages_PGT[..., :15], expected.advantages_PGT)
+    assert torch.allclose(masked.kl_weight_PGT[..., :15], expected.kl_weight_PGT)
+    for name in ("credit/ess", "credit/top_tenth", "credit/zero", "credit/policy_weight"):
+        assert torch.allclose(masked.metrics[name], expected.metrics[name])
+
+
+@pytest.mark.parametrize("rule", ["critical", "guidance", "entropy_bonus", "high_entropy"])
+def test_a_rule_that_ranks_the_tokens_of_an_image_refuses_a_mask(rule):
+    inputs = measured([1.0, -0.5, -0.5])
+    masked = replace(inputs, token_mask_PGT=torch.ones(1, 3, 20, dtype=torch.bool))
+    with pytest.raises(RecipeError, match=f"credit: {rule} ranks all .* write uniform or stage"):
+        resolve_function("credit", rule)(masked, AlgorithmConfig())

@@ -75,3 +75,4 @@ def test_a_share_is_rounded_up_and_not_by_the_arithmetic():
     # 0.2 x 15 is 3.0000000000000004 in fp64.
     assert most_uncertain(torch.arange(15.0), 0.2).sum() == 3
     assert most_uncertain(torch.arange(16.0), 0.2).sum() == 4
+    assert most_uncertain(torch.arange(16.0), 1e-12).sum() == 1

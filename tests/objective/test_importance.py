@@ -1,7 +1,5 @@
 """Importance weights by hand: two images of three tokens, ratio 1."""
 
-import math
-
 import pytest
 import torch
 from credit_parts import tensor
@@ -36,13 +34,28 @@ def test_what_ratios_to_the_sampler_weigh(kind, weights, loss, ess, cut):
     assert metrics["importance/cut"].item() == pytest.approx(cut)
 
 
-def test_the_geometric_filter_drops_whole_images():
+@pytest.mark.parametrize(
+    ("cap", "floor", "kept"),
+    [(1.437427, 0.795810, [1, 1]), (1.437425, 0.5, [0, 1]), (2, 0.795812, [1, 0])],
+)
+def test_the_geometric_filter_keeps_or_drops_whole_images(cap, floor, kept):
+    """By (1.1 .9 3)^(1/3) = 1.437426 and (.4 1.05 1.2)^(1/3) = .795811."""
     settings = AlgorithmConfig(
-        importance_sampling="geometric_mask", importance_cap=1.4, importance_floor=0.8
+        importance_sampling="geometric_mask", importance_cap=cap, importance_floor=floor
     )
     found = importance_weights(RHO.log(), torch.zeros_like(RHO), settings)
-    assert found.tolist() == [[[0, 0, 0], [0, 0, 0]]]
-    wider = settings.model_copy(update={"importance_cap": 1.5})
-    found = importance_weights(RHO.log(), torch.zeros_like(RHO), wider)
-    assert found.tolist() == [[[1, 1, 1], [0, 0, 0]]]
-    assert math.prod(RHO[0, 0].tolist()) ** (1 / 3) == pytest.approx(1.437426, abs=1e-6)
+    assert found.tolist() == [[[image] * 3 for image in kept]]
+
+
+@pytest.mark.parametrize("kind", ["token_truncate", "sequence_truncate", "geometric_mask"])
+def test_tokens_that_do_not_count_are_in_no_weight(kind):
+    settings = AlgorithmConfig(importance_sampling=kind)
+    counts = torch.tensor([[[True, True, False]] * 2])
+    zeros = torch.zeros_like(RHO)
+    found = importance_weights(RHO.log(), zeros, settings, counts)
+    shorter = importance_weights(RHO[..., :2].log(), zeros[..., :2], settings)
+    assert torch.allclose(found[..., :2], shorter)
+    metrics = importance_metrics(found, settings, counts)
+    expected = importance_metrics(shorter, settings)
+    for name, value in expected.items():
+        assert metrics[name].item() == pytest.approx(value.item())

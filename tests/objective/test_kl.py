@@ -4,6 +4,7 @@ import pytest
 import torch
 from credit_parts import tensor
 
+from stage_rl.algorithm import exact_kl, importance_ratio
 from stage_rl.objective.kl import kl_metrics, token_divergence
 
 POLICY, REFERENCE, SAMPLER = (
@@ -41,6 +42,27 @@ def test_an_estimator_on_samples_of_the_policy(estimator, value, gradient):
     assert found[1] == pytest.approx(gradient, abs=1e-6)
 
 
+def test_the_exact_divergences_and_their_gradients():
+    for backwards, value, gradient in ((False, 0.094582, FORWARD), (True, 0.106908, BACKWARD)):
+        logits = POLICY.log().requires_grad_()
+        pair = (REFERENCE.log(), logits) if backwards else (logits, REFERENCE.log())
+        divergence = exact_kl(*pair)
+        divergence.backward()
+        assert divergence.item() == pytest.approx(value, abs=1e-6)
+        assert logits.grad.tolist() == pytest.approx(gradient, abs=1e-6)
+
+
+@pytest.mark.parametrize("in_the_reward", [True, False])
+def test_k1_in_the_reward_or_times_the_ratio_pulls_as_the_exact_one(in_the_reward):
+    """A reward is a constant that the ratio to the old policy is multiplied by."""
+    logits = POLICY.log().requires_grad_()
+    logprobs = logits.log_softmax(-1)
+    k1 = token_divergence("k1", logprobs, REFERENCE.log(), POLICY.log())
+    ratio = importance_ratio(logprobs, POLICY.log())
+    (POLICY * ratio * (k1.detach() if in_the_reward else k1)).sum().backward()
+    assert logits.grad.tolist() == pytest.approx(FORWARD, abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("estimator", "gradient"),
     [
@@ -56,7 +78,13 @@ def test_on_samples_of_another_policy_only_the_ratio_keeps_the_gradient(estimato
 
 def test_the_metrics_leave_groups_out():
     logprobs = tensor([[[-1.0]], [[-3.0]]])
-    found = kl_metrics(logprobs, torch.full_like(logprobs, -2.0), tensor([1.0, 0])[:, None, None])
+    found = kl_metrics(logprobs, torch.full_like(logprobs, -2.0), tensor([1.0, 0]))
     # d = -1: exp(-1) - (-1) - 1, 1 and 1 / 2, over two groups.
     assert found["kl/mean"].item() == pytest.approx(torch.e**-1 / 2)
     assert (found["kl/k1"].item(), found["kl/k2"].item()) == (0.5, 0.25)
+
+
+def test_the_metrics_leave_tokens_out():
+    logprobs, counts = tensor([[[-1.0, -3]]]), torch.tensor([[[True, False]]])
+    found = kl_metrics(logprobs, torch.full_like(logprobs, -2.0), tensor([1.0]), counts)
+    assert found["kl/k1"].item() == 1

@@ -137,3 +137,33 @@ def test_an_exact_kl_is_taken_as_it_is_given():
     outputs, factors = learned("clip", exact, settings)
     assert outputs.kl.item() == pytest.approx(1.5 * inputs.logprobs_PGT.mean().item())
     assert factors == pytest.approx([-1.5] * 6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_last_tokens_under_a_mask_are_as_if_the_image_were_shorter(name):
+    known = {"ref_logprobs_PGT": torch.full_like(TOKENS, -1.4), "beta": 0.03}
+    whole = loss_inputs(TOKENS, MOVED, **known)
+    counts = torch.tensor([[[True, True, False]] * 2])
+    masked = replace(whole, token_mask_PGT=counts)
+    columns = {
+        key: value[..., :2].detach()
+        for key, value in vars(whole).items()
+        if key.endswith("PGT") and value is not None
+    }
+    shorter = replace(whole, **columns)
+    shorter.logprobs_PGT.requires_grad_()
+    (found, factors), (expected, fewer) = (learned(name, x, WIDER) for x in (masked, shorter))
+    assert found.total.item() == pytest.approx(expected.total.item(), abs=1e-12)
+    values = {key: value.item() for key, value in found.metrics.items()}
+    assert values == pytest.approx({k: v.item() for k, v in expected.metrics.items()})
+    # Factors are per token of the tensor: 6 of the first, 4 of the second.
+    gradient, shorter_gradient = (tensor(f) / len(f) for f in (factors, fewer))
+    assert torch.allclose(gradient.view(2, 3)[:, :2].flatten(), shorter_gradient, atol=1e-12)
+    assert (gradient.view(2, 3)[:, 2] == 0).all()
+
+
+def test_images_of_different_lengths_count_alike():
+    # Equation 3: means (2 + 1) / 2 of the first image, -1 of the second.
+    counts = torch.tensor([[[True, True, False], [True, False, False]]])
+    inputs = replace(loss_inputs(TOKENS), token_mask_PGT=counts)
+    assert losses.clip(inputs, AlgorithmConfig()).policy.item() == -(1.5 - 1) / 2

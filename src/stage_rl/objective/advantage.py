@@ -99,7 +99,7 @@ def _by_terms(
 
 def _normalized(rewards_PG: Tensor, settings: AlgorithmConfig) -> Tensor:
     """Equation 2; for Dr.GRPO (arXiv 2503.20783) without the division."""
-    if settings.loss == "dr_grpo":
+    if settings.loss_kind == "dr_grpo":
         centred_PG = rewards_PG - rewards_PG.mean(dim=1, keepdim=True)
         return centred_PG.masked_fill(algorithm.equal_reward_groups(rewards_PG)[:, None], 0.0)
     return algorithm.group_advantages(
@@ -119,8 +119,8 @@ def _entropy_bonus(
     bonus_PG = torch.ones_like(rewards_PG)
     if entropy.mode == "reward":
         bonus_PG = algorithm.entropy_bonus(
-            algorithm.completion_entropy(groups.entropy_PGT),
-            algorithm.completion_entropy(groups.ref_entropy_PGT),
+            algorithm.completion_entropy(groups.entropy_PGT, groups.token_mask_PGT),
+            algorithm.completion_entropy(groups.ref_entropy_PGT, groups.token_mask_PGT),
         )
     return algorithm.award_bonus(rewards_PG, bonus_PG, scope=entropy.scope, centred=entropy.centred)
 

@@ -74,7 +74,10 @@ def assign_credit(
     )
     weights = function(inputs, settings)
     _check(weights, inputs)
-    metrics = {**credit_metrics(weights, images.advantages_PG), **weights.metrics}
+    metrics = {
+        **credit_metrics(weights, images.advantages_PG, groups.token_mask_PGT),
+        **weights.metrics,
+    }
 
     # Groups of equal rewards keep the terms that the recipe says; dropped ones keep none.
     factors = algorithm.equal_group_factors(images.equal_P, settings.equal_reward_groups)
@@ -90,9 +93,10 @@ def assign_credit(
     if settings.importance_sampling != "none":
         sampler_PGT = groups.sampler_logprobs_PGT
         assert sampler_PGT is not None, "the rollout holds no log-probabilities of the sampler"
-        importance_PGT = importance_weights(groups.logprobs_PGT, sampler_PGT, settings)
+        mask_PGT = groups.token_mask_PGT
+        importance_PGT = importance_weights(groups.logprobs_PGT, sampler_PGT, settings, mask_PGT)
         advantages_PGT = advantages_PGT * importance_PGT
-        metrics |= importance_metrics(importance_PGT, settings)
+        metrics |= importance_metrics(importance_PGT, settings, mask_PGT)
     return TokenCredit(
         images.advantages_PG,
         advantages_PGT,
@@ -104,27 +108,45 @@ def assign_credit(
     )
 
 
-def credit_metrics(weights: CreditOutputs, advantages_PG: Tensor) -> dict[str, Tensor]:
-    """How unevenly an image's tokens are credited, PG by metric name.
+def credit_metrics(
+    weights: CreditOutputs, advantages_PG: Tensor, token_mask_PGT: Tensor | None = None
+) -> dict[str, Tensor]:
+    """How unevenly an image's tokens that count are credited, PG by metric name.
 
     credit/ess: (sum w)^2 / (T sum w^2); credit/top_tenth: what the most credited tenth of the
     tokens has of the sizes of all advantages, or of all weights where the image has no advantage;
-    credit/zero: share of tokens without any; credit/policy_weight: mean weight.
+    credit/zero: share of tokens without any; credit/policy_weight: mean size of the weight, which
+    the paper's dynamic weight of `critical` alone makes negative.
     """
-    policy_PGT, num_tokens = weights.policy_PGT, weights.policy_PGT.shape[-1]
+    policy_PGT = weights.policy_PGT
+    num_tokens: Tensor | int = policy_PGT.shape[-1]
+    if token_mask_PGT is not None:
+        policy_PGT, num_tokens = policy_PGT * token_mask_PGT, token_mask_PGT.sum(-1)
     tiny = torch.finfo(policy_PGT.dtype).tiny
     squares_PG = policy_PGT.square().sum(-1)
     size_PGT = algorithm.reweight_advantages(advantages_PG, policy_PGT)
     if weights.bonus_PGT is not None:
         size_PGT = size_PGT + weights.bonus_PGT
     size_PGT = torch.where((advantages_PG == 0)[:, :, None], policy_PGT, size_PGT).abs()
-    top_PG = size_PGT.topk(math.ceil(num_tokens / 10)).values.sum(-1)
+    if token_mask_PGT is not None:
+        size_PGT = size_PGT * token_mask_PGT
+    top_PG = _largest_tenth(size_PGT, token_mask_PGT)
     return {
         "credit/ess": policy_PGT.sum(-1).square() / (num_tokens * squares_PG).clamp_min(tiny),
         "credit/top_tenth": top_PG / size_PGT.sum(-1).clamp_min(tiny),
-        "credit/zero": (size_PGT == 0).to(policy_PGT).mean(-1),
-        "credit/policy_weight": policy_PGT.mean(-1),
+        "credit/zero": algorithm.image_mean((size_PGT == 0).to(policy_PGT), token_mask_PGT),
+        "credit/policy_weight": algorithm.image_mean(policy_PGT.abs(), token_mask_PGT),
     }
+
+
+def _largest_tenth(size_PGT: Tensor, token_mask_PGT: Tensor | None) -> Tensor:
+    """Sum over the tenth of an image's tokens, rounded up, of the largest size, PG."""
+    num_tokens = size_PGT.shape[-1]
+    if token_mask_PGT is None:
+        return size_PGT.topk(math.ceil(num_tokens / 10)).values.sum(-1)
+    sorted_PGT = size_PGT.sort(descending=True).values
+    tenth_PG1 = (token_mask_PGT.sum(-1, keepdim=True) / 10).ceil()
+    return (sorted_PGT * (torch.arange(num_tokens).to(tenth_PG1) < tenth_PG1)).sum(-1)
 
 
 def _check(weights: CreditOutputs, inputs: CreditInputs) -> None:

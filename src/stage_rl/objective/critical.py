@@ -16,7 +16,7 @@ from torch.nn.functional import normalize, pad
 
 from stage_rl.algorithm_config import AlgorithmConfig
 from stage_rl.errors import RecipeError
-from stage_rl.objective.record import CreditInputs, CreditOutputs, needs
+from stage_rl.objective.record import CreditInputs, CreditOutputs, needs, refuse_token_mask
 
 Daw = Literal["release", "paper", "none"]
 
@@ -39,6 +39,7 @@ def critical(
     one update per rollout; None: with the preset `release`. `paper` without the exponential learns
     nothing while policy and reference are the same.
     """
+    refuse_token_mask(inputs, "critical")
     entropy_PGT, embeds_PGTD = inputs.guided_entropy_PGT, inputs.embeddings_PGTD
     assert entropy_PGT is not None
     assert embeds_PGTD is not None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stage_rl.algorithm_config import AlgorithmConfig
-from stage_rl.objective.record import CreditInputs, CreditOutputs
+from stage_rl.objective.record import CreditInputs, CreditOutputs, refuse_token_mask
 from stage_rl.settings import Fraction
 
 BONUS = 0.3
@@ -34,6 +34,7 @@ def entropy_bonus(
     `release` (minebetter/EG-GRPO) caps the bonus of a token at 0.3 of its advantage. `paper`: what
     the fifth loses, times `kappa`, is spread over the half by entropy; sums are over the group.
     """
+    refuse_token_mask(inputs, "entropy_bonus")
     entropy_PGT = inputs.entropy_PGT / math.log(inputs.vocab)
     sorted_PGT = entropy_PGT.sort(-1).values
     num_tokens = entropy_PGT.shape[-1]
@@ -67,6 +68,7 @@ def high_entropy(
     """Only the share of tokens with the highest entropy learns, of each image or of a group
     (arXiv 2506.01939); the loss is a mean over these. The KL stays on all tokens.
     """
+    refuse_token_mask(inputs, "high_entropy")
     entropy_PGT = inputs.entropy_PGT
     flat = entropy_PGT if scope == "image" else entropy_PGT.flatten(1)[:, None]
     mask = most_uncertain(flat, share).to(entropy_PGT)
@@ -75,9 +77,9 @@ def high_entropy(
 
 
 def most_uncertain(entropy: Tensor, share: float) -> Tensor:
-    """The share of the last axis, rounded up, with the highest entropy, bool; as many more as equal
-    the least of them.
+    """The share of the last axis, rounded up and at least one, with the highest entropy, bool; as
+    many more as equal the least of them.
     """
     # Not above what is meant: 0.2 x 15 is 3.0000000000000004.
-    count = math.ceil(share * entropy.shape[-1] - 1e-9)
+    count = max(1, math.ceil(share * entropy.shape[-1] - 1e-9))
     return entropy >= entropy.topk(count).values[..., -1:]

@@ -14,7 +14,7 @@ from typing import Literal
 from torch import Tensor
 
 from stage_rl.algorithm_config import AlgorithmConfig
-from stage_rl.objective.record import CreditInputs, CreditOutputs, needs
+from stage_rl.objective.record import CreditInputs, CreditOutputs, needs, refuse_token_mask
 
 ALPHA = math.log(1 - 0.8) / math.log(1 - 0.4) - 1
 """Exponent by which the upper 40 % of the ranks hold 80 % of the weight, 2.15."""
@@ -34,6 +34,7 @@ def guidance(
     """The weight of a token goes by the rank, within its image, of the divergence `eta` of the
     conditional from the unconditional distribution: by the sampled token, as released, or exact.
     """
+    refuse_token_mask(inputs, "guidance")
     eta_PGT = inputs.guidance_kl_PGT
     if eta == "sampled":
         cond_PGT, uncond_PGT = inputs.cond_logprobs_PGT, inputs.uncond_logprobs_PGT

@@ -34,10 +34,18 @@ def token_divergence(
     return k3
 
 
-def kl_metrics(logprobs: Tensor, ref_logprobs: Tensor, valid: Tensor) -> dict[str, Tensor]:
-    """kl/mean, by k3, kl/k1 and kl/k2: means over the tokens, 0 where `valid` is 0; scalars."""
-    logprobs = logprobs.detach()
-    return {
-        name: (token_divergence(estimator, logprobs, ref_logprobs, logprobs) * valid).mean()
-        for name, estimator in (("kl/mean", "k3"), ("kl/k1", "k1"), ("kl/k2", "k2"))
-    }
+def kl_metrics(
+    logprobs_PGT: Tensor,
+    ref_logprobs_PGT: Tensor,
+    valid_P: Tensor,
+    token_mask_PGT: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """kl/mean, by k3, kl/k1 and kl/k2: means over the tokens that count, 0 where `valid_P` is 0;
+    scalars.
+    """
+    logprobs_PGT, valid_P11 = logprobs_PGT.detach(), valid_P[:, None, None]
+    numbers = {}
+    for name, estimator in (("kl/mean", "k3"), ("kl/k1", "k1"), ("kl/k2", "k2")):
+        known = token_divergence(estimator, logprobs_PGT, ref_logprobs_PGT, logprobs_PGT)
+        numbers[name] = algorithm.token_mean(known * valid_P11, token_mask_PGT)
+    return numbers

@@ -50,6 +50,8 @@ class LossInputs:
     """KL coefficient of each token."""
     valid_P: Tensor
     """0 for groups that were dropped from the step, whose advantages and beta are 0 too, else 1."""
+    token_mask_PGT: Tensor | None = None
+    """The tokens that count, bool; None: all."""
     exact_kl_PGT: Tensor | None = None
     """KL(policy, reference) summed over the codebook, with gradient; for `kl.estimator: exact`."""
 
@@ -92,7 +94,7 @@ def policy_loss(
 
 def clip(inputs: LossInputs, settings: AlgorithmConfig) -> LossOutputs:
     """Equation 3, PPO's and GRPO's: the ratio within [1 - clip, 1 + clip_high]."""
-    return _clipped(inputs, settings, _ratio(inputs), settings.clip, settings.clip_high)
+    return _clipped(inputs, settings, _ratio(inputs), *settings.clip_range)
 
 
 def dr_grpo(inputs: LossInputs, settings: AlgorithmConfig) -> LossOutputs:
@@ -104,7 +106,7 @@ def dr_grpo(inputs: LossInputs, settings: AlgorithmConfig) -> LossOutputs:
 
 def unclipped(inputs: LossInputs, settings: AlgorithmConfig) -> LossOutputs:
     """-ratio x advantage, of the released codes of STAGE, GCPO and EG-GRPO; for one update."""
-    return _clipped(inputs, settings, _ratio(inputs), math.inf, None)
+    return _clipped(inputs, settings, _ratio(inputs), math.inf, math.inf)
 
 
 def gspo(
@@ -117,8 +119,7 @@ def gspo(
     """GSPO (arXiv 2507.18071): one ratio per image, the geometric mean of its tokens', within
     [1 - low, 1 + high].
     """
-    ratio_PG1 = _log_ratio(inputs).mean(-1, keepdim=True).exp()
-    ratio_PGT = ratio_PG1.expand_as(inputs.logprobs_PGT)
+    ratio_PGT = _image_ratio(inputs).expand_as(inputs.logprobs_PGT)
     return _clipped(inputs, settings, ratio_PGT, low, high)
 
 
@@ -132,9 +133,8 @@ def gspo_token(
     """GSPO's ratio and clip with the gradient of each token by itself, so that tokens may have
     advantages of their own.
     """
-    ratio_PG1 = _log_ratio(inputs).mean(-1, keepdim=True).exp().detach()
     own_PGT = (inputs.logprobs_PGT - inputs.logprobs_PGT.detach()).exp()
-    return _clipped(inputs, settings, ratio_PG1 * own_PGT, low, high)
+    return _clipped(inputs, settings, _image_ratio(inputs).detach() * own_PGT, low, high)
 
 
 def gmpo(
@@ -148,9 +148,15 @@ def gmpo(
     sign_PGT = torch.ones_like(advantages_PGT).copysign(advantages_PGT)
     gain_PGT = sign_PGT * log_ratio_PGT
     clipped_PGT = sign_PGT * log_ratio_PGT.clamp(-size, size)
-    held_PGT = sign_PGT * gain_PGT.minimum(clipped_PGT)
-    policy = -(advantages_PGT * held_PGT.mean(-1, keepdim=True).exp()).mean()
-    return _outputs(policy, inputs, settings, held_back=clipped_PGT < gain_PGT)
+    least_PGT = sign_PGT * gain_PGT.minimum(clipped_PGT)
+    mean_PG1 = algorithm.image_mean(least_PGT, inputs.token_mask_PGT)[..., None]
+    return _outputs(
+        advantages_PGT * mean_PG1.exp(),
+        inputs,
+        settings,
+        ratio_PGT=log_ratio_PGT.exp(),
+        held_PGT=clipped_PGT < gain_PGT,
+    )
 
 
 def cispo(inputs: LossInputs, settings: AlgorithmConfig) -> LossOutputs:
@@ -158,10 +164,11 @@ def cispo(inputs: LossInputs, settings: AlgorithmConfig) -> LossOutputs:
     the log-probability, so no token loses its gradient.
     """
     ratio_PGT = _ratio(inputs).detach()
-    high = settings.clip if settings.clip_high is None else settings.clip_high
-    clipped_PGT = ratio_PGT.clamp(1 - settings.clip, 1 + high)
-    policy = -(clipped_PGT * inputs.advantages_PGT * inputs.logprobs_PGT).mean()
-    return _outputs(policy, inputs, settings, held_back=clipped_PGT != ratio_PGT)
+    low, high = settings.clip_range
+    clipped_PGT = ratio_PGT.clamp(1 - low, 1 + high)
+    gain_PGT = clipped_PGT * inputs.advantages_PGT * inputs.logprobs_PGT
+    held_PGT = clipped_PGT != ratio_PGT
+    return _outputs(gain_PGT, inputs, settings, ratio_PGT=ratio_PGT, held_PGT=held_PGT)
 
 
 def sapo(
@@ -176,9 +183,10 @@ def sapo(
     """
     advantages_PGT = inputs.advantages_PGT
     tau_PGT = torch.full_like(advantages_PGT, tau_negative).masked_fill(advantages_PGT > 0, tau)
-    gate_PGT = (tau_PGT * (_ratio(inputs) - 1)).sigmoid()
-    policy = -(4 / tau_PGT * gate_PGT * advantages_PGT).mean()
-    return _outputs(policy, inputs, settings, held_back=None)
+    ratio_PGT = _ratio(inputs)
+    gate_PGT = (tau_PGT * (ratio_PGT - 1)).sigmoid()
+    gain_PGT = 4 / tau_PGT * gate_PGT * advantages_PGT
+    return _outputs(gain_PGT, inputs, settings, ratio_PGT=ratio_PGT, held_PGT=None)
 
 
 def _log_ratio(inputs: LossInputs) -> Tensor:
@@ -187,6 +195,11 @@ def _log_ratio(inputs: LossInputs) -> Tensor:
 
 def _ratio(inputs: LossInputs) -> Tensor:
     return algorithm.importance_ratio(inputs.logprobs_PGT, inputs.old_logprobs_PGT)
+
+
+def _image_ratio(inputs: LossInputs) -> Tensor:
+    """Geometric mean of the ratios of an image's tokens, ratio_PG1."""
+    return algorithm.image_mean(_log_ratio(inputs), inputs.token_mask_PGT)[..., None].exp()
 
 
 def _divergence(inputs: LossInputs, settings: AlgorithmConfig) -> Tensor:
@@ -203,47 +216,48 @@ def _divergence(inputs: LossInputs, settings: AlgorithmConfig) -> Tensor:
 
 
 def _clipped(
-    inputs: LossInputs,
-    settings: AlgorithmConfig,
-    ratio_PGT: Tensor,
-    low: float,
-    high: float | None,
+    inputs: LossInputs, settings: AlgorithmConfig, ratio_PGT: Tensor, low: float, high: float
 ) -> LossOutputs:
-    """-min(r A, clip(r, 1 - low, 1 + high) A) with the KL; `high` None is `low`."""
-    loss = algorithm.grpo_loss(
-        ratio_PGT,
-        inputs.advantages_PGT,
-        _divergence(inputs, settings),
-        clip=low,
-        clip_high=high,
-        beta=inputs.beta_PGT,
-    )
-    ratio_PGT, advantages_PGT = ratio_PGT.detach(), inputs.advantages_PGT
-    above_PGT = (ratio_PGT > 1 + (low if high is None else high)) & (advantages_PGT > 0)
-    below_PGT = (ratio_PGT < 1 - low) & (advantages_PGT < 0)
-    metrics = ratio_metrics(ratio_PGT, above_PGT | below_PGT, inputs.valid_P)
-    return LossOutputs(loss.total, loss.policy, loss.kl, metrics)
-
-
-def ratio_metrics(ratio_PGT: Tensor, held_PGT: Tensor | None, valid_P: Tensor) -> dict[str, Tensor]:
-    """ratio/mean and ratio/max of the groups that count, and where a loss clips, clip/fraction, the
-    share of tokens that it holds back, clip/high those of a ratio above 1, clip/low below; scalars.
-    """
-    valid_P11 = valid_P[:, None, None]
-    metrics = {
-        "ratio/mean": (ratio_PGT * valid_P11).mean(),
-        "ratio/max": (ratio_PGT * valid_P11).amax(),
-    }
-    if held_PGT is not None:
-        high_PGT, low_PGT = held_PGT & (ratio_PGT > 1), held_PGT & (ratio_PGT < 1)
-        for name, mask_PGT in (("fraction", held_PGT), ("high", high_PGT), ("low", low_PGT)):
-            metrics[f"clip/{name}"] = (mask_PGT * valid_P11).mean()
-    return metrics
+    """-min(r A, clip(r, 1 - low, 1 + high) A) with the KL."""
+    gain_PGT, held_PGT = algorithm.clipped_gain(ratio_PGT, inputs.advantages_PGT, low, high)
+    return _outputs(gain_PGT, inputs, settings, ratio_PGT=ratio_PGT, held_PGT=held_PGT)
 
 
 def _outputs(
-    policy: Tensor, inputs: LossInputs, settings: AlgorithmConfig, *, held_back: Tensor | None
+    gain_PGT: Tensor,
+    inputs: LossInputs,
+    settings: AlgorithmConfig,
+    *,
+    ratio_PGT: Tensor,
+    held_PGT: Tensor | None,
 ) -> LossOutputs:
-    kl = (inputs.beta_PGT * _divergence(inputs, settings)).mean()
-    metrics = ratio_metrics(_ratio(inputs).detach(), held_back, inputs.valid_P)
+    """Minus the mean gain and the KL; `held_PGT` as in `ratio_metrics`."""
+    mask_PGT = inputs.token_mask_PGT
+    policy = -algorithm.token_mean(gain_PGT, mask_PGT)
+    kl = algorithm.token_mean(inputs.beta_PGT * _divergence(inputs, settings), mask_PGT)
+    metrics = ratio_metrics(ratio_PGT.detach(), held_PGT, inputs.valid_P, mask_PGT)
     return LossOutputs(policy + kl, policy, kl, metrics)
+
+
+def ratio_metrics(
+    ratio_PGT: Tensor,
+    held_PGT: Tensor | None,
+    valid_P: Tensor,
+    token_mask_PGT: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """ratio/mean and ratio/max of the groups that count, and where a loss clips, clip/fraction, the
+    share of tokens that it holds back, clip/high those of a ratio above 1, clip/low below; scalars.
+    """
+    counts_PGT = valid_P[:, None, None]
+    if token_mask_PGT is not None:
+        counts_PGT = counts_PGT * token_mask_PGT
+    metrics = {
+        "ratio/mean": algorithm.token_mean(ratio_PGT * counts_PGT, token_mask_PGT),
+        "ratio/max": (ratio_PGT * counts_PGT).amax(),
+    }
+    if held_PGT is not None:
+        high_PGT, low_PGT = held_PGT & (ratio_PGT > 1), held_PGT & (ratio_PGT < 1)
+        for name, where_PGT in (("fraction", held_PGT), ("high", high_PGT), ("low", low_PGT)):
+            share = algorithm.token_mean(where_PGT * counts_PGT, token_mask_PGT)
+            metrics[f"clip/{name}"] = share
+    return metrics

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from stage_rl.algorithm_config import AlgorithmConfig
+from stage_rl.errors import RecipeError
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,11 @@ class MeasuredGroups:
     ref_entropy_PGT: Tensor
     sampler_logprobs_PGT: Tensor | None = None
     """As the sampler's arithmetic has them; None for a rollout without them."""
+    token_mask_PGT: Tensor | None = None
+    """The tokens that count, bool; None: all, T of the image."""
+    modality_PGT: Tensor | None = None
+    """Which kind of token each is, 0 of the image, others as a family numbers them; None: all of
+    the image."""
     # The rest is there for functions that need it.
     cond_logprobs_PGT: Tensor | None = None
     """`conditional`: of the policy given the prompt, at temperature 1."""
@@ -96,6 +102,18 @@ class CreditOutputs:
 CreditFunction = Callable[[CreditInputs, AlgorithmConfig], CreditOutputs]
 """With its parameters bound to it."""
 F = TypeVar("F", bound=Callable[..., CreditOutputs])
+
+
+def refuse_token_mask(inputs: CreditInputs, rule: str) -> None:
+    """A RecipeError where some tokens do not count, for a rule that takes T of them for an image:
+    its ranks, shares and tenths would be those of another number.
+    """
+    if inputs.token_mask_PGT is not None:
+        raise RecipeError(
+            f"algorithm.credit: {rule} ranks all tokens of an image, and some of these do not "
+            "count; write uniform or stage"
+        )
+
 
 NEEDS = ("conditional", "unconditional", "exact_guidance", "embeddings", "guided_entropy")
 """What a function may ask for beyond the record. The first three cost forward passes of the policy,

@@ -28,7 +28,7 @@ def stage(inputs: CreditInputs, settings: AlgorithmConfig) -> CreditOutputs:
     if settings.reweights_advantages:
         mask_PGT = policy_PGT = algorithm.advantage_mask(sim_PGT)
         if settings.mask_normalization == "group_mean":
-            policy_PGT = algorithm.normalize_mask(mask_PGT)
+            policy_PGT = algorithm.normalize_mask(mask_PGT, token_mask_PGT=inputs.token_mask_PGT)
     if settings.weights_kl:
         kl = settings.kl
         kl_PGT = algorithm.kl_weight(sim_PGT, kl.a, kl.b, weight_clip=kl.weight_clip)

@@ -87,16 +87,24 @@ def learning_metrics(learned: UpdateStats, reference: Measured, world: World) ->
     entropy = learned.measured.entropy_NT.mean().item()
     ref_entropy = reference.entropy_NT.mean().item()
     losses = world.concat({name: value[None] for name, value in learned.losses.items()})
-    credited = {"kl/weight": learned.credit.kl_weight_PGT, **learned.credit.metrics}
     return {
         **equal_group_metrics(learned.credit),
-        **{name: values.float().mean().item() for name, values in credited.items()},
+        **credited_metrics(learned.credit),
         **{name: value.item() for name, value in total_losses(losses).items()},
         "entropy/policy": entropy,
         "entropy/reference": ref_entropy,
         "entropy/gap": entropy - ref_entropy,
         "grad/norm": learned.grad_norm,
     }
+
+
+def credited_metrics(credit: TokenCredit) -> dict[str, float]:
+    """Means over the groups that are learned from; nothing where a rank has none of them."""
+    valid_P = credit.valid_P > 0
+    if not valid_P.any():
+        return {}
+    credited = {"kl/weight": credit.kl_weight_PGT, **credit.metrics}
+    return {name: values[valid_P].float().mean().item() for name, values in credited.items()}
 
 
 def equal_group_metrics(credit: TokenCredit) -> dict[str, float]:

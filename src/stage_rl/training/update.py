@@ -155,7 +155,11 @@ def measured_groups(
         codes_NTC = policy.codes(batch.tokens_NT)
     return MeasuredGroups(
         summed_rewards_PG=rewards.rewards_PG[batch.groups].to(device),
-        scores={name: c_PG[batch.groups].to(device) for name, c_PG in rewards.columns.items()},
+        scores={
+            name: column_PG[batch.groups].to(device)
+            for name, column_PG in rewards.columns.items()
+            if name in rewards.weights
+        },
         valid_P=rewards.valid_P[batch.groups].to(device, rewards.rewards_PG.dtype),
         codes_PGTC=codes_NTC.view(len(batch.prompts), batch.group_size, *codes_NTC.shape[1:]),
         grid=policy.layout.grid,
@@ -219,10 +223,9 @@ def batch_losses(
         penalty = algorithm.entropy_penalty(
             entropy_PG, ref_entropy_PG, settings.entropy.penalty_scale
         )
-    valid_P11 = credit.valid_P[:, None, None]
     return {
         **loss.metrics,
-        **kl_metrics(inputs.logprobs_PGT, inputs.ref_logprobs_PGT, valid_P11),
+        **kl_metrics(inputs.logprobs_PGT, inputs.ref_logprobs_PGT, credit.valid_P),
         "loss/total": loss.total + penalty,
         "loss/policy": loss.policy,
         "loss/kl": loss.kl,
