@@ -5,7 +5,7 @@ from fake_family import FakePolicy
 
 from stage_rl import algorithm
 from stage_rl.objective.loss import LossOutputs
-from stage_rl.objective.record import CreditOutputs, needs
+from stage_rl.objective.record import CreditOutputs, needs, refuses
 from stage_rl.policies.base import PolicyConfig
 
 SEEN = []
@@ -59,6 +59,16 @@ def per_token(inputs, settings):
 
 def demanding(inputs, settings, *, share):
     return first_half(inputs, settings, weight=share)
+
+
+def _limited(settings, num_updates, *, limit):
+    if limit > 1:
+        yield "loss.limit", f"{limit} is too much; write less"
+
+
+@refuses(_limited)
+def for_one_update(inputs, settings, *, limit=2.0):
+    return reinforce(inputs, settings)
 
 
 def one_argument(inputs):

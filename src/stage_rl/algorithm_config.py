@@ -103,8 +103,8 @@ class AlgorithmConfig(Settings):
     advantage_eps: PositiveFloat = 1e-4
     """Added to the standard deviation of equation 2."""
     advantage_std_floor: NonNegativeFloat = 0.0
-    """Least standard deviation in equation 2; above 0 it silences small differences, those of the
-    entropy reward among them."""
+    """Least standard deviation in equation 2, with gdpo of each reward and of the entropy bonus;
+    above 0 it silences small differences, those of the entropy reward among them."""
     credit: FunctionName = "stage"
     """What each token's advantage and beta are weighted by: stage, its similarity, as reweight,
     mask_normalization, self_similarity, equal_group_similarity and kl say; uniform, nothing;
@@ -184,12 +184,6 @@ class AlgorithmConfig(Settings):
         """Whether the KL in the loss is summed over the codebook."""
         return self.kl.estimator == "exact"
 
-    def through_weights(self, daw_gradient: str | None) -> bool:
-        """Whether `critical` has the gradient through its dynamic weight: as it is told, else with
-        the preset `release`.
-        """
-        return (daw_gradient or ("through" if self.preset == "release" else "")) == "through"
-
     @property
     def one_advantage_per_image(self) -> bool:
         """Whether all tokens of an image have one advantage, by a built-in rule of credit."""
@@ -258,7 +252,7 @@ IDLE = (
     Idle(("entropy.penalty_scale",), "entropy.mode", ("reward", "constant"), "scale"),
 )
 """Who writes one of these believes that it changes something: it is refused. Not where another key
-switches the whole off, as an ablation does (`entropy.mode: none`, `reweight: none`)."""
+switches the whole off, as an ablation does (`entropy.mode: none`, `reweight: none`, `beta: 0`)."""
 
 
 def idle_settings(settings: AlgorithmConfig) -> Iterator[tuple[str, str]]:

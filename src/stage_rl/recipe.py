@@ -37,6 +37,7 @@ from stage_rl.settings import (
     Settings,
     did_you_mean,
     needs_of,
+    refusals_of,
     resolve,
     resolve_function,
     validation_error,
@@ -344,8 +345,7 @@ class Recipe(Settings):
                 yield "rewards", text
         for key, text in idle_settings(self.algorithm):
             yield f"algorithm.{key}", text
-        yield from self._contradictions_of_the_credit()
-        yield from self._contradictions_of_the_loss()
+        yield from self._contradictions_of_the_functions()
         yield from self._contradictions_of_the_kl()
         yield from self._contradictions_of_the_sampler()
         if self.algorithm.logprobs != "conditional":
@@ -381,47 +381,17 @@ class Recipe(Settings):
             text = "fp8 draws from another distribution than the policy's; write auto, or "
             yield "rollout.cache_dtype", f"{text}algorithm.importance_sampling=token_truncate"
 
-    def _contradictions_of_the_credit(self) -> Iterator[tuple[str, str]]:
-        settings, credit = self.algorithm, self.algorithm.credit
-        parameters = {"kind": credit} if isinstance(credit, str) else credit
-        released = parameters["kind"] == "entropy_bonus" and parameters.get("form") != "paper"
-        if released and parameters.get("kappa", 1.0) != 1.0:
-            text = "has no effect with form: release; write form: paper"
-            yield "algorithm.credit.kappa", text
-        if parameters["kind"] != "critical":
-            return
-        daw, gradient = parameters.get("daw", "release"), parameters.get("daw_gradient")
-        through = settings.through_weights(gradient)
-        if daw == "none" and gradient == "through":
-            text = "has no effect with daw: none; write detached, or daw: release"
-            yield "algorithm.credit.daw_gradient", text
-        elif through and self.optimizer.updates_per_rollout > 1:
-            text = "through is the gradient of one update per rollout; write detached, or "
-            yield "algorithm.credit.daw_gradient", f"{text}optimizer.updates_per_rollout=1"
-        if daw == "paper" and not through and settings.entropy.mode != "loss":
-            text = (
-                "paper is 0 where policy and reference are the same, as they are at first, and so"
-            )
-            text += " they stay; write release, or daw_gradient: through"
-            yield "algorithm.credit.daw", text
-
-    def _contradictions_of_the_loss(self) -> Iterator[tuple[str, str]]:
-        settings = self.algorithm
-        loss = settings.loss_kind
-        if self.optimizer.updates_per_rollout > 1 and loss == "unclipped":
-            text = "unclipped is for one update per rollout; write clip, or "
-            yield "algorithm.loss", f"{text}optimizer.updates_per_rollout=1"
-        high = settings.clip_high
-        if loss in ("clip", "dr_grpo", "cispo") and high is not None and high < settings.clip:
-            text = f"{high} is below algorithm.clip ({settings.clip}); write a larger one"
+    def _contradictions_of_the_functions(self) -> Iterator[tuple[str, str]]:
+        """What the functions of credit and loss refuse themselves, and what several share."""
+        settings, num_updates = self.algorithm, self.optimizer.updates_per_rollout
+        for family in ("credit", "loss"):
+            function = resolve_function(family, getattr(settings, family))
+            for key, text in refusals_of(function, settings, num_updates):
+                yield f"algorithm.{key}", text
+        low, high = settings.clip_range
+        if settings.loss_kind in ("clip", "dr_grpo", "cispo") and high < low:
+            text = f"{high} is below algorithm.clip ({low}); write a larger one"
             yield "algorithm.clip_high", text
-        if loss in ("gspo", "gmpo"):
-            text = f"{loss} has one ratio per image, so all its tokens get their mean advantage"
-            if not settings.one_advantage_per_image:
-                yield "algorithm.loss", f"{text}; write gspo_token, or algorithm.credit=uniform"
-            if settings.importance_sampling.startswith("token"):
-                hint = f"write {settings.importance_sampling.replace('token', 'sequence')}"
-                yield "algorithm.importance_sampling", f"{text}; {hint}, or geometric_mask"
         if settings.importance_floor > settings.importance_cap:
             text = f"{settings.importance_floor} is above importance_cap; write a lower one"
             yield "algorithm.importance_floor", text
@@ -443,6 +413,11 @@ class Recipe(Settings):
         settings, names = self.algorithm, [reward.name for reward in self.rewards]
         if settings.advantage == "gdpo" and settings.loss_kind == "dr_grpo":
             text = "gdpo divides by deviations, which dr_grpo leaves out; write sum, or loss=clip"
+            yield "algorithm.advantage", text
+        elif (
+            settings.advantage == "gdpo" and sum(reward.weight != 0 for reward in self.rewards) < 2
+        ):
+            text = "gdpo is sum with a single reward; write sum, or a second reward"
             yield "algorithm.advantage", text
         for number, reward in enumerate(self.rewards):
             others = [name for name in names if name != reward.name]

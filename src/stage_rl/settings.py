@@ -14,7 +14,7 @@ import difflib
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial, update_wrapper
 from typing import Annotated, Any, ClassVar, Self
 
@@ -270,8 +270,24 @@ def needs_of(function: Callable[..., Any]) -> tuple[str, ...]:
     names = getattr(function, "needs", ())
     if not names or isinstance(names[0], str):
         return names
+    return names[0](**_bound(function))
+
+
+def refusals_of(
+    function: Callable[..., Any], settings: Any, num_updates: int
+) -> Iterator[tuple[str, str]]:
+    """What a function of credit or loss is marked to refuse of the parameters that are bound to it,
+    beside the `algorithm` section and so many updates per rollout: keys of that section, and what
+    is wrong with them.
+    """
+    check = getattr(function, "refuses", None)
+    return iter(()) if check is None else check(settings, num_updates, **_bound(function))
+
+
+def _bound(function: Callable[..., Any]) -> dict[str, Any]:
+    """The keyword arguments that a function is called with, its defaults among them."""
     parameters = inspect.signature(function, follow_wrapped=False).parameters.values()
-    return names[0](**{p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY})
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def check_function(family: str, name: Any) -> FunctionName:

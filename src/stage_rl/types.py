@@ -83,7 +83,8 @@ class Measured:
     kl_NT: Tensor | None = None
     """Of the policy from its reference, summed over the codebook, where the loss needs it."""
     states_NTW: Tensor | None = None
-    """Of the reference, which that is computed from."""
+    """What they were computed from, without gradient, where it was asked for: of a reference for
+    the divergence, of the policy for a rule of token credit."""
 
 
 @dataclass(frozen=True)

@@ -114,9 +114,14 @@ def test_the_entropy_reward_is_one_more_term():
     # 1 / (1 + 0) and 1 / (1 + 1) for entropies of 2 and 3 beside 2.
     entropy_PGT = tensor([[2.0, 2, 3], [2, 2, 3]])[:, :, None].expand(-1, -1, 4)
     known = {"entropy_PGT": entropy_PGT, "ref_entropy_PGT": torch.full_like(entropy_PGT, 2)}
-    found = advantages(BOTH, settings, **known).advantages_PG
+    found = advantages(BOTH, settings, **known)
     bonus = group_advantages(tensor([[1, 0, 0.5], [0, 0, 0.5]]), 1e-4)
-    assert torch.allclose(found, advantages(BOTH).advantages_PG + 0.4 * bonus)
+    assert torch.allclose(found.advantages_PG, advantages(BOTH).advantages_PG + 0.4 * bonus)
+    # An even bonus would be (.75 0 .75): normalized (.577217 -1.154434 .577217) in place of
+    # (.9998 -.9998 0); .4 x 1.154434 over 1.008459 + 1.616997 + .608539. With one best image the
+    # bonus is even.
+    share = found.metrics["entropy/advantage_share"].tolist()
+    assert share == pytest.approx([0.142788, 0], abs=2e-6)
 
 
 @pytest.mark.parametrize("size", [1, 0.1])

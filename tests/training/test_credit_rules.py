@@ -1,5 +1,7 @@
 """The built-in rules of token credit, losses and advantages in a run."""
 
+from dataclasses import replace
+
 import methods
 import pytest
 import torch
@@ -8,9 +10,10 @@ from run_files import steps_of, untimed
 from stage_rl.algorithm import exact_kl
 from stage_rl.errors import RecipeError
 from stage_rl.policies.base import Policy
+from stage_rl.policies.janus import JanusPolicy
 from stage_rl.policies.logprobs import CONDITIONAL, UNCONDITIONAL, Scoring
 from stage_rl.training.loop import train
-from stage_rl.training.measure import Precision, measure, micro_batches
+from stage_rl.training.measure import Precision, measure, micro_batches, needed_inputs
 from stage_rl.training.trainer import build_trainer
 
 TWO_REWARDS = (
@@ -105,6 +108,40 @@ def test_only_what_a_rule_needs_is_computed_and_its_time_is_logged(
     assert ("time/credit_s" in line) == (credit in ("critical", "guidance"))
 
 
+@pytest.mark.parametrize("logprobs", ["conditional", "guided", "guided_detached"])
+@pytest.mark.parametrize("eta", ["sampled", "exact"])
+def test_states_that_are_measured_anyway_spare_the_guidance_a_pass(
+    recipe, monkeypatch, logprobs, eta
+):
+    passes, hidden = [], JanusPolicy.hidden
+    monkeypatch.setattr(
+        JanusPolicy, "hidden", lambda self, *a, **k: passes.append(1) or hidden(self, *a, **k)
+    )
+    credit = f"algorithm.credit={{kind: guidance, eta: {eta}}}"
+    scored = ("rollout.guidance_scale=2", f"algorithm.logprobs={logprobs}")
+    train(recipe("steps=1", *SAME, "probe.mismatch_images=0", credit, *scored))
+    # Of policy and reference one pass each and the unconditional one; or two each and no other.
+    assert len(passes) == (3 if logprobs == "conditional" else 4)
+
+
+@pytest.mark.parametrize("round_to_bf16", [False, True])
+def test_what_kept_states_give_is_what_passes_of_their_own_do(recipe, round_to_bf16):
+    _, trainer = needed_by(recipe)
+    rollout = trainer.sample(trainer.engine, trainer.prompts_of(0), step=0)
+    (batch,) = micro_batches(rollout, None, torch.device("cpu"))
+    names = ("conditional", "unconditional", "exact_guidance")
+    scoring = Scoring("guided_detached", 2.0)
+    precision = Precision(scoring=scoring, round_to_bf16=round_to_bf16, logprob_rows=50)
+    with torch.no_grad():
+        kept = measure(trainer.policy, batch, precision, with_states=True)
+    without = replace(kept, states_NTW=None)
+    found, expected = (
+        needed_inputs(trainer.policy, batch, known, precision, names) for known in (kept, without)
+    )
+    for name in expected:
+        assert torch.allclose(found[name], expected[name], atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -122,6 +159,17 @@ def test_only_what_a_rule_needs_is_computed_and_its_time_is_logged(
             ["clip_high=0.1", "loss=cispo"],
             r"clip_high: 0\.1 is below algorithm\.clip \(0\.2\); write",
         ),
+        (["loss={kind: gspo, low: 3.0}", "credit=uniform"], r"loss\.low: 3\.0 is out of range"),
+        (
+            ["loss={kind: gspo, low: 0.01}", "credit=uniform"],
+            r"loss\.high: 0\.0004 is below loss\.low \(0\.01\); write a larger one",
+        ),
+        (["loss={kind: gspo_token, high: 0.0001}"], r"loss\.high: 0\.0001 is below loss\.low \("),
+        (
+            ["advantage=gdpo"],
+            r"advantage: gdpo is sum with a single reward; write sum, or a second",
+        ),
+        (["loss=methods:for_one_update"], r"loss\.limit: 2\.0 is too much; write less"),
         (["clip_high=0.1", "loss=dr_grpo"], r"clip_high: 0\.1 is below algorithm\.clip"),
         (
             ["credit={kind: critical, daw: paper}"],
@@ -160,6 +208,9 @@ def test_a_gradient_through_the_weight_is_for_one_update(recipe, preset):
     assert recipe(*known)
     with pytest.raises(RecipeError, match=r"daw_gradient: through is the gradient of one update"):
         recipe(*known, "optimizer.updates_per_rollout=2")
+    # Without the weight there is no gradient through it, whatever the preset says.
+    constant = (known[0], "algorithm.credit={kind: critical, daw: none}", "algorithm.loss=clip")
+    assert recipe(*constant, "optimizer.updates_per_rollout=2")
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,7 @@ def test_two_processes_train_in_mixed_precision(recipe, tmp_path):
             "algorithm.credit={kind: guidance, eta: exact}",
             *("algorithm.importance_sampling=geometric_mask", "algorithm.loss=gspo_token"),
         ),
+        ("algorithm.credit=guidance", "algorithm.loss=cispo", "algorithm.logprobs=guided"),
         ("algorithm.kl.estimator=exact", "optimizer.updates_per_rollout=2"),
         (
             *("algorithm.credit={kind: entropy_bonus, form: paper}", "algorithm.kl.estimator=k1"),
@@ -155,7 +156,7 @@ def test_two_processes_train_in_mixed_precision(recipe, tmp_path):
             *("algorithm.loss=sapo", "algorithm.importance_sampling=token_truncate"),
         ),
         (
-            *("algorithm.credit=uniform", "algorithm.kl.estimator=k3+", "algorithm.loss=gmpo"),
+            *("algorithm.credit=uniform", "algorithm.kl.estimator=k3+", "algorithm.loss=gspo"),
             "algorithm.importance_sampling=sequence_truncate",
         ),
         (
@@ -165,7 +166,7 @@ def test_two_processes_train_in_mixed_precision(recipe, tmp_path):
     ],
     ids=[
         *("microbatch", "lora", "all", "guided", "refresh", "failing", "resample", "methods"),
-        *("gdpo", "guidance", "exact", "bonus", "high", "sequence", "ratio"),
+        *("gdpo", "guidance", "sampled", "exact", "bonus", "high", "sequence", "ratio"),
     ],
 )
 def test_two_processes_equal_one_in_other_recipes(recipe, tmp_path, overrides):

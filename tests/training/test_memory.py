@@ -73,15 +73,20 @@ def test_what_a_rule_of_credit_needs_lies_beside_the_activations():
     # 4 groups of 8 images a micro-batch, of 576 tokens and 640 positions; logits of 64 rows.
     narrow = ("training.groups_per_microbatch=4", "training.logprob_rows=64")
 
-    def learning(credit):
-        plan = predict(recipe_7b(*narrow, f"algorithm.credit={credit}"), SIZE_7B)
+    def learning(credit, logprobs="conditional"):
+        settings = (f"algorithm.credit={credit}", f"algorithm.logprobs={logprobs}")
+        plan = predict(recipe_7b(*narrow, *settings), SIZE_7B)
         return plan.phases["learn"]["activations"]
 
     beside = learning("uniform") - 4 * 64 * (4 * 16_384 + 2 * 4096)
     states = 32 * 576 * 4096 * 4
     one_pass = 32 * 640 * (8 * 4096 + 12 * 4096 + 8 * 11_008)
     assert learning("guidance") - beside == one_pass
-    assert learning("{kind: guidance, eta: exact}") - beside == states + one_pass
+    # The conditional states are kept, those of the first micro-batch to the end.
+    assert learning("{kind: guidance, eta: exact}") - beside == 2 * states + one_pass
+    # Scored by guidance, both passes' are, and the head fits where it was.
+    guided = (learning(credit, "guided_detached") for credit in ("guidance", "uniform"))
+    assert next(guided) - next(guided) == 4 * states
     assert learning("critical") - beside == 2 * states
     assert learning("high_entropy") == learning("uniform")
 

@@ -275,8 +275,9 @@ def constant(_policy, benchmark, _request, **_options):
 
 OTHER_RULES = (
     *("algorithm.credit=critical", "algorithm.credit=guidance", "algorithm.credit=entropy_bonus"),
-    "rewards=[{kind: 'loop_parts:Brightness'}, {kind: 'loop_parts:Coarse'}]",
+    "algorithm.advantage=gdpo",
 )
+TWO_REWARDS = "rewards=[{kind: 'loop_parts:Brightness'}, {kind: 'loop_parts:Coarse'}]"
 
 
 @pytest.fixture
@@ -284,7 +285,7 @@ def written(recipe, monkeypatch, tmp_path):
     """The names of all metrics of runs that have everything between them."""
     monkeypatch.setattr(monitor, "run_suite", constant)
     runs = [
-        train(recipe("steps=1", "algorithm.advantage=gdpo", rule, f"run.dir={tmp_path}/{number}"))
+        train(recipe("steps=1", TWO_REWARDS, rule, f"run.dir={tmp_path}/{number}"))
         for number, rule in enumerate(OTHER_RULES)
     ]
     # A reward that says the same of every image.

@@ -12,7 +12,7 @@ from stage_rl.errors import DivergedError
 from stage_rl.policies.janus import JanusPolicy
 from stage_rl.settings import resolve_function
 from stage_rl.training.measure import Precision, measure, measure_all, micro_batches
-from stage_rl.training.update import Update, learn, measure_to_learn
+from stage_rl.training.update import Update, learn, measure_to_learn, measured_groups
 from stage_rl.types import Prompt, Rewards, Rollout
 
 TEXTS = ("a red circle", "the photo of two blue square and three green star", "a star")
@@ -38,6 +38,19 @@ def some_rewards(kept=(True, True, True), dtype=torch.float32):
     known = {"components": {"first": first, "second": second}}
     weights = {"weights": {"first": 1.0, "second": 0.5}}
     return Rewards(first, torch.tensor(kept), {}, ("",) * first.numel(), **known, **weights)
+
+
+def test_the_scores_that_a_rule_sees_are_those_of_rewards_alone(policy):
+    columns = {"first": 1, "second": 2, "first_share": 3, "first_luminance": 4}
+    shown = {name: torch.full((3, SIZE), float(value)) for name, value in columns.items()}
+    rewards = replace(some_rewards(), columns=shown)
+    (batch,) = micro_batches(a_rollout(), None, torch.device("cpu"))
+    (known,) = measure_all(policy, [batch], Precision())
+    seen = measured_groups(policy, batch, known, known, rewards=rewards, update=update_of())
+    assert {name: value[0, 0].item() for name, value in seen.scores.items()} == {
+        "first": 1,
+        "second": 2,
+    }
 
 
 class Recorder(torch.optim.SGD):

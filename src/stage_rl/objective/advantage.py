@@ -81,18 +81,21 @@ def _by_terms(
     groups: MeasuredGroups, terms: RewardTerms, settings: AlgorithmConfig
 ) -> ImageAdvantages:
     """The entropy reward is one more term: normalized within the group, then scaled."""
+    metrics = {"gdpo/std": terms.std_P}
     stacked_KPG = torch.stack([*terms.by_reward.values()])
     total_PG = stacked_KPG.sum(0)
     advantages_PG = total_PG
     bonus_PG = _entropy_bonus(groups, total_PG, settings)
     if bonus_PG is not None:
-        advantages_PG = total_PG + settings.entropy.scale * _normalized(bonus_PG, settings)
+        scale = settings.entropy.scale
+        advantages_PG = total_PG + scale * _normalized(bonus_PG, settings)
+        if settings.entropy.mode == "reward":
+            even_PG = total_PG + scale * _normalized(_even(bonus_PG), settings)
+            metrics["entropy/advantage_share"] = _changed_share(advantages_PG, even_PG)
     size_KPG = stacked_KPG.abs()
     share_KPG = size_KPG / size_KPG.sum(0).clamp_min(torch.finfo(size_KPG.dtype).tiny)
-    metrics = {"gdpo/std": terms.std_P} | {
-        f"gdpo/{name}_share": share_PG
-        for name, share_PG in zip(terms.by_reward, share_KPG, strict=True)
-    }
+    for name, share_PG in zip(terms.by_reward, share_KPG, strict=True):
+        metrics[f"gdpo/{name}_share"] = share_PG
     equal_P = algorithm.equal_reward_groups(total_PG)
     return ImageAdvantages(advantages_PG, advantages_PG, equal_P, metrics)
 
@@ -133,10 +136,19 @@ def entropy_share(
     The advantages are compared with those of a bonus that is the same, its mean, for all samples
     that get one: sum of |difference| over sum of |advantage|; 0 for a group without advantages.
     """
-    bonus_PG = with_bonus_PG - rewards_PG
+    even_PG = _normalized(rewards_PG + _even(with_bonus_PG - rewards_PG), settings)
+    return _changed_share(advantages_PG, even_PG)
+
+
+def _even(bonus_PG: Tensor) -> Tensor:
+    """The mean bonus of the samples that get one, for each of them."""
     chosen_PG = bonus_PG != 0
     mean_P1 = bonus_PG.sum(1, keepdim=True) / chosen_PG.sum(1, keepdim=True).clamp_min(1)
-    even_PG = _normalized(torch.where(chosen_PG, rewards_PG + mean_P1, rewards_PG), settings)
+    return torch.where(chosen_PG, mean_P1, 0.0)
+
+
+def _changed_share(advantages_PG: Tensor, others_PG: Tensor) -> Tensor:
+    """Sum of |difference| over sum of |advantage| of each group, 0 for one without advantages."""
     size_P = advantages_PG.abs().sum(1)
-    difference_P = (advantages_PG - even_PG).abs().sum(1)
+    difference_P = (advantages_PG - others_PG).abs().sum(1)
     return torch.where(size_P > 0, difference_P / size_P.clamp_min(1e-12), 0.0)

@@ -8,6 +8,7 @@ Shape suffixes: P prompts, G group, T image tokens, D model width, R x C rows an
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import torch
@@ -16,21 +17,43 @@ from torch.nn.functional import normalize, pad
 
 from stage_rl.algorithm_config import AlgorithmConfig
 from stage_rl.errors import RecipeError
-from stage_rl.objective.record import CreditInputs, CreditOutputs, needs, refuse_token_mask
+from stage_rl.objective.record import CreditInputs, CreditOutputs, needs, refuse_token_mask, refuses
 
 Daw = Literal["release", "paper", "none"]
+DawGradient = Literal["detached", "through"]
 
 DAW_CLIP = 0.5
 """Largest size of the difference of log-probabilities that a weight is made of."""
 
 
+def _refusals(
+    settings: AlgorithmConfig, num_updates: int, *, daw: Daw, daw_gradient: DawGradient | None
+) -> Iterator[tuple[str, str]]:
+    through = _goes_through(settings, daw_gradient)
+    if daw == "none" and daw_gradient == "through":
+        text = "has no effect with daw: none; write detached, or daw: release"
+        yield "credit.daw_gradient", text
+    if daw != "none" and through and num_updates > 1:
+        text = "through is the gradient of one update per rollout; write detached, or "
+        yield "credit.daw_gradient", f"{text}optimizer.updates_per_rollout=1"
+    if daw == "paper" and not through and settings.entropy.mode != "loss":
+        text = "paper is 0 where policy and reference are the same, as they are at first, and so "
+        yield "credit.daw", f"{text}they stay; write release, or daw_gradient: through"
+
+
+def _goes_through(settings: AlgorithmConfig, daw_gradient: DawGradient | None) -> bool:
+    """Whether the dynamic weight has a gradient: as is said, else with the preset `release`."""
+    return (daw_gradient or ("through" if settings.preset == "release" else "")) == "through"
+
+
 @needs("embeddings", "guided_entropy")
+@refuses(_refusals)
 def critical(
     inputs: CreditInputs,
     settings: AlgorithmConfig,
     *,
     daw: Daw = "release",
-    daw_gradient: Literal["detached", "through"] | None = None,
+    daw_gradient: DawGradient | None = None,
 ) -> CreditOutputs:
     """GCPO: the critical tokens alone have an advantage and a KL, times T over their number.
 
@@ -50,7 +73,7 @@ def critical(
         inputs.logprobs_PGT - inputs.ref_logprobs_PGT,
         mask_PGT,
         form=daw,
-        through=settings.through_weights(daw_gradient),
+        through=_goes_through(settings, daw_gradient),
     )
     scale = mask_PGT.shape[-1] / mask_PGT[0, 0].sum()
     num_PG = mask_PGT.sum(-1)

@@ -8,24 +8,35 @@ Shape suffixes: P prompts, G group, T image tokens.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from stage_rl.algorithm_config import AlgorithmConfig
-from stage_rl.objective.record import CreditInputs, CreditOutputs, refuse_token_mask
+from stage_rl.objective.record import CreditInputs, CreditOutputs, refuse_token_mask, refuses
 from stage_rl.settings import Fraction
+
+Form = Literal["release", "paper"]
 
 BONUS = 0.3
 """Of the released form: factor of the entropy, and the most of an advantage that it may add."""
 
 
+def _refusals(
+    settings: AlgorithmConfig, num_updates: int, *, form: Form, kappa: float
+) -> Iterator[tuple[str, str]]:
+    if form == "release" and kappa != 1:
+        yield "credit.kappa", "has no effect with form: release; write form: paper"
+
+
+@refuses(_refusals)
 def entropy_bonus(
     inputs: CreditInputs,
     settings: AlgorithmConfig,
     *,
-    form: Literal["release", "paper"] = "release",
+    form: Form = "release",
     kappa: Fraction = 1.0,
 ) -> CreditOutputs:
     """EG-GRPO (arXiv 2604.02355): the least uncertain fifth of an image's tokens has no advantage,

@@ -20,17 +20,19 @@ Shape suffixes: P prompts, G group, T image tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Annotated, Any
 
 import torch
-from pydantic import PositiveFloat
+from pydantic import Field, PositiveFloat
 from torch import Tensor
 
 from stage_rl import algorithm
 from stage_rl.algorithm_config import AlgorithmConfig
 from stage_rl.errors import RecipeError
 from stage_rl.objective.kl import token_divergence
+from stage_rl.objective.record import refuses
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,44 @@ def policy_loss(
     return outputs
 
 
+Size = Annotated[float, Field(gt=0, lt=1)]
+"""How far below or above 1 a ratio may go."""
+
+
+def _one_update(
+    settings: AlgorithmConfig, num_updates: int, **parameters: Any
+) -> Iterator[tuple[str, str]]:
+    if num_updates > 1:
+        text = f"{settings.loss_kind} is for one update per rollout; write clip, or "
+        yield "loss", f"{text}optimizer.updates_per_rollout=1"
+
+
+def _narrow_above(
+    settings: AlgorithmConfig, num_updates: int, *, low: float, high: float
+) -> Iterator[tuple[str, str]]:
+    if high < low:
+        yield "loss.high", f"{high} is below loss.low ({low}); write a larger one"
+
+
+def _image_credit(
+    settings: AlgorithmConfig, num_updates: int, **parameters: Any
+) -> Iterator[tuple[str, str]]:
+    loss = settings.loss_kind
+    text = f"{loss} has one ratio per image, so all its tokens get their mean advantage"
+    if not settings.one_advantage_per_image:
+        yield "loss", f"{text}; write gspo_token, or algorithm.credit=uniform"
+    if settings.importance_sampling.startswith("token"):
+        hint = f"write {settings.importance_sampling.replace('token', 'sequence')}"
+        yield "importance_sampling", f"{text}; {hint}, or geometric_mask"
+
+
+def _image_credit_in_range(
+    settings: AlgorithmConfig, num_updates: int, *, low: float, high: float
+) -> Iterator[tuple[str, str]]:
+    yield from _image_credit(settings, num_updates)
+    yield from _narrow_above(settings, num_updates, low=low, high=high)
+
+
 def clip(inputs: LossInputs, settings: AlgorithmConfig) -> LossOutputs:
     """Equation 3, PPO's and GRPO's: the ratio within [1 - clip, 1 + clip_high]."""
     return _clipped(inputs, settings, _ratio(inputs), *settings.clip_range)
@@ -104,17 +144,19 @@ def dr_grpo(inputs: LossInputs, settings: AlgorithmConfig) -> LossOutputs:
     return clip(inputs, settings)
 
 
+@refuses(_one_update)
 def unclipped(inputs: LossInputs, settings: AlgorithmConfig) -> LossOutputs:
     """-ratio x advantage, of the released codes of STAGE, GCPO and EG-GRPO; for one update."""
     return _clipped(inputs, settings, _ratio(inputs), math.inf, math.inf)
 
 
+@refuses(_image_credit_in_range)
 def gspo(
     inputs: LossInputs,
     settings: AlgorithmConfig,
     *,
-    low: PositiveFloat = 3e-4,
-    high: PositiveFloat = 4e-4,
+    low: Size = 3e-4,
+    high: Size = 4e-4,
 ) -> LossOutputs:
     """GSPO (arXiv 2507.18071): one ratio per image, the geometric mean of its tokens', within
     [1 - low, 1 + high].
@@ -123,12 +165,13 @@ def gspo(
     return _clipped(inputs, settings, ratio_PGT, low, high)
 
 
+@refuses(_narrow_above)
 def gspo_token(
     inputs: LossInputs,
     settings: AlgorithmConfig,
     *,
-    low: PositiveFloat = 3e-4,
-    high: PositiveFloat = 4e-4,
+    low: Size = 3e-4,
+    high: Size = 4e-4,
 ) -> LossOutputs:
     """GSPO's ratio and clip with the gradient of each token by itself, so that tokens may have
     advantages of their own.
@@ -137,6 +180,7 @@ def gspo_token(
     return _clipped(inputs, settings, _image_ratio(inputs).detach() * own_PGT, low, high)
 
 
+@refuses(_image_credit)
 def gmpo(
     inputs: LossInputs, settings: AlgorithmConfig, *, size: PositiveFloat = 0.4
 ) -> LossOutputs:

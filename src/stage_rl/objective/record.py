@@ -5,7 +5,7 @@ Shape suffixes: P prompts, G group, T image tokens, C codebook channels, D model
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -101,7 +101,11 @@ class CreditOutputs:
 
 CreditFunction = Callable[[CreditInputs, AlgorithmConfig], CreditOutputs]
 """With its parameters bound to it."""
-F = TypeVar("F", bound=Callable[..., CreditOutputs])
+F = TypeVar("F", bound=Callable[..., object])
+
+Refusals = Callable[..., Iterator[tuple[str, str]]]
+"""refusals(settings, num_updates, **parameters): keys of the `algorithm` section, those of the
+parameters among them, and what is wrong with them."""
 
 
 def refuse_token_mask(inputs: CreditInputs, rule: str) -> None:
@@ -131,6 +135,18 @@ def needs(*names: str | Callable[..., tuple[str, ...]]) -> Callable[[F], F]:
 
     def mark(function: F) -> F:
         function.needs = names  # pyright: ignore[reportFunctionMemberAccess]
+        return function
+
+    return mark
+
+
+def refuses(refusals: Refusals) -> Callable[[F], F]:
+    """Marks a function of credit or loss with what it makes no sense with: a recipe that says so is
+    refused when it is read. `num_updates` are those per rollout.
+    """
+
+    def mark(function: F) -> F:
+        function.refuses = refusals  # pyright: ignore[reportFunctionMemberAccess]
         return function
 
     return mark

@@ -202,7 +202,7 @@ class Policy(nn.Module):
         )
         # FSDP2 hooks what a forward pass returns, which may be no view.
         outputs = [values_N.view(tokens_NT.shape).clone() for values_N in known]
-        return *outputs, *([states_NTW] if with_states else [])
+        return *outputs, *([states_NTW.detach()] if with_states else [])
 
     def states(
         self,

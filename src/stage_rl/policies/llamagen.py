@@ -41,7 +41,7 @@ from stage_rl.policies.loading import (
     split_tensors,
 )
 from stage_rl.policies.lora import PATTERN, add_adapter, merged_state
-from stage_rl.policies.sizes import ModelSize
+from stage_rl.policies.sizes import ModelSize, size_of_module
 from stage_rl.policies.text_encoder import TextEncoder, encoder_parameters, load_text_encoder
 from stage_rl.policies.trunk import teacher_forced, trunk_weights, use_own_parts
 from stage_rl.policies.vq import (
@@ -347,25 +347,10 @@ def _size(sizes: LlamaGenSizes, text_encoder_dtype: str) -> ModelSize | None:
         return None
     with torch.device("meta"):
         module = LlamaGen(sizes)
-    counts = {name: parameter.numel() for name, parameter in module.named_parameters()}
-    in_layers = {n: count for n, count in counts.items() if n.startswith("language_model.layers.")}
-    return ModelSize(
-        layers=sizes.num_hidden_layers,
-        width=sizes.hidden_size,
-        mlp=sizes.intermediate_size,
-        heads=sizes.num_attention_heads,
-        kv_width=sizes.hidden_size,
-        linears={
-            name: (part.out_features, part.in_features)
-            for name, part in module.language_model.layers[0].named_modules()
-            if isinstance(part, nn.Linear)
-        },
-        in_layers=in_layers,
-        outside={
-            name: count
-            for name, count in counts.items()
-            if name not in in_layers and not name.startswith("vqmodel.")
-        },
+    return size_of_module(
+        module,
+        trunk="language_model",
+        outside=("language_model.", "lm_head.", "caption_projection."),
         image_head=module.lm_head.weight.numel(),
         codebook=sizes.codebook_size,
         inputs=sizes.codebook_size,
@@ -375,8 +360,6 @@ def _size(sizes: LlamaGenSizes, text_encoder_dtype: str) -> ModelSize | None:
         decoder_channels=3 * sizes.base_channels,
         images_at_once=IMAGES_PER_CHUNK,
         images_at_once_on_cpu=IMAGES_PER_CHUNK_ON_CPU,
-        positions=sizes.grid_side + 1,
-        others=sum(count for name, count in counts.items() if name.startswith("vqmodel.")),
         frozen_bytes=encoder * DTYPES[text_encoder_dtype].itemsize,
     )
 

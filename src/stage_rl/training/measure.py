@@ -14,7 +14,13 @@ from torch import Tensor
 
 from stage_rl.algorithm import exact_kl
 from stage_rl.policies.base import Policy
-from stage_rl.policies.logprobs import CONDITIONAL, UNCONDITIONAL, ReferenceRows, Scoring
+from stage_rl.policies.logprobs import (
+    CONDITIONAL,
+    UNCONDITIONAL,
+    ReferenceRows,
+    Scoring,
+    head_logprobs,
+)
 from stage_rl.policies.matmul import onednn_matmul
 from stage_rl.types import Measured, Prompt, Rollout
 
@@ -138,6 +144,16 @@ def measure_all(
     return [measure(policy, batch, precision, with_states=with_states) for batch in batches]
 
 
+STATES_FOR = ("conditional", "unconditional", "exact_guidance")
+"""What a credit function may need that the head alone makes from states."""
+
+
+def spares_a_pass(needs: Sequence[str], scoring: Scoring) -> bool:
+    """Whether what is needed can be made from states that are measured anyway."""
+    one_pass = ("exact_guidance",)
+    return not {*(STATES_FOR if scoring.has_two_passes else one_pass)}.isdisjoint(needs)
+
+
 @torch.no_grad()
 def needed_inputs(
     policy: Policy,
@@ -147,14 +163,9 @@ def needed_inputs(
     needs: Sequence[str],
 ) -> dict[str, Tensor]:
     """What a credit function is marked to need, by the field of `MeasuredGroups`. `old` is what
-    the policy measured as `precision` says, which is used where it is what is needed.
+    the policy measured as `precision` says, which is used where it is what is needed, as are its
+    states where it has them.
     """
-
-    def logprobs(scoring: Scoring) -> Tensor:
-        measured = old
-        if scoring != precision.scoring:
-            measured = measure(policy, batch, replace(precision, scoring=scoring))
-        return batch.by_group(measured.logprobs_NT)
 
     def embeddings() -> Tensor:
         with policy.unsharded():
@@ -166,16 +177,55 @@ def needed_inputs(
         return batch.by_group(batch.guided_entropy_NT)
 
     known: dict[str, tuple[str, Callable[[], Tensor]]] = {
-        "conditional": ("cond_logprobs_PGT", lambda: logprobs(CONDITIONAL)),
-        "unconditional": ("uncond_logprobs_PGT", lambda: logprobs(UNCONDITIONAL)),
-        "exact_guidance": ("guidance_kl_PGT", lambda: guidance_kl(policy, batch, precision)),
+        "conditional": (
+            "cond_logprobs_PGT",
+            lambda: logprobs_under(CONDITIONAL, policy, batch, old, precision),
+        ),
+        "unconditional": (
+            "uncond_logprobs_PGT",
+            lambda: logprobs_under(UNCONDITIONAL, policy, batch, old, precision),
+        ),
+        "exact_guidance": ("guidance_kl_PGT", lambda: guidance_kl(policy, batch, old, precision)),
         "embeddings": ("embeddings_PGTD", embeddings),
         "guided_entropy": ("guided_entropy_PGT", guided_entropy),
     }
     return {field: make() for field, make in (known[name] for name in needs)}
 
 
-def guidance_kl(policy: Policy, batch: MicroBatch, precision: Precision) -> Tensor:
+def logprobs_under(
+    scoring: Scoring, policy: Policy, batch: MicroBatch, old: Measured, precision: Precision
+) -> Tensor:
+    """Log-probabilities of the tokens under a distribution of one pass, PGT: those that are known,
+    else by the head from known states, else by a pass of their own.
+    """
+    if scoring == precision.scoring:
+        return batch.by_group(old.logprobs_NT)
+    states_NTD = _known_states(scoring, old, precision)
+    if states_NTD is None:
+        measured = measure(policy, batch, replace(precision, scoring=scoring))
+        return batch.by_group(measured.logprobs_NT)
+    with policy.unsharded():
+        logprobs_N, _ = head_logprobs(
+            policy.head,
+            states_NTD.flatten(0, 1),
+            batch.tokens_NT.flatten(),
+            chunk_rows=precision.logprob_rows,
+        )
+    logprobs_NT = logprobs_N.view_as(batch.tokens_NT)
+    return batch.by_group(_as_bf16(logprobs_NT) if precision.round_to_bf16 else logprobs_NT)
+
+
+def _known_states(scoring: Scoring, old: Measured, precision: Precision) -> Tensor | None:
+    """States of a distribution of one pass among those that were kept, NTD."""
+    states_NTW, scored = old.states_NTW, precision.scoring
+    if states_NTW is None:
+        return None
+    if scored.has_two_passes:
+        return states_NTW.chunk(2, -1)[scoring == UNCONDITIONAL]
+    return states_NTW if scoring == CONDITIONAL else None
+
+
+def guidance_kl(policy: Policy, batch: MicroBatch, old: Measured, precision: Precision) -> Tensor:
     """KL(conditional, unconditional) of every token, summed over the codebook, PGT."""
     both = []
 
@@ -185,13 +235,15 @@ def guidance_kl(policy: Policy, batch: MicroBatch, precision: Precision) -> Tens
 
     with policy.unsharded(), onednn_matmul(policy.device):
         for scoring in (CONDITIONAL, UNCONDITIONAL):
-            states_NTD = policy.states(
-                batch.prompts,
-                batch.tokens_NT,
-                group_size=batch.group_size,
-                scoring=scoring,
-                mixed=precision.mixed,
-            )
+            states_NTD = _known_states(scoring, old, precision)
+            if states_NTD is None:
+                states_NTD = policy.states(
+                    batch.prompts,
+                    batch.tokens_NT,
+                    group_size=batch.group_size,
+                    scoring=scoring,
+                    mixed=precision.mixed,
+                )
             both.append(states_NTD.flatten(0, 1).split(precision.logprob_rows))
         kl_R = [
             exact_kl(logits(cond_RD), logits(uncond_RD))

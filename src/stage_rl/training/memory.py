@@ -27,11 +27,13 @@ from pydantic import ValidationError
 from stage_rl.errors import RecipeError
 from stage_rl.policies.base import PolicyConfig
 from stage_rl.policies.loading import HUB_ID
+from stage_rl.policies.logprobs import Scoring
 from stage_rl.policies.sizes import ModelSize
 from stage_rl.policies.trunk import MAX_POSITIONS, padded_positions
 from stage_rl.recipe import Recipe
 from stage_rl.rollout.attention import BLOCK
 from stage_rl.settings import needs_of, resolve_function
+from stage_rl.training.measure import spares_a_pass
 
 GB = 1e9
 
@@ -177,6 +179,16 @@ class Work:
         return self.batch_images * (2 if two_rows else 1) * self.num_positions
 
     @property
+    def scoring(self) -> Scoring:
+        """The distribution that is scored."""
+        return Scoring(self.recipe.algorithm.logprobs, self.recipe.guidance_scale)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What the rule of token credit needs."""
+        return needs_of(resolve_function("credit", self.recipe.algorithm.credit))
+
+    @property
     def adapter(self) -> int:
         """Parameters of the adapter; 0 without one."""
         lora = self.policy.lora
@@ -278,7 +290,7 @@ def _learning(work: Work, unsharded: float) -> dict[str, float]:
     layers = work.size.layers * kept[mode]
     again = kept["none"] - kept[mode]  # one layer, computed again behind the image head
     base = 24 * work.size.width  # inputs, last states, and the gradients of both
-    activations = work.batch_tokens * (layers + base) + unsharded
+    activations = work.batch_tokens * (layers + base) + unsharded + _kept_states(work)
     arrays = 7 if work.recipe.algorithm.exact_kl else 4
     activations += max(work.batch_tokens * again, _head(work, arrays=arrays), _credit(work))
     casts = 0.0
@@ -294,19 +306,29 @@ def _learning(work: Work, unsharded: float) -> dict[str, float]:
 
 
 def _credit(work: Work) -> float:
-    """What the rule of token credit needs beyond a step's own passes, beside the activations."""
+    """What the rule of token credit needs beyond a step's own passes, beside the activations and
+    the states that it keeps.
+    """
     size = work.size
     states = 4 * work.batch_images * size.image_tokens * size.width
-    one_pass = _reference_pass(work)
+    own_pass = 0 if work.scoring.has_two_passes else _reference_pass(work)
+    own_states = 0 if work.scoring.has_two_passes else states
     known = {
         # The inputs of the decoder, and in fp32 at length 1.
         "embeddings": states * (1 + work.parameter_bytes / 4),
-        "unconditional": one_pass,
-        # The states of both passes, one of them under way, then both under the head.
-        "exact_guidance": max(states + one_pass, 2 * states + _head(work, arrays=6)),
+        "unconditional": max(own_pass, _head(work, arrays=3)),
+        "exact_guidance": max(own_pass, own_states + _head(work, arrays=6)),
     }
-    needs = needs_of(resolve_function("credit", work.recipe.algorithm.credit))
-    return max((known.get(name, 0.0) for name in needs), default=0.0)
+    return max((known.get(name, 0.0) for name in work.needs), default=0.0)
+
+
+def _kept_states(work: Work) -> float:
+    """The states of a micro-batch, and of the first, that spare the rule of token credit a pass."""
+    if not spares_a_pass(work.needs, work.scoring):
+        return 0
+    size, several = work.size, work.groups_at_once < work.num_groups
+    width = size.width * (2 if work.scoring.has_two_passes else 1)
+    return (2 if several else 1) * 4 * work.batch_images * size.image_tokens * width
 
 
 def _head(work: Work, *, arrays: int) -> float:

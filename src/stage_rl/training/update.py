@@ -30,7 +30,7 @@ from stage_rl.objective.record import CreditFunction, MeasuredGroups
 from stage_rl.policies.base import Policy
 from stage_rl.policies.logprobs import ReferenceRows
 from stage_rl.settings import needs_of
-from stage_rl.training.measure import MicroBatch, Precision, measure, needed_inputs
+from stage_rl.training.measure import MicroBatch, Precision, measure, needed_inputs, spares_a_pass
 from stage_rl.training.optim import apply_gradient, check_parameters
 from stage_rl.types import Measured, Rewards
 
@@ -67,22 +67,27 @@ def measure_to_learn(
     policy: Policy, batch: MicroBatch, update: Update, ref: Measured | None = None
 ) -> Measured:
     """`measure` with the gradients that the update needs. `ref` is what the reference measured,
-    with its states, where the KL is exact.
+    with its states, where the KL is exact. The states come along where they spare the rule of
+    token credit a pass.
     """
-    penalized = update.settings.entropy.mode == "loss"
+    precision = update.precision
+    options = {
+        "entropy_grad": update.settings.entropy.mode == "loss",
+        "with_states": spares_a_pass(needs_of(update.credit), precision.scoring),
+    }
     reference = update.kl_reference
     if reference is None:
-        return measure(policy, batch, update.precision, entropy_grad=penalized)
+        return measure(policy, batch, precision, **options)
     assert ref is not None
     assert ref.states_NTW is not None
 
     def head(rows_RW: Tensor) -> Tensor:
         with reference.adapter():
-            return update.precision.scoring.logits(reference.head, rows_RW)
+            return precision.scoring.logits(reference.head, rows_RW)
 
     rows = ReferenceRows(head, ref.states_NTW.flatten(0, 1))
     with reference.unsharded():
-        return measure(policy, batch, update.precision, entropy_grad=penalized, reference=rows)
+        return measure(policy, batch, precision, reference=rows, **options)
 
 
 def learn(
@@ -114,7 +119,7 @@ def learn(
             groups = replace(
                 measured_groups(policy, batch, old[index], ref, rewards=rewards, update=update),
                 terms=terms and terms.of(batch.groups, policy.device),
-                **_needed(policy, batch, old[index], update, record),
+                **_needed(policy, batch, now, update, record),
             )
             credits.append(assign_credit(update.credit, groups, update.settings))
             loss = batch_losses(batch, now, old[index], ref, credits[index], update)
@@ -175,7 +180,7 @@ def measured_groups(
 def _needed(
     policy: Policy,
     batch: MicroBatch,
-    old: Measured,
+    now: Measured,
     update: Update,
     record: Callable[[str], None] | None,
 ) -> dict[str, Tensor]:
@@ -184,7 +189,8 @@ def _needed(
         return {}
     if record:
         record("learn_s")
-    needed = needed_inputs(policy, batch, old, update.precision, needs)
+    known = replace(now, logprobs_NT=now.logprobs_NT.detach())
+    needed = needed_inputs(policy, batch, known, update.precision, needs)
     if record:
         record("credit_s")
     return needed
