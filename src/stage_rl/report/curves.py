@@ -6,6 +6,7 @@ Shape suffixes: S steps.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -37,8 +38,8 @@ Row = list[Any]
 
 WIDTH_IN, HEIGHT_IN = 2.2, 1.8
 """Of a panel."""
-ENTRY_IN, LETTER_IN = 0.55, 0.056
-"""Of a legend: the line and the gaps of an entry, and what a letter takes."""
+ENTRY_IN, LETTER_IN, LINE_IN = 0.55, 0.056, 0.15
+"""Of a legend: the line and the gaps of an entry, what a letter takes, and the height of a line."""
 
 
 def curves(inputs: Sequence[Path], *, window: int = 10, **chosen: Any) -> Drawing:
@@ -167,5 +168,7 @@ def _add_legend(
     handles += [Line2D([], [], color="0.4", ls=ls, label=name) for name, ls in styles.items()]
     if len(handles) > 1:
         longest = max(len(str(handle.get_label())) for handle in handles)
-        columns = int(figure.get_figwidth() / (ENTRY_IN + LETTER_IN * longest))
-        figure.legend(handles=handles, loc="outside upper center", ncols=max(1, columns))
+        columns = max(1, int(figure.get_figwidth() / (ENTRY_IN + LETTER_IN * longest)))
+        figure.legend(handles=handles, loc="outside upper center", ncols=columns)
+        more_lines = math.ceil(len(handles) / columns) - 1
+        figure.set_figheight(figure.get_figheight() + LINE_IN * more_lines)
