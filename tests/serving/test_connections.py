@@ -74,6 +74,37 @@ def test_many_half_sent_heads_do_not_silence_the_server(serve, monkeypatch):
         assert len(running.server.server_state.connections) <= 65
 
 
+@pytest.mark.parametrize(
+    ("line", "status"), [(b"POST /v1/rewards/toy/scores", b"401"), (b"GET /health", b"200")]
+)
+def test_bodies_that_never_come_do_not_silence_the_server(serve, monkeypatch, line, status):
+    monkeypatch.setattr(connections, "MAX_CONNECTIONS", 64)
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (1024, 1024))
+    running = serve(TOY, token="0123456789abcdef")
+    head = line + b" HTTP/1.1\r\nHost: a\r\nContent-Length: 999999999999999\r\n\r\n"
+    with contextlib.ExitStack() as stack:
+        for _ in range(100):
+            client = stack.enter_context(connect(running, head))
+            assert client.recv(65536).startswith(b"HTTP/1.1 " + status)
+            client.sendall(b"x")
+        started = time.monotonic()
+        assert running.ask("GET", "/health").status_code == 200
+        assert time.monotonic() - started < 1
+        assert len(running.server.server_state.connections) <= 65
+
+
+def test_a_body_that_is_not_read_must_end_in_time(serve, monkeypatch):
+    monkeypatch.setattr(connections, "HEADER_S", 0.5)
+    running = serve(TOY)
+    head = b"GET /health HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\n"
+    with connect(running, head) as client:
+        client.sendall(b"x")
+        assert read_all(client).count(b"HTTP/1.1 200") == 1
+    # One that ends is thrown away, and the next request is answered.
+    with connect(running, head + b"0123456789" + head) as client:
+        assert read_all(client).count(b"HTTP/1.1 200") == 2
+
+
 def test_answers_are_sent_at_once(serve):
     running = serve(TOY)
     with httpx2.Client(trust_env=False) as client:

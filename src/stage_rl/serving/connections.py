@@ -14,7 +14,8 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEADER_S = 10.0
-"""Longest time from the first byte of a request, or from the connection, to the end of its head."""
+"""Longest time from the first byte of a request, or from the connection, to the end of its head;
+and from an answer to the end of a body that it did not wait for."""
 
 MAX_CONNECTIONS = 4096
 
@@ -30,7 +31,7 @@ def connection_class() -> Callable[..., Connection]:
 
 
 class Connection(H11Protocol):
-    """Closes itself where the head of a request does not come in time.
+    """Closes itself where the head of a request, or a body that is not read, does not end in time.
 
     Where there are too many connections, the one that has been without a request for longest makes
     room: a client that was idle connects again.
@@ -48,7 +49,7 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore
         super().connection_made(transport)
         self._waiting[self] = None
-        self._expect_head()
+        self._expect_end()
         if len(self.connections) > self._max_connections:
             longest = next(iter(self._waiting))
             del self._waiting[longest]  # it hears of its end later than others may come
@@ -56,23 +57,31 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self.conn.their_state is h11.IDLE:
-            self._expect_head()
-        else:
+        if self._is_answering:
             self._has_request()
+        else:
+            self._expect_end()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self.conn.their_state is h11.IDLE:
-            self._waiting[self] = None
-            if self.conn.trailing_data[0]:
-                self._expect_head()
+        if self._is_answering:  # what came behind the request was the next one
+            return
+        self._waiting[self] = None
+        # The rest of a body that nobody read is thrown away, so that a client which is still
+        # sending gets to its answer; it has as long for that as for a head.
+        if self.conn.their_state is not h11.IDLE or self.conn.trailing_data[0]:
+            self._expect_end()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._has_request()
         super().connection_lost(exc)
 
-    def _expect_head(self) -> None:
+    @property
+    def _is_answering(self) -> bool:
+        """Whether a request is worked on; its body has a deadline of its own."""
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _expect_end(self) -> None:
         if self._deadline is None:
             self._deadline = self.loop.call_later(HEADER_S, self.transport.abort)
 
