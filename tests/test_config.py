@@ -10,6 +10,7 @@ from stage_rl.config import (
     describe,
     diff_recipes,
     load_recipe,
+    load_reward,
     resolved_json,
     run_folder,
     run_hash8,
@@ -106,7 +107,7 @@ def test_a_module_that_fails_is_named_with_its_error(tiny_recipe, source, messag
         ("rewards.0.detector.q=1", "rewards.0.detector.q: unknown key; write one of: threshold"),
         ("steps=ten", "steps: expected a whole number, not 'ten'"),
         ("steps=1.5", "steps: expected a whole number, not 1.5"),
-        ("steps=", "steps: expected a whole number, not null"),
+        ("steps=null", "steps: expected a whole number, not null"),
         ("steps=true", "steps: expected a whole number, not true"),
         ("steps.more=3", "steps: expected a whole number, not {'more': 3}"),
         ("steps=0", "steps: 0 is out of range; write a number above 0"),
@@ -314,6 +315,52 @@ rewards:
     monkeypatch.delenv("SCORER_KEY")
     with pytest.raises(RecipeError, match="Environment variable 'SCORER_KEY' not found"):
         load_recipe(file)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "${oc.env:SCORER_KEY}",
+        '${oc.env:"SCORER_KEY"}',
+        "${oc.env:'SCORER_KEY'}",
+        "${ oc.env : SCORER_KEY }",
+        "${oc.env:${rewards.0.name}}",
+        "${oc.${rewards.1.name}:SCORER_KEY}",
+    ],
+)
+def test_however_a_variable_is_written_its_value_stays_out(tiny_recipe, monkeypatch, text):
+    monkeypatch.setenv("SCORER_KEY", "s3cr3t-of-mine")
+    reward = {"kind": "external", "name": "SCORER_KEY", "command": ["scorer", text]}
+    rewards = [
+        reward,
+        reward | {"name": "env"},
+        reward | {"name": "by_way", "command": "${rewards.0.command}"},
+    ]
+    recipe = load_recipe(tiny_recipe, [f"rewards={json.dumps(rewards)}"])
+    assert all(reward.command[1] == "s3cr3t-of-mine" for reward in recipe.rewards)
+    for written in (describe(recipe), resolved_json(recipe), written_out(recipe)):
+        assert "s3cr3t" not in written
+        assert written.count("${") >= 3
+    file = tiny_recipe.with_name("recipe.json")
+    file.write_text(resolved_json(recipe))
+    assert load_recipe(file).rewards == recipe.rewards
+
+
+def test_a_message_names_the_variable_and_not_its_value(tiny_recipe, monkeypatch):
+    monkeypatch.setenv("SCORER_KEY", "hunter2" * 20)
+    for key in ("rewards.0.weight", "steps", "rewards.0.kind", "trackers", "rollout.dtype"):
+        with pytest.raises(RecipeError, match=r"\$\{oc\.env:SCORER_KEY\}") as caught:
+            load_recipe(tiny_recipe, [key + '=${oc.env:"SCORER_KEY"}'])
+        assert "hunter2" not in str(caught.value)
+    with pytest.raises(RecipeError) as caught:
+        load_reward("hps", ["weight=${oc.env:SCORER_KEY}"])
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_key_without_a_value_is_refused_and_null_is_one(tiny_recipe):
+    with pytest.raises(RecipeError, match=r"run\.dir=: has no value; write one, or run\.dir=null"):
+        load_recipe(tiny_recipe, ["run.dir="])
+    assert load_recipe(tiny_recipe, ["run.dir=null"]).run.dir is None
 
 
 @pytest.mark.parametrize(

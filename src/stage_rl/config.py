@@ -5,6 +5,7 @@ Every mistake is a `RecipeError` of one line: RECIPE: dotted.key: what; what to 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -19,6 +20,7 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 from yaml import MarkedYAMLError, YAMLError
@@ -36,7 +38,7 @@ DEEPEST = 100
 
 OCTAL = re.compile(r"[-+]?0[0-9_]*[1-9][0-9_]*")
 
-FROM_ENVIRONMENT = re.compile(r"\$\{oc\.env:\s*(\w+)")
+FROM_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:")
 
 RENAMED = {
     "evaluation.panel_images_per_task": "evaluation.validation_images_per_task",
@@ -66,7 +68,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     for override in overrides:
         _apply(tree, override, where)
     try:
-        values = _plain(tree, where)
+        values, secrets = _plain(tree, where)
     except RecursionError as error:
         raise RecipeError(f"{where}: {_too_much(error)}") from error
     values.setdefault("name", Path(source.name).stem)
@@ -74,13 +76,13 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     origin = Origin(where, tuple(overrides), comment)
     if is_run(where):
         origin = _origin_of_run(Path(where), overrides)
-    origin = replace(origin, references=_references(tree, values))
+    origin = replace(origin, references=_references(tree, values, secrets))
     if is_run(where) and not any(override.startswith("run.dir=") for override in overrides):
         values["run"] = {**values.get("run", {}), "dir": where}
     try:
         return Recipe.model_validate(values, context={"origin": origin})
     except ValidationError as error:
-        raise RecipeError(f"{where}: {explain(error)}") from error
+        raise RecipeError(f"{where}: {explain(error, secrets)}") from error
 
 
 def _origin_of_run(folder: Path, overrides: Sequence[str]) -> Origin:
@@ -102,10 +104,11 @@ def load_reward(kind: str, overrides: Sequence[str] = ()) -> RewardConfig:
     tree = OmegaConf.create({"kind": kind})
     for override in overrides:
         _apply(tree, override, kind)
+    values, secrets = _plain(tree, kind)
     try:
-        return RewardConfig.model_validate(_plain(tree, kind))
+        return RewardConfig.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(f"{kind}: {explain(error)}") from error
+        raise RecipeError(f"{kind}: {explain(error, secrets)}") from error
 
 
 def describe(recipe: Recipe) -> str:
@@ -227,6 +230,8 @@ def _apply(tree: DictConfig, override: str, where: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
         raise RecipeError(f"{where}: {override}: is not an override; write dotted.key=value")
+    if not text.strip():  # as of a shell's variable that is not set
+        raise RecipeError(f"{where}: {override}: has no value; write one, or {key}=null")
     try:
         _check_yaml(text, f"{where}: {key}")
         parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
@@ -247,34 +252,67 @@ def _apply(tree: DictConfig, override: str, where: str) -> None:
         ) from error
 
 
-def _plain(tree: DictConfig, where: str) -> dict[str, Any]:
-    try:
-        values = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or "recipe"
-        reason = str(error).splitlines()[0]
-        raise RecipeError(f"{where}: {key}: {reason}; write the value itself") from error
+def _plain(tree: DictConfig, where: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """The values of a tree, and what of them the environment gave, as `read_environment` does."""
+    with read_environment() as secrets:
+        try:
+            values = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
+        except OmegaConfBaseException as error:
+            key = getattr(error, "full_key", None) or "recipe"
+            reason = _masked(str(error).splitlines()[0], secrets)
+            raise RecipeError(f"{where}: {key}: {reason}; write the value itself") from error
     assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items()}
+    return {str(key): value for key, value in values.items()}, secrets
 
 
-def _references(tree: DictConfig, values: Mapping[str, Any]) -> dict[str, str]:
+@contextlib.contextmanager
+def read_environment() -> Iterator[dict[str, str]]:
+    """By each value that `${oc.env:NAME}` gives within the block, that text.
+
+    OmegaConf itself tells them, however the text is quoted, nested or referred to.
+    """
+    found: dict[str, str] = {}
+
+    def env(name: str, *default: Any) -> Any:
+        value = oc.env(name, *default)
+        if os.environ.get(name):
+            found[value] = f"${{oc.env:{name}}}"
+        return value
+
+    OmegaConf.register_resolver("oc.env", env, replace=True)
+    try:
+        yield found
+    finally:
+        OmegaConf.register_resolver("oc.env", oc.env, replace=True)
+
+
+def _masked(text: str, secrets: Mapping[str, str]) -> str:
+    """A text with references in the place of what the environment gave, the longest first."""
+    for secret in sorted(secrets, key=len, reverse=True):
+        text = text.replace(secret, secrets[secret])
+    return text
+
+
+def _references(
+    tree: DictConfig, values: Mapping[str, Any], secrets: Mapping[str, str]
+) -> dict[str, str]:
     """By dotted key the text behind each value that holds something of the environment."""
-    written: Any = OmegaConf.to_container(tree, resolve=False)
-    names = {n for _, text in flatten(written) for n in FROM_ENVIRONMENT.findall(str(text))}
-    secrets = {os.environ[name]: f"${{oc.env:{name}}}" for name in names if os.environ.get(name)}
-    found, texts = {}, dict(flatten(written))
+    texts = dict(flatten(OmegaConf.to_container(tree, resolve=False)))
+    found = {}
     for key, value in flatten(values):
-        text = texts.get(key)
-        if not isinstance(text, str) or "${" not in text:
-            continue
-        if FROM_ENVIRONMENT.search(text):
+        text = _text_behind(key, texts)
+        if FROM_ENVIRONMENT.search(text) and key in texts:
             found[key] = text
-            continue
-        for secret, reference in secrets.items():  # by way of another key
-            if secret in str(value):
-                found[key] = str(found.get(key, value)).replace(secret, reference)
+        elif "${" in text and (masked := _masked(str(value), secrets)) != str(value):
+            found[key] = masked  # by way of another key
     return found
+
+
+def _text_behind(key: str, texts: Mapping[str, Any]) -> str:
+    """What is written at a dotted key, or above it, where one text stands for a whole mapping."""
+    while key and key not in texts:
+        key = key.rpartition(".")[0]
+    return str(texts.get(key, ""))
 
 
 def _lines(
@@ -341,22 +379,26 @@ EXPECTED = {
 BOUNDS = {"gt": "above", "ge": "of at least", "lt": "below", "le": "of at most"}
 
 
-def explain(error: ValidationError) -> str:
-    """The first mistake of a failed validation, and how many more there are."""
+def explain(error: ValidationError, secrets: Mapping[str, str] | None = None) -> str:
+    """The first mistake of a failed validation, and how many more there are; without the `secrets`,
+    which `read_environment` gives.
+    """
+    secrets = secrets or {}
     first, *others = error.errors(include_url=False)
     details = first.get("ctx", {})
     parts = [str(part) for part in first["loc"]]
     key = ".".join([*parts, *filter(None, [details.get("key")])])
-    text = details["text"] if first["type"] == "stage" else _reason(first)
+    own = first["type"] == "stage"
+    text = _masked(details["text"], secrets) if own else _reason(first, secrets)
     # A list whose item is wrong is also reported as too short.
     more = sum(other["loc"] != first["loc"][:1] for other in others)
     tail = f" (and {more} more)" if more else ""
     return f"{key}: {_hint(key, text)}{tail}"
 
 
-def _reason(error: ErrorDetails) -> str:
+def _reason(error: ErrorDetails, secrets: Mapping[str, str]) -> str:
     kind, details = error["type"], error.get("ctx", {})
-    given = _show(error["input"])
+    given = _show(error["input"], secrets)
     if kind in EXPECTED:
         return f"expected {EXPECTED[kind]}, not {given}"
     if kind == "missing":
@@ -375,8 +417,10 @@ def _reason(error: ErrorDetails) -> str:
     return f"{given}: {error['msg']}"
 
 
-def _show(value: Any) -> str:
+def _show(value: Any, secrets: Mapping[str, str]) -> str:
     text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+    # Before it is cut: a part of a secret is one too.
+    text = _masked(text, {repr(secret)[1:-1]: name for secret, name in secrets.items()})
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
