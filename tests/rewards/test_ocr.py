@@ -125,6 +125,13 @@ def test_a_letter_too_few_costs_its_share_and_no_text_is_worth_0(reader):
     assert [outcome.is_right for outcome in outcomes] == [True, True]
 
 
+def test_a_line_upside_down_is_turned_on_demand():
+    page = np.asarray(text_image("Open Today").rotate(180))[..., ::-1].copy()
+    as_it_is, turned = (rapidocr(turned=turned)([page])[0] for turned in (False, True))
+    assert [line.text for line in turned] == ["Open Today"]
+    assert [line.text for line in as_it_is] != ["Open Today"]
+
+
 def test_a_missing_engine_says_what_to_install(monkeypatch):
     monkeypatch.setattr(ocr.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"rapidocr is not installed; run pip install 'stage-rl\["):

@@ -180,6 +180,20 @@ def test_only_what_is_missing_is_asked_for_again():
     assert (first.value, second.value, len(chat.asked)) == (0.5, 1, 3)
 
 
+def test_images_are_taken_a_batch_at_a_time():
+    class Images:
+        taken: tuple = ()
+
+        def __getitem__(self, rows):
+            self.taken += (tuple(rows),)
+            return IMAGES[rows]
+
+    images = Images()
+    _, reward = judge("token_probability", template="{question}", batch_size=3)
+    reward(images, [prompt(), prompt(1)])  # two questions each
+    assert images.taken == ((0, 0, 1), (1,))
+
+
 def test_a_missing_answer_is_no_zero_of_a_training_either():
     _, reward = judge("score_line", "Score: 1", "?", tries=1, template="{prompt}")
     rollout = Rollout((prompt(),), 2, torch.zeros(2, 1), IMAGES)
