@@ -57,6 +57,11 @@ class Rollout:
     """Entropy of the conditional distribution at temperature 1, by the sampler (nats)."""
     guided_entropy_NT: Tensor | None = None
     """That of the guided distribution at temperature 1, where the rollout was asked for it."""
+    cut_mass_NT: Tensor | None = None
+    """Probability of the tokens that top-k and top-p left out, under guidance and temperature;
+    None where neither was set."""
+    cut_conditional_mass_NT: Tensor | None = None
+    """That of the same tokens under the conditional distribution at temperature 1."""
 
     def pil_images(self) -> list[Image.Image]:
         """The images, in the order of the rows."""

@@ -10,6 +10,7 @@ from stage_rl.rollout.sampling import (
     Sampling,
     conditional_statistics,
     draw,
+    draw_tokens,
     image_uniforms,
     invert_cdf,
 )
@@ -110,6 +111,33 @@ def test_tokens_are_drawn_by_their_shares_of_what_top_k_and_top_p_keep(settings,
     # Equally spaced numbers: a count is off by the rounding of both ends.
     assert_close(tokens_N.bincount(minlength=4)[kept] / 1000, shares_V, atol=1.1e-3, rtol=0)
     assert_close(logprobs_N.exp(), probs_V[tokens_N] / probs_V[kept].sum())
+
+
+@pytest.mark.parametrize(
+    ("settings", "cut", "conditional"),
+    [
+        # Shares of .1 .2 .3 .4; the conditional ones the other way round.
+        ({"top_k": 3}, 0.1, 0.4),
+        ({"top_p": 0.5}, 0.3, 0.7),
+        ({"top_k": 9}, 0, 0),
+        # Squares over .3: the two likeliest of .01 .04 .09 .16.
+        ({"top_k": 2, "temperature": 0.5}, 0.05 / 0.3, 0.7),
+    ],
+)
+def test_the_mass_that_is_cut_by_what_is_drawn_from_and_conditionally(settings, cut, conditional):
+    guided_V = torch.tensor([0.1, 0.2, 0.3, 0.4]).log()
+    cond_V = guided_V.flip(0)
+    # Unconditional + 2 (conditional - unconditional) are the guided logits.
+    logits_RV = torch.stack([cond_V, 2 * cond_V - guided_V])
+    drawn = draw_tokens(logits_RV, torch.tensor([0.5]), Sampling(2.0, **settings))
+    assert drawn.cut_mass_N.item() == pytest.approx(cut, abs=1e-6)
+    assert drawn.cut_conditional_mass_N.item() == pytest.approx(conditional, abs=1e-6)
+
+
+def test_what_is_not_cut_has_no_mass_of_it():
+    for sampling in (Sampling(2.0), Sampling(2.0, temperature=0.0, top_k=3)):
+        drawn = draw_tokens(torch.zeros(2, 4), torch.tensor([0.5]), sampling)
+        assert drawn.cut_mass_N is None
 
 
 def test_guidance_moves_from_the_unconditional_to_beyond_the_conditional():

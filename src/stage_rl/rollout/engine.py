@@ -321,6 +321,10 @@ class Generated:
     """Of the conditional distribution, temperature 1 (nats)."""
     guided_entropy_NT: Tensor | None = None
     """Of the guided distribution, temperature 1 (nats), where `Sampling.guided_entropy` asks."""
+    cut_mass_NT: Tensor | None = None
+    """Probability of the tokens that top-k and top-p left out, where the sampling is truncated."""
+    cut_conditional_mass_NT: Tensor | None = None
+    """Their conditional one, temperature 1."""
 
 
 class DecodeState:
@@ -346,10 +350,8 @@ class DecodeState:
         assert cache.num_rows in (num_images, 2 * num_images)
         device, num_tokens = columns.fixed_U.device, int((columns.fixed_U < 0).sum())
         shape = (num_images, num_tokens + 1)
-        num_known = 3 + sampling.guided_entropy
-        self._uniforms, *self._known = (
-            torch.zeros(shape, device=device) for _ in range(1 + num_known)
-        )
+        self._uniforms = torch.zeros(shape, device=device)
+        self._known = {name: torch.zeros(shape, device=device) for name in sampling.statistics}
         self._tokens = torch.zeros(shape, dtype=torch.long, device=device)
         self._column = torch.zeros(1, dtype=torch.long, device=device)
         self._positions_R = torch.zeros(cache.num_rows, dtype=torch.long, device=device)
@@ -389,15 +391,15 @@ class DecodeState:
         token_1 = self._columns.token_U.index_select(0, self._column)
         uniforms_N = self._uniforms.index_select(1, token_1)[:, 0]
         drawn = self._decoder.backend.draw(self.logits_RV, uniforms_N, self._sampling)
-        known = [part for part in vars(drawn).values() if part is not None]
-        for buffer, values_N in zip((self._tokens, *self._known), known, strict=True):
-            buffer.index_copy_(1, token_1, values_N[:, None])
+        for name, buffer in (("tokens", self._tokens), *self._known.items()):
+            buffer.index_copy_(1, token_1, getattr(drawn, f"{name}_N")[:, None])
         fixed_1 = self._columns.fixed_U.index_select(0, self._column)
         return torch.where(fixed_1 < 0, drawn.tokens_N, fixed_1)
 
     def result(self) -> Generated:
         """A copy of what was drawn, which the next pass leaves alone."""
-        return Generated(*(part[:, :-1].clone() for part in (self._tokens, *self._known)))
+        parts = {"tokens": self._tokens, **self._known}
+        return Generated(**{f"{name}_NT": part[:, :-1].clone() for name, part in parts.items()})
 
 
 def _pick_backend(name: str | None, device: torch.device) -> Backend:

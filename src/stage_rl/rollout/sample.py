@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import fields
 
 import torch
 from torch import Tensor
 
+from stage_rl.distributed import concat
 from stage_rl.errors import DivergedError
 from stage_rl.policies.base import Prefix
 from stage_rl.rollout.engine import Engine, Generated
@@ -54,14 +54,7 @@ def rollout(
             [prompt for prompt in prompts for _ in range(group_size)], generated.tokens_NT
         )
     return Rollout(
-        prompts=tuple(prompts),
-        group_size=group_size,
-        tokens_NT=generated.tokens_NT,
-        images_NHWC=images_NHWC,
-        logprobs_NT=generated.logprobs_NT,
-        guided_logprobs_NT=generated.guided_logprobs_NT,
-        entropy_NT=generated.entropy_NT,
-        guided_entropy_NT=generated.guided_entropy_NT,
+        prompts=tuple(prompts), group_size=group_size, images_NHWC=images_NHWC, **vars(generated)
     )
 
 
@@ -91,7 +84,7 @@ def _in_passes(
     num_prompts, group_size, _ = uniforms_PGT.shape
     max_images = engine.images_per_pass(prefix, sampling)
     prompts_per_pass = _even(num_prompts, max(1, max_images // group_size))
-    passes: list[list[Tensor]] = []
+    passes: list[Generated] = []
     for first in range(0, num_prompts, prompts_per_pass):
         last = min(first + prompts_per_pass, num_prompts)
         part = prefix.part(first, last)
@@ -105,7 +98,7 @@ def _in_passes(
             for uniforms in uniforms_PGT[first:last].split(_even(group_size, max_images), dim=1)
         ]
         passes.append(_concat_groups(pieces, last - first))
-    return Generated(*(torch.cat(column) for column in zip(*passes, strict=True)))
+    return concat(passes)
 
 
 def _even(count: int, max_part: int) -> int:
@@ -113,11 +106,13 @@ def _even(count: int, max_part: int) -> int:
     return math.ceil(count / math.ceil(count / max_part))
 
 
-def _concat_groups(pieces: list[Generated], num_prompts: int) -> list[Tensor]:
-    """The fields of `Generated` that there are, the pieces of every group side by side, NT."""
-    columns = [[getattr(piece, field.name) for piece in pieces] for field in fields(Generated)]
-    return [
-        torch.cat([part.unflatten(0, (num_prompts, -1)) for part in column], dim=1).flatten(0, 1)
-        for column in columns
-        if column[0] is not None
-    ]
+def _concat_groups(pieces: list[Generated], num_prompts: int) -> Generated:
+    """The pieces of every group side by side."""
+
+    def whole_groups(column: list[Tensor]) -> Tensor:
+        parts = [part.unflatten(0, (num_prompts, -1)) for part in column]
+        return torch.cat(parts, dim=1).flatten(0, 1)
+
+    columns = {name: [getattr(piece, name) for piece in pieces] for name in vars(pieces[0])}
+    known = {name: column for name, column in columns.items() if column[0] is not None}
+    return Generated(**{name: whole_groups(column) for name, column in known.items()})

@@ -59,6 +59,19 @@ class Sampling:
         return self.temperature > 0 and self.top_k == 0 and self.top_p == 1
 
     @property
+    def truncated(self) -> bool:
+        """Whether top-k or top-p may leave tokens out."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """What is known of each token, by the fields of `Drawn` without their suffix."""
+        names = ["logprobs", "guided_logprobs", "entropy"]
+        names += ["guided_entropy"] if self.guided_entropy else []
+        names += ["cut_mass", "cut_conditional_mass"] if self.truncated else []
+        return tuple(names)
+
+    @property
     def plain(self) -> bool:
         """Whether tokens are drawn from all of the conditional distribution as it is."""
         return self.whole and self.temperature == 1 and not self.guided
@@ -111,6 +124,11 @@ class Drawn:
     """Of the conditional distribution, temperature 1."""
     guided_entropy_N: Tensor | None
     """Of the guided distribution, temperature 1, where `Sampling.guided_entropy` asks."""
+    cut_mass_N: Tensor | None = None
+    """Probability of the tokens that top-k and top-p leave out, under guidance and temperature;
+    where `Sampling.truncated` says that there may be such."""
+    cut_conditional_mass_N: Tensor | None = None
+    """That of the same tokens under the conditional distribution, temperature 1."""
 
 
 def draw_tokens(logits_RV: Tensor, uniforms_N: Tensor, sampling: Sampling) -> Drawn:
@@ -119,13 +137,27 @@ def draw_tokens(logits_RV: Tensor, uniforms_N: Tensor, sampling: Sampling) -> Dr
     cond_NV = guided_NV = logits_RV[:num_images]
     if sampling.guided:
         guided_NV = guide(cond_NV, logits_RV[num_images:], sampling.guidance_scale)
-    probs_NV = cond_NV.softmax(-1) if sampling.plain else None
+    cond_probs_NV = cond_NV.softmax(-1)
+    probs_NV, cut = (cond_probs_NV if sampling.plain else None), ()
+    if sampling.truncated:
+        whole_NV = _tempered(guided_NV, sampling)
+        kept_NV = _truncated(whole_NV, sampling)
+        probs_NV = kept_NV.softmax(-1)
+        cut = cut_masses(cond_probs_NV, whole_NV, kept_NV)
     tokens_N, guided_logprobs_N = draw(guided_NV, uniforms_N, sampling, probs_NV)
-    logprobs_N, entropy_N = conditional_statistics(cond_NV, tokens_N, probs_NV)
+    logprobs_N, entropy_N = conditional_statistics(cond_NV, tokens_N, cond_probs_NV)
     guided_entropy_N = None
     if sampling.guided_entropy:
         guided_entropy_N = entropy(guided_NV) if sampling.guided else entropy_N
-    return Drawn(tokens_N, logprobs_N, guided_logprobs_N, entropy_N, guided_entropy_N)
+    return Drawn(tokens_N, logprobs_N, guided_logprobs_N, entropy_N, guided_entropy_N, *cut)
+
+
+def cut_masses(cond_probs_NV: Tensor, whole_NV: Tensor, kept_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """The probability of the tokens that are left out (-inf in `kept_NV`), cut_mass_N, of logits
+    that hold all of them, and their conditional one, cut_conditional_mass_N.
+    """
+    cut_mass_N = -torch.expm1(kept_NV.logsumexp(-1) - whole_NV.logsumexp(-1))
+    return cut_mass_N.clamp_min(0), (cond_probs_NV * kept_NV.isneginf()).sum(-1)
 
 
 def draw(
@@ -133,21 +165,16 @@ def draw(
 ) -> tuple[Tensor, Tensor]:
     """tokens_N and their log-probabilities (nats) under the distribution that they are drawn from.
 
-    `probs_NV` is the softmax of the logits of a sampling that is `plain`, where it is known.
-    A token of probability 0 is never drawn, whatever the uniform number. At temperature 0 the
-    likeliest token has probability 1. Where logits are not finite the log-probability is not
-    either, and the token is any of the codebook.
+    `probs_NV` are the probabilities that they are drawn by, where these are known. A token of
+    probability 0 is never drawn, whatever the uniform number. At temperature 0 the likeliest token
+    has probability 1. Where logits are not finite the log-probability is not either, and the token
+    is any of the codebook.
     """
     if sampling.temperature == 0:
         # 0, and NaN where the likeliest logit is not finite.
         return guided_NV.argmax(-1), guided_NV.amax(-1) - guided_NV.amax(-1)
     if probs_NV is None:
-        logits_NV = guided_NV / sampling.temperature if sampling.temperature != 1 else guided_NV
-        if sampling.top_k:
-            logits_NV = _keep_top_k(logits_NV, sampling.top_k)
-        if sampling.top_p < 1:
-            logits_NV = _keep_top_p(logits_NV, sampling.top_p)
-        probs_NV = logits_NV.softmax(-1)
+        probs_NV = _truncated(_tempered(guided_NV, sampling), sampling).softmax(-1)
     tokens_N = invert_cdf(probs_NV, uniforms_N)
     return tokens_N, probs_NV.gather(1, tokens_N[:, None])[:, 0].log()
 
@@ -183,6 +210,17 @@ def conditional_statistics(
     logprobs_NV = cond_NV.log_softmax(-1)
     entropy_N = -torch.linalg.vecdot(probs_NV, logprobs_NV)
     return logprobs_NV.gather(1, tokens_N[:, None])[:, 0], entropy_N
+
+
+def _tempered(guided_NV: Tensor, sampling: Sampling) -> Tensor:
+    return guided_NV / sampling.temperature if sampling.temperature != 1 else guided_NV
+
+
+def _truncated(logits_NV: Tensor, sampling: Sampling) -> Tensor:
+    """-inf for the tokens that top-k, then top-p leave out."""
+    if sampling.top_k:
+        logits_NV = _keep_top_k(logits_NV, sampling.top_k)
+    return _keep_top_p(logits_NV, sampling.top_p) if sampling.top_p < 1 else logits_NV
 
 
 def _keep_top_k(logits_NV: Tensor, k: int) -> Tensor:

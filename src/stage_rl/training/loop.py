@@ -33,6 +33,7 @@ from stage_rl.training.metrics import (
     RolloutStats,
     Step,
     Timer,
+    cut_metrics,
     learning_metrics,
     log_samples,
     over_ranks,
@@ -219,6 +220,7 @@ def train_step(trainer: Trainer, step: int, signals: Sequence[int] = ()) -> Step
     timer.record("learn_s")
 
     reference = concat([replace(measured, states_NTW=None) for measured in reference_by_batch])
+    numbers |= cut_metrics(rollout)
     if learned:
         numbers |= learning_metrics(learned, reference, world)
         numbers |= trained_mismatch(learned.measured, rollout, recipe.algorithm)

@@ -82,6 +82,18 @@ def reward_metrics(rewards: Rewards) -> dict[str, float]:
     return numbers
 
 
+def cut_metrics(rollout: Rollout) -> dict[str, float]:
+    """The mean probability that top-k and top-p left out, of what was drawn from and conditional;
+    nothing where neither was set.
+    """
+    if rollout.cut_mass_NT is None or rollout.cut_conditional_mass_NT is None:
+        return {}
+    return {
+        "rollout/cut_mass": rollout.cut_mass_NT.mean().item(),
+        "rollout/cut_conditional_mass": rollout.cut_conditional_mass_NT.mean().item(),
+    }
+
+
 def learning_metrics(learned: UpdateStats, reference: Measured, world: World) -> dict[str, float]:
     """What the update of this rank saw and did; all ranks ask for it at the same time."""
     entropy = learned.measured.entropy_NT.mean().item()
