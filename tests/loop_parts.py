@@ -56,6 +56,18 @@ class Failing(RewardConfig):
         return score
 
 
+class FailsOnPhotos(Brightness):
+    def build(self, device):
+        judge = super().build(device)
+
+        def score(images_NHWC, prompts):
+            if any(prompt.text == "the photo" for prompt in prompts):
+                raise OSError("cannot look at this")
+            return judge(images_NHWC, prompts)
+
+        return score
+
+
 class SendsSignal(RewardConfig):
     number: int
 
@@ -136,3 +148,8 @@ class BrokenTracker:
         raise AssertionError("it has failed before")
 
     close = log_image
+
+
+class LeavingTracker(BrokenTracker):
+    def log(self, step, numbers):
+        raise SystemExit(3)

@@ -107,7 +107,8 @@ def test_a_failing_image_takes_only_its_group_out_of_the_step():
     assert judged.valid_P.tolist() == [True, False]
     assert judged.rewards_PG.tolist() == [[0, 1], [0, 0]]
     assert judged.columns["a"][1].isnan().all()
-    assert "a failed" in judged.reasons[2]
+    line = fails_on_image_2.__code__.co_firstlineno + 3
+    assert judged.reasons[2] == f"a failed: OSError: no such device (test_judge.py:{line})"
     # once for all images, then once for each group
     assert calls == [4, 2, 2]
 
@@ -134,7 +135,7 @@ def test_a_score_that_is_no_number_in_fp32_is_a_failure_and_not_a_zero(value, we
     judged = judge(("a", weight, broken))
     assert list(judged.columns) == ["a"]  # one reward alone has no share
     assert judged.valid_P.tolist() == [True, False]
-    assert "a failed" in judged.reasons[3]
+    assert judged.reasons[3] == f"a gave {value} (number 3)"
 
 
 @pytest.mark.parametrize(
@@ -182,7 +183,9 @@ def test_an_exit_is_a_failure_that_names_file_and_line(caplog):
         judged = judge(("a", 1.0, leaves))
     assert not judged.valid_P.any()
     line = leaves.__code__.co_firstlineno + 1
-    assert f"failed: SystemExit: 0 (test_judge.py:{line})" in caplog.text
+    # In one line for all groups, which failed for the same reason.
+    expected = [f"reward 'a' failed: SystemExit: 0 (test_judge.py:{line})"]
+    assert [record.getMessage() for record in caplog.records] == expected
 
 
 def test_a_reward_that_edits_its_images_changes_nobody_elses():

@@ -166,7 +166,8 @@ def test_a_full_disk_leaves_the_checkpoint_before(recipe, monkeypatch):
 def test_rewards_that_always_fail_stop_the_run_and_are_never_a_zero(recipe):
     failing = "rewards=[{kind: 'loop_parts:Failing'}]"
     with pytest.raises(
-        DivergedError, match=r"for 3 steps in a row a reward failed .*\(at last: .+\)"
+        DivergedError,
+        match=r"for 3 steps in a row a reward failed .*\(at last: .+\(loop_parts\.py:\d+\)\)",
     ):
         train(recipe(failing))
     lines = steps_of(run_folder(recipe(failing)))

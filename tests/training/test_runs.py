@@ -223,3 +223,22 @@ def test_a_lock_that_is_a_link_is_not_written_through(recipe, tmp_path):
     ):
         pass
     assert not (tmp_path / "precious").exists()
+
+
+def test_an_image_whose_reward_failed_has_no_score_and_not_0(recipe):
+    # Two steps of two prompts take each of the four once.
+    images = ("run.log_images_every=1", "run.log_groups=2")
+    run = train(recipe("steps=2", "rewards=[{kind: 'loop_parts:FailsOnPhotos'}]", *images))
+    scores = {"the photo": [], "others": []}
+    for file in sorted((run / "images").glob("*.json")):
+        records = json.loads(file.read_text())
+        for record in records:
+            scores.get(record["prompt"], scores["others"]).append(record["reward"])
+        with np.load(run / "samples" / f"{file.stem}.npz") as arrays:
+            kept = [None if np.isnan(x) else x for x in arrays["rewards"].flatten().tolist()]
+        assert kept == [record["reward"] for record in records]
+        failed = [r for r in records if r["reward"] is None]
+        assert all("failed: OSError: cannot look at this" in r["reason"] for r in failed)
+    assert scores["the photo"] == [None] * 3
+    assert len(scores["others"]) == 9
+    assert all(scores["others"])

@@ -81,14 +81,18 @@ def test_a_resumed_run_is_one_run_of_a_tracker_and_one_of_its_name_is_not(recipe
     assert first["name"] != other["name"]
 
 
-def test_a_tracker_that_fails_warns_once_and_the_run_goes_on(recipe, fake, caplog):
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [("BrokenTracker", "OSError: the server is gone"), ("LeavingTracker", "SystemExit: 3")],
+)
+def test_a_tracker_that_fails_warns_once_and_the_run_goes_on(recipe, fake, caplog, kind, reason):
     module = fake("wandb")
-    broken = "trackers=['loop_parts:BrokenTracker', wandb]"
+    broken = f"trackers=['loop_parts:{kind}', wandb]"
     run = train(recipe("steps=3", "run.log_images_every=0", broken))
     warnings = [record.message for record in caplog.records if "tracker" in record.message]
     assert len(warnings) == 1
-    assert "loop_parts:BrokenTracker failed and is left out, the run goes on" in warnings[0]
-    assert "(OSError: the server is gone)" in warnings[0]
+    assert f"loop_parts:{kind} failed and is left out, the run goes on" in warnings[0]
+    assert f"({reason})" in warnings[0]
     assert [line["step"] for line in steps_of(run)] == [0, 1, 2]
     assert [call[0] for call in module.calls] == ["init", "log", "log", "log", "finish"]
 

@@ -55,10 +55,12 @@ def similarity(run: Path, *, step: int | None = None, group: int | None = None) 
     """
     step, arrays = _samples(run, step)
     rewards_PG = arrays["rewards"]
-    group = int(rewards_PG.std(1).argmax()) if group is None else group
+    group = int(np.nan_to_num(rewards_PG.std(1)).argmax()) if group is None else group
     if not 0 <= group < len(rewards_PG):
         known = f"step {step} kept {len(rewards_PG)}; write 0 to {len(rewards_PG) - 1}"
         raise InputError(f"--group {group}: {known}")
+    if np.isnan(rewards_PG[group]).any():
+        raise InputError(f"--group {group}: a reward failed on it in step {step}; name another")
     # Image tokens mean the same in every checkpoint: the tokenizer is not trained.
     policy = load_recipe(run / "recipe.json").policy.build(pick_device(None))
     tokens_GT = torch.from_numpy(arrays["tokens"][group]).to(policy.device)

@@ -96,8 +96,10 @@ class RewardFunctions:
         reasons: list[list[str]] = [[] for _ in rollout.tokens_NT]
         for item in self._rewards:
             groups = _score_groups(item, rollout)
-            valid_P &= torch.tensor([group is not None for group in groups])
-            scores = [score for group in groups for score in (group or [None] * size)]
+            valid_P &= torch.tensor([not isinstance(group, str) for group in groups])
+            scores: list[Score | str] = []
+            for group in groups:
+                scores += [group] * size if isinstance(group, str) else group
             columns |= _columns(item.name, scores, size)
             for sentences, score in zip(reasons, scores, strict=True):
                 sentences.append(_sentence(item.name, score))
@@ -118,28 +120,21 @@ class RewardFunctions:
         return Rewards(total_PG, valid_P, columns, said, components, weights)
 
 
-def _score_groups(item: WeightedReward, rollout: Rollout) -> list[list[Score] | None]:
-    """The scores of each group; None where the reward failed on it twice."""
+def _score_groups(item: WeightedReward, rollout: Rollout) -> list[list[Score] | str]:
+    """The scores of each group; how the reward failed where it did so twice."""
     size = rollout.group_size
     prompts = [prompt for prompt in rollout.prompts for _ in range(size)]
-    scores = _attempt(item, rollout.images_NHWC, prompts)
-    if scores is not None:
+    scores = ask(item, rollout.images_NHWC, prompts)
+    if not isinstance(scores, str):
         return [scores[i : i + size] for i in range(0, len(scores), size)]
     # Once more group by group, so that one bad image costs no more than its own group.
-    return [
-        _attempt(item, rollout.images_NHWC[i : i + size], prompts[i : i + size])
+    groups = [
+        ask(item, rollout.images_NHWC[i : i + size], prompts[i : i + size])
         for i in range(0, len(prompts), size)
     ]
-
-
-def _attempt(
-    item: WeightedReward, images_NHWC: Tensor, prompts: list[Prompt]
-) -> list[Score] | None:
-    scores = ask(item, images_NHWC, prompts)
-    if isinstance(scores, str):
-        log.warning("reward '%s' %s", item.name, scores)
-        return None
-    return scores
+    for failure in dict.fromkeys([scores, *(group for group in groups if isinstance(group, str))]):
+        log.warning("reward '%s' %s", item.name, failure)
+    return groups
 
 
 def ask(item: WeightedReward, images_NHWC: Tensor, prompts: list[Prompt]) -> list[Score] | str:
@@ -229,11 +224,12 @@ def check_scores(name: str, scores: Any, num_images: int) -> None:
                 )
 
 
-def _columns(name: str, scores: Sequence[Score | None], size: int) -> dict[str, Tensor]:
+def _columns(name: str, scores: Sequence[Score | str], size: int) -> dict[str, Tensor]:
     """The value and the extras as PG tensors, NaN where there is none."""
-    values = {name: [math.nan if s is None or s.value is None else s.value for s in scores]}
-    for key in dict.fromkeys(key for s in scores if s is not None for key in s.extras):
-        values[f"{name}_{key}"] = [s.extras.get(key, math.nan) if s else math.nan for s in scores]
+    given = [Score(None, score) if isinstance(score, str) else score for score in scores]
+    values = {name: [math.nan if s.value is None else s.value for s in given]}
+    for key in dict.fromkeys(key for score in given for key in score.extras):
+        values[f"{name}_{key}"] = [score.extras.get(key, math.nan) for score in given]
     return {
         key: torch.tensor([float(value) for value in column]).view(-1, size)
         for key, column in values.items()
@@ -264,9 +260,9 @@ def _shares(terms: dict[str, Tensor], valid_P: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _sentence(name: str, score: Score | None) -> str:
-    if score is None:
-        return f"{name} failed"
+def _sentence(name: str, score: Score | str) -> str:
+    if isinstance(score, str):
+        return f"{name} {score}"
     if score.value is None:
         return f"{name} does not apply: {score.why}"
     return f"{name} {float(score.value):.2f}: {score.why}"

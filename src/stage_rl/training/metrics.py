@@ -160,12 +160,15 @@ def log_samples(
     """
     rollout, size = step.rollout, step.rollout.group_size
     titles = [prompt.text for prompt in rollout.prompts[:num_groups]]
-    rewards = step.rewards.rewards_PG[:num_groups].flatten().tolist()
+    valid_P1 = step.rewards.valid_P[:, None]
+    rewards_PG = step.rewards.rewards_PG.where(valid_P1, torch.nan)  # a failure is no 0
+    rewards = [None if math.isnan(x) else x for x in rewards_PG[:num_groups].flatten().tolist()]
     reasons = step.rewards.reasons[: len(rewards)]
     images_NHWC = rollout.images_NHWC[: len(rewards)]
     captions = list(reasons)
     if num_rewards > 1:  # the reason of a single one says its score
-        captions = [f"{reward:.2f}  {why}" for reward, why in zip(rewards, reasons, strict=True)]
+        scores = ["no score" if reward is None else f"{reward:.2f}" for reward in rewards]
+        captions = [f"{score}  {why}" for score, why in zip(scores, reasons, strict=True)]
     shown = {"columns": size, "titles": titles, "captions": captions}
     boxes = image_boxes(images_NHWC, **shown)
     records = [
@@ -179,7 +182,7 @@ def log_samples(
     metrics = learned.credit.metrics.items()
     tensors = {
         "tokens": rollout.tokens_NT.unflatten(0, (-1, size)),
-        "rewards": step.rewards.rewards_PG,
+        "rewards": rewards_PG,
         "entropy": learned.measured.entropy_NT.unflatten(0, (-1, size)),
         "reference_entropy": step.reference.entropy_NT.unflatten(0, (-1, size)),
         "kl_weight": learned.credit.kl_weight_PGT,

@@ -176,10 +176,10 @@ class _Trackers:
 
     @contextmanager
     def _guarded(self, name: str) -> Iterator[None]:
-        """Leaves a tracker out that fails, whatever it raises: it is anyone's program."""
+        """Leaves a tracker out that fails or exits: it is anyone's program."""
         try:
             yield
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self._open.pop(name, None)
             text = " ".join(f"{type(error).__name__}: {error}".split())
             log.warning("tracker %s failed and is left out, the run goes on (%s)", name, text)

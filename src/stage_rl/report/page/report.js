@@ -326,10 +326,14 @@ function showLegend(maps) {
   byId("map-value").textContent = "";
 }
 
+function scoreText(image) {
+  return image.reward === null ? "no score" : image.reward.toFixed(2);
+}
+
 function tile(run, step, number, maps) {
   const image = step.images[number], levels = maps && maps.of(number);
   const isReference = byId("map").value === PAIRS && number === reference;
-  const alt = `Image ${number % (step.group_size || 1) + 1} of '${image.prompt}', step ${step.step}, reward ${image.reward.toFixed(2)}: ${image.reason}`;
+  const alt = `Image ${number % (step.group_size || 1) + 1} of '${image.prompt}', step ${step.step}, ${image.reward === null ? "" : "reward "}${scoreText(image)}: ${image.reason}`;
   const frame = element("button", { class: "frame", type: "button", "aria-pressed": isReference ? "true" : "false" }, picture(image.source, alt));
   if (levels) {
     const [rows, columns] = run.grid, canvas = element("canvas", { width: columns, height: rows, "aria-hidden": "true" });
@@ -353,7 +357,7 @@ function tile(run, step, number, maps) {
     showImages();
     byId("groups").querySelectorAll(".frame")[number].focus();
   });
-  return element("figure", { class: "tile" }, frame, element("figcaption", {}, element("strong", {}, image.reward.toFixed(2)), image.reason));
+  return element("figure", { class: "tile" }, frame, element("figcaption", {}, element("strong", {}, scoreText(image)), image.reason));
 }
 
 function showImages() {
