@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -71,13 +72,17 @@ def measure_to_learn(
     token credit a pass.
     """
     precision = update.precision
-    options = {
-        "entropy_grad": update.settings.entropy.mode == "loss",
-        "with_states": spares_a_pass(needs_of(update.credit), precision.scoring),
-    }
+    measured = partial(
+        measure,
+        policy,
+        batch,
+        precision,
+        entropy_grad=update.settings.entropy.mode == "loss",
+        with_states=spares_a_pass(needs_of(update.credit), precision.scoring),
+    )
     reference = update.kl_reference
     if reference is None:
-        return measure(policy, batch, precision, **options)
+        return measured()
     assert ref is not None
     assert ref.states_NTW is not None
 
@@ -87,7 +92,7 @@ def measure_to_learn(
 
     rows = ReferenceRows(head, ref.states_NTW.flatten(0, 1))
     with reference.unsharded():
-        return measure(policy, batch, precision, reference=rows, **options)
+        return measured(reference=rows)
 
 
 def learn(
