@@ -38,7 +38,7 @@ from stage_rl.policies.digest import base_digest
 from stage_rl.policies.loading import policy_config
 from stage_rl.recipe import Recipe
 from stage_rl.rewards.base import RewardConfig, Score
-from stage_rl.rewards.judge import WeightedReward, ask
+from stage_rl.rewards.judge import ask, build_reward
 from stage_rl.rollout.engine import Engine
 from stage_rl.rollout.sample import rollout
 from stage_rl.rollout.sampling import Sampling, check_seed
@@ -118,12 +118,7 @@ def score(
     for prompt in asked:
         if reason := config.unsupported_reason(prompt):
             raise InputError(f"reward '{config.name}' {reason} ('{prompt.text[:40]}')")
-    place = config.device_or(pick_device(device))
-    scores = ask(
-        WeightedReward(config.name, config.weight, config.build(place)),
-        images_NHWC,
-        asked,
-    )
+    scores = ask(build_reward(config, pick_device(device)), images_NHWC, asked)
     if isinstance(scores, str):
         raise RewardError(f"reward '{config.name}': {scores}")
     return scores

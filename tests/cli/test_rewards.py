@@ -38,6 +38,42 @@ class Leaves(Bright):
         return lambda images, prompts: exit(0)
 
 
+class LeavesUntried(Leaves):
+    def reference_cases(self):
+        return ()
+
+
+class Tagged(Raises):
+    required_fields = ("tag",)
+
+
+class Judges(RewardConfig):
+    task: str = "none"
+
+    def build(self, device):
+        return lambda images, prompts: [
+            Score(1.0 if prompt.metadata.get("tag") == self.task else None, "no such task")
+            for prompt in prompts
+        ]
+
+
+class Floats(Bright):
+    def build(self, device):
+        return lambda images, prompts: [0.5] * len(images)
+
+
+class Unbuilt(Bright):
+    def build(self, device):
+        return {}["weights"]
+
+
+class Hangs(Bright):
+    def build(self, device):
+        import threading
+
+        return lambda images, prompts: threading.Event().wait(60)
+
+
 class Always(RewardConfig):
     def build(self, device):
         return lambda images, prompts: [Score(1, "")] * len(images)
@@ -72,10 +108,12 @@ def test_the_wrong_order_is_an_error(bright, stage):
 def test_a_recipe_is_checked_reward_by_reward(stage):
     done = stage("rewards", "check", "shapes_geneval", "--device", "cpu")
     assert done.exit_code == 0, done.exception
-    assert done.stdout == (
-        "geneval: no reference images; it needs 'tag', which this prompt lacks, so it was built "
-        "and not tried\n"
-    )
+    # One that needs metadata is tried with a prompt that has it.
+    assert re.fullmatch(
+        r"geneval: no reference images; 'a photo of .*': a red square against a blue square: "
+        r"\S+ against \S+\n",
+        done.stdout,
+    ), done.stdout
 
 
 @pytest.mark.parametrize(
@@ -85,7 +123,21 @@ def test_a_recipe_is_checked_reward_by_reward(stage):
         (("external", "command=['false']"), r"ended with exit status 1, for the second time"),
         (("remote", "url=http://127.0.0.1:9"), "reward server http://127.0.0.1:9: ConnectError"),
         (("check_parts:Raises",), r"reward 'Raises': failed: KeyError: 'x' \(check_parts\.py:22\)"),
-        (("check_parts:Leaves",), "reward 'Leaves': ended the process; mend it"),
+        (("check_parts:Leaves",), r"reward 'Leaves': failed: SystemExit"),
+        (("check_parts:LeavesUntried",), r"reward 'LeavesUntried': failed: SystemExit"),
+        (("check_parts:Tagged",), "reward 'Tagged': not tried: it needs 'tag', which this prompt"),
+        (
+            ("shapes_geneval", "rewards=[{kind: 'check_parts:Tagged'}]"),
+            r"reward 'Tagged': failed: KeyError: 'x' \(check_parts\.py:22\)",
+        ),
+        (("check_parts:Judges",), r"no score for 'a red square' \(no such task\); check a recipe"),
+        (
+            ("shapes_geneval", "rewards=[{kind: 'check_parts:Judges'}]"),
+            r"no score for 'a photo of .* nor for \d others",
+        ),
+        (("check_parts:Floats",), "reward 'Floats': returned a list of float; return a list with"),
+        (("check_parts:Unbuilt",), r"could not be built: KeyError: 'weights' \(check_parts\.py"),
+        (("check_parts:Hangs", "timeout_s=0.1"), "reward 'Hangs': gave no answer for 0.1 s"),
     ],
 )
 def test_a_reward_that_cannot_score_an_image_exits_with_1(

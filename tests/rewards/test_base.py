@@ -1,20 +1,16 @@
 """The order of reference images: what passes, what is refused, and the drawn images."""
 
 import math
+import threading
 
 import pytest
 import torch
 
 from stage_rl.errors import RewardError
-from stage_rl.rewards.base import (
-    RewardConfig,
-    Score,
-    check_reward,
-    require_order,
-    shape_cases,
-    shape_image,
-)
+from stage_rl.rewards.base import RewardConfig, Score, shape_cases, shape_image
+from stage_rl.rewards.check import check_reward, require_order
 from stage_rl.rewards.geneval import GenEvalRewardConfig
+from stage_rl.rewards.judge import WeightedReward, build_reward
 from stage_rl.shapes.detector import ShapesDetectorConfig
 
 
@@ -35,10 +31,11 @@ def redness_where_red_is_asked_for(images_NHWC, prompts):
 
 
 def test_a_reward_in_the_right_order_or_without_cases_passes():
-    outcomes = check_reward(ColourConfig(), redness_where_red_is_asked_for)
+    item = build_reward(ColourConfig(), torch.device("cpu"))
+    outcomes = check_reward(ColourConfig(), item)
     assert [outcome.is_right for outcome in outcomes] == [True, True]
-    require_order(ColourConfig(), redness_where_red_is_asked_for)
-    require_order(GenEvalRewardConfig(detector=ShapesDetectorConfig()), None)
+    require_order(ColourConfig(), item)
+    require_order(GenEvalRewardConfig(detector=ShapesDetectorConfig()), item)
 
 
 def test_a_reward_that_overlooks_the_prompt_is_refused_with_the_pair_and_the_way_out():
@@ -46,17 +43,51 @@ def test_a_reward_that_overlooks_the_prompt_is_refused_with_the_pair_and_the_way
         return [Score(float(image[192, 192, 0]), "") for image in images_NHWC]
 
     with pytest.raises(RewardError) as caught:
-        require_order(ColourConfig(name="mine"), red)
+        require_order(ColourConfig(name="mine"), WeightedReward("mine", 1.0, red))
     text = str(caught.value)
     assert "'mine': 1 of 2 reference pairs" in text
     assert "'a blue circle': a blue circle against a red circle: 0.0000 against 255.0000" in text
     assert "self_test: false" in text
 
 
-@pytest.mark.parametrize("value", [0.5, None, math.nan])
-def test_equal_absent_and_undefined_scores_are_the_wrong_order(value):
-    outcomes = check_reward(ColourConfig(), lambda images, prompts: [Score(value, "why")] * 2)
+@pytest.mark.parametrize("value", [0.5, None])
+def test_equal_and_absent_scores_are_the_wrong_order(value):
+    item = WeightedReward("mine", 1.0, lambda images, prompts: [Score(value, "why")] * 2)
+    outcomes = check_reward(ColourConfig(), item)
     assert [outcome.is_right for outcome in outcomes] == [False, False]
+
+
+def raises(images_NHWC, prompts):
+    raise OSError("no such device")
+
+
+def hangs(images_NHWC, prompts):
+    threading.Event().wait(60)
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (raises, r"reward 'mine': failed: OSError: no such device \(test_base\.py:\d+\); mend it"),
+        (hangs, r"reward 'mine': gave no answer for 0\.1 s"),
+        (lambda images, prompts: [0.5, 0.5], "reward 'mine': returned a list of float; return a"),
+        (lambda images, prompts: [Score(math.nan, "why")] * 2, r"reward 'mine': gave nan \(why\)"),
+    ],
+)
+def test_a_reward_that_cannot_score_its_reference_images_is_one_line(reward, message):
+    item = WeightedReward("mine", 1.0, reward, timeout_s=0.1)
+    with pytest.raises(RewardError, match=message):
+        require_order(ColourConfig(name="mine"), item)
+
+
+def test_a_reward_that_cannot_be_built_is_one_line():
+    class Broken(ColourConfig):
+        def build(self, device):
+            raise KeyError("weights")
+
+    message = r"reward 'mine': could not be built: KeyError: 'weights' \(test_base\.py:\d+\)"
+    with pytest.raises(RewardError, match=message):
+        build_reward(Broken(name="mine"), torch.device("cpu"))
 
 
 def test_shapes_cover_the_middle_of_a_white_image():

@@ -16,7 +16,9 @@ import torch
 
 from stage_rl.errors import InputError
 from stage_rl.rewards import ocr
-from stage_rl.rewards.base import Score, check_reward
+from stage_rl.rewards.base import Score
+from stage_rl.rewards.check import check_reward
+from stage_rl.rewards.judge import WeightedReward
 from stage_rl.rewards.ocr import (
     Line,
     OcrReward,
@@ -121,7 +123,7 @@ def test_a_letter_too_few_costs_its_share_and_no_text_is_worth_0(reader):
     scores = OcrReward(reader)(stacked([*drawn, blank]), [Prompt('"Hello World"')] * 3)
     assert [score.value for score in scores] == [1.0, 0.9, 0.0]
     assert scores[2].why == "reads '' for 'Hello World'"
-    outcomes = check_reward(OcrRewardConfig(), OcrReward(reader))
+    outcomes = check_reward(OcrRewardConfig(), WeightedReward("ocr", 1.0, OcrReward(reader)))
     assert [outcome.is_right for outcome in outcomes] == [True, True]
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -125,13 +126,17 @@ def test_a_damaged_checkpoint_is_passed_over_and_none_left_is_an_error(recipe, c
         train(recipe())
 
 
-def test_a_run_whose_reward_hangs_is_stopped_by_one_signal_and_saved(recipe, monkeypatch):
+@pytest.mark.parametrize("cap", [0, 1])
+def test_a_run_whose_reward_hangs_is_stopped_by_one_signal_and_saved(recipe, monkeypatch, cap):
     monkeypatch.setattr(loop, "STOP_S", 0.1)
     hangs = "rewards=[{kind: 'loop_parts:HangsAtCall', call: 2}]"
+    settings = recipe(hangs, f"rollout.resample_equal_groups={cap}")
+    started = time.monotonic()
     with pytest.raises(Stopped, match="stopped in step 2, whose rewards did not") as stopped:
-        train(recipe(hangs))
+        train(settings)
+    assert time.monotonic() - started < 30  # of the 60 s that it hangs
     assert stopped.value.exit_code == 128 + signal.SIGHUP
-    folder = run_folder(recipe(hangs)) / "checkpoints"
+    folder = run_folder(settings) / "checkpoints"
     assert [path.name for path in checkpoint.checkpoints(folder)] == ["step_000001"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -13,7 +14,9 @@ from stage_rl.recipes import is_file, list_recipes
 from stage_rl.settings import BUILT_IN, TOKEN_ENV, did_you_mean
 
 if TYPE_CHECKING:
-    from stage_rl.rewards.base import Reward, RewardConfig
+    from stage_rl.recipe import Recipe
+    from stage_rl.rewards.base import RewardConfig
+    from stage_rl.rewards.judge import WeightedReward
 
 Name = Annotated[
     str, typer.Argument(help="Kind of a reward, module:Class, a built-in recipe or YAML file.")
@@ -30,21 +33,23 @@ app = typer.Typer(
 def check(name: Name, overrides: Overrides = None, device: Device = "auto") -> None:
     """Score reference images of known order; exit with 1 where the order is wrong.
 
-    A reward without any is tried on two drawn images.
+    A reward without any is tried on two drawn images, with prompts of the recipe where one is
+    named; that it fails, or says nothing, is exit code 1 too.
     """
-    configs = _rewards(name, overrides or [])
+    configs, recipe = _rewards(name, overrides or [])
     from stage_rl.distributed import pick_device
-    from stage_rl.rewards.base import check_reward
+    from stage_rl.rewards.check import check_reward
+    from stage_rl.rewards.judge import build_reward
 
     wrong = 0
     for config in configs:
         if hasattr(config, "give_up_s"):  # whoever checks does not wait for a server to come
             config = config.model_copy(update={"give_up_s": CHECK_S})
-        reward = config.build(pick_device(device, key="--device"))
+        item = build_reward(config, pick_device(device, key="--device"))
         if not config.reference_cases():
-            typer.echo(f"{config.name}: no reference images; {_try_once(config, reward)}")
+            typer.echo(f"{config.name}: no reference images; {_try_once(config, item, recipe)}")
             continue
-        for outcome in check_reward(config, reward):
+        for outcome in check_reward(config, item):
             verdict = "right" if outcome.is_right else "WRONG"
             typer.echo(f"{config.name}: {verdict}: {outcome.sentence()}")
             wrong += not outcome.is_right
@@ -56,23 +61,37 @@ def check(name: Name, overrides: Overrides = None, device: Device = "auto") -> N
 CHECK_S = 5.0
 """How long a server that is checked may be out of reach."""
 
+MAX_TRIED = 8
+"""Prompts of a recipe that a reward is tried on: one may be of a task that it does not judge."""
 
-def _try_once(config: RewardConfig, reward: Reward) -> str:
-    """What a reward says of two drawn images, in words; a RewardError where it fails."""
+
+def _try_once(config: RewardConfig, item: WeightedReward, recipe: Recipe | None) -> str:
+    """What a reward says of two drawn images, in words; a RewardError where it says nothing."""
     from stage_rl.rewards.base import shape_cases
-    from stage_rl.rewards.judge import WeightedReward, ask
+    from stage_rl.rewards.judge import ask
 
     case = shape_cases()[0]
-    reason = config.unsupported_reason(case.prompt)
-    if reason:
-        return f"it {reason}, so it was built and not tried"
-    timeout_s = None if config.times_itself else config.timeout_s
-    item = WeightedReward(config.name, config.weight, reward, timeout_s)
-    scores = ask(item, case.images_NHWC(), [case.prompt, case.prompt])
+    prompts = recipe.prompts.build() if recipe else (case.prompt,)
+    tried = prompts[:: -(-len(prompts) // MAX_TRIED)]
+    if reason := config.unsupported_reason(tried[0]):
+        what = f"it {reason}; check a recipe whose prompts have what it needs"
+        raise RewardError(f"reward '{config.name}': not tried: {what}")
+    size = recipe.policy.size() if recipe else None
+    if size:  # as the policy draws them: a detector may know no other
+        case = case.resized(math.isqrt(size.pixels))
+    images_NHWC = case.images_NHWC().repeat(len(tried), 1, 1, 1)
+    scores = ask(item, images_NHWC, [prompt for prompt in tried for _ in range(2)])
     if isinstance(scores, str):
         raise RewardError(f"reward '{config.name}': {scores}; mend it")
-    values = [str(None if score.value is None else float(score.value)) for score in scores]
-    return f"'{case.prompt.text}': {case.what}: {' against '.join(values)}"
+    for prompt, better, worse in zip(tried, scores[::2], scores[1::2], strict=True):
+        values = [None if score.value is None else float(score.value) for score in (better, worse)]
+        if values != [None, None]:
+            return f"'{prompt.text}': {case.what}: {values[0]} against {values[1]}"
+    what = f"no score for '{tried[0].text}' ({scores[0].why})"
+    more = f" nor for {len(tried) - 1} others" if len(tried) > 1 else ""
+    raise RewardError(
+        f"reward '{config.name}': {what}{more}; check a recipe with prompts that it applies to"
+    )
 
 
 @app.command()
@@ -104,7 +123,7 @@ def serve(
     for module in ("starlette", "uvicorn", "prometheus_client"):
         if importlib.util.find_spec(module) is None:
             raise InputError(f"{module} is not installed; run pip install 'stage-rl[server]'")
-    configs = _rewards(name, overrides or [])
+    configs, _ = _rewards(name, overrides or [])
     from stage_rl.distributed import pick_device
     from stage_rl.rewards.protocol import read_token
     from stage_rl.serving.limits import MEGABYTE, Limits
@@ -123,8 +142,10 @@ def serve(
     run(configs, serving, pick_device(device, key="--device"))
 
 
-def _rewards(name: str, overrides: list[str]) -> tuple[RewardConfig, ...]:
-    """The rewards behind a reward's kind or a recipe; an InputError for a name that is neither."""
+def _rewards(name: str, overrides: list[str]) -> tuple[tuple[RewardConfig, ...], Recipe | None]:
+    """The rewards behind a reward's kind or a recipe, and the recipe; an InputError for a name that
+    is neither.
+    """
     kinds, recipes = BUILT_IN["reward"], list_recipes()
     is_reward = name in kinds or ":" in name
     if not (is_reward or name in recipes or is_file(name)):
@@ -132,4 +153,7 @@ def _rewards(name: str, overrides: list[str]) -> tuple[RewardConfig, ...]:
         raise InputError(f"{name}: no reward or recipe; {hint} (or module:Class, or a recipe)")
     from stage_rl.config import load_recipe, load_reward
 
-    return (load_reward(name, overrides),) if is_reward else load_recipe(name, overrides).rewards
+    if is_reward:
+        return (load_reward(name, overrides),), None
+    recipe = load_recipe(name, overrides)
+    return recipe.rewards, recipe

@@ -51,7 +51,7 @@ from stage_rl.files import replace_text
 from stage_rl.policies.base import Policy
 from stage_rl.recipe import EvaluationConfig
 from stage_rl.rewards.base import RewardConfig
-from stage_rl.rewards.judge import WeightedReward
+from stage_rl.rewards.judge import WeightedReward, build_reward
 from stage_rl.rollout.engine import Engine
 from stage_rl.rollout.sample import rollout
 from stage_rl.types import Prompt
@@ -412,15 +412,15 @@ class _Run:
             lacking = [one for one in asked if folder.read(one) is None]
             if not lacking:
                 continue
-            reward = (
-                made_up_reward(name, scorer.verdicts, config)
+            item = (
+                WeightedReward(name, 1.0, made_up_reward(name, scorer.verdicts, config))
                 if made_up
-                else config.build(config.device_or(self._device))
+                else replace(build_reward(config, self._device), name=name)
             )
             label = f"{job.suite.name}: {name}"
             for some in self._batches(label, asked, lacking, lambda one: len(one.files)):
-                score_images(WeightedReward(name, 1.0, reward), some, folder)
-            del reward  # the next one may need all of the memory
+                score_images(item, some, folder)
+            del item  # the next one may need all of the memory
         self.world.wait()
         return folders
 

@@ -1,4 +1,4 @@
-"""What a reward and a detector are, and the test that a reward orders images of known order.
+"""What a reward and a detector are, and images of known order to test a reward with.
 
 Shape suffixes: N images, H x W pixels, C colour channels.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from typing import Any, ClassVar, Protocol
 
@@ -18,7 +18,6 @@ from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor
 
 from stage_rl.distributed import pick_device
-from stage_rl.errors import RewardError
 from stage_rl.settings import Component, Settings, name_of
 from stage_rl.types import Prompt
 
@@ -194,62 +193,15 @@ class ReferenceCase:
     what: str
     """The two images in words, such as: a red square against a blue one."""
 
+    def resized(self, side: int) -> ReferenceCase:
+        """The same images as squares of so many pixels along a side."""
+        better, worse = (one.resize((side, side)) for one in (self.better_image, self.worse_image))
+        return replace(self, better_image=better, worse_image=worse)
+
     def images_NHWC(self) -> Tensor:
         """The better and the worse image as a reward gets them: RGB, uint8, on the CPU."""
         pair = (self.better_image, self.worse_image)
         return torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in pair]))
-
-
-def require_order(config: RewardConfig, reward: Reward) -> None:
-    """Raises a RewardError unless the reward orders all reference cases of its config."""
-    outcomes = check_reward(config, reward)
-    wrong = [outcome for outcome in outcomes if not outcome.is_right]
-    if wrong:
-        raise RewardError(
-            f"reward '{config.name}': {len(wrong)} of {len(outcomes)} reference pairs are in the "
-            f"wrong order; {wrong[0].sentence()}; put its weights right, or write "
-            "self_test: false in the reward to train without this check"
-        )
-
-
-def check_reward(config: RewardConfig, reward: Reward) -> tuple[Outcome, ...]:
-    """The outcome of every reference case of a config with the reward it built; () without cases.
-
-    What the reward raises comes through, but for an exit, which would be no success.
-    """
-    outcomes = []
-    for case in config.reference_cases():
-        try:
-            scores = reward(case.images_NHWC(), [case.prompt, case.prompt])
-        except SystemExit as error:
-            raise RewardError(f"reward '{config.name}': ended the process; mend it") from error
-        if len(scores) != 2:
-            raise RewardError(f"reward '{config.name}': {len(scores)} scores for 2 images")
-        outcomes.append(Outcome(case, *scores))
-    return tuple(outcomes)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a reward said of one case."""
-
-    case: ReferenceCase
-    better: Score
-    worse: Score
-
-    @property
-    def is_right(self) -> bool:
-        """Whether the better image has the higher score; equal, absent and NaN scores are wrong."""
-        better, worse = self.better.value, self.worse.value
-        return better is not None and worse is not None and better > worse
-
-    def sentence(self) -> str:
-        """The scores of both images, and what they are of."""
-        better, worse = (
-            f"no score ({score.why})" if score.value is None else f"{score.value:.4f}"
-            for score in (self.better, self.worse)
-        )
-        return f"'{self.case.prompt.text}': {self.case.what}: {better} against {worse}"
 
 
 IMAGE_SIZE = 384

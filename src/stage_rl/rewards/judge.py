@@ -47,6 +47,22 @@ class WeightedReward:
     requires: Requirement | None = None
 
 
+def build_reward(config: RewardConfig, device: torch.device) -> WeightedReward:
+    """The reward of a config with its weights on the config's device, else on the given one.
+
+    A RewardError where `build` raises, whatever it is: it may be the user's code.
+    """
+    try:
+        reward = config.build(config.device_or(device))
+    except StageError:
+        raise
+    except (Exception, SystemExit) as error:
+        what = f"could not be built: {_sentence_of(error)}"
+        raise RewardError(f"reward '{config.name}': {what}; mend it") from error
+    timeout_s = None if config.times_itself else config.timeout_s
+    return WeightedReward(config.name, config.weight, reward, timeout_s, config.requires)
+
+
 def check_fields(rewards: Sequence[RewardConfig], prompts: Sequence[Prompt]) -> None:
     """Raises an InputError when a reward cannot judge a prompt, such as for want of metadata."""
     for config in rewards:

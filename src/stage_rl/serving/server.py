@@ -18,7 +18,9 @@ import torch
 import uvicorn
 
 from stage_rl.errors import InputError, Stopped
-from stage_rl.rewards.base import RewardConfig, require_order
+from stage_rl.rewards.base import RewardConfig
+from stage_rl.rewards.check import require_order
+from stage_rl.rewards.judge import build_reward
 from stage_rl.serving.app import Routes, build_app
 from stage_rl.serving.connections import connection_class, limit_logs
 from stage_rl.serving.limits import Limits, MemoryBudget, Metrics
@@ -116,12 +118,12 @@ def build_routes(
     """Loads and tests the rewards, and puts them behind the paths of a server."""
     budget, metrics, services = MemoryBudget(settings.limits.held_bytes), Metrics(), []
     for config in configs:
-        reward = config.build(config.device_or(device))
+        item = build_reward(config, device)
         if config.self_test:
-            require_order(config, reward)
+            require_order(config, item)
         batcher = Batcher(
             config.name,
-            reward,
+            item.reward,
             # Images of two requests may be of one prompt without being one group.
             batch_size=0 if config.whole_groups else settings.batch_size,
             delay_s=settings.delay_s,

@@ -125,15 +125,17 @@ def train_steps(
         run.forget_after(first)
         if codebook_VC is not None:
             run.log_codebook(codebook_VC.numpy())
-    learned = False
+    learned, kept = False, first
     for step in range(first, recipe.steps):
         try:
             with traced(_trace_file(trainer, run, step)):
                 result = train_step(trainer, step, signals)
         except RewardsPendingError:
-            if world.size == 1 and step > first:
+            if world.size == 1 and step > kept:  # several processes save together or not at all
                 trainer.save(run.checkpoints, monitor.state(step, trainer.base))
-            text = f"{run.path}: stopped in step {step + 1}, whose rewards did not come"
+                kept = step
+            lost = f"; what came after step {kept} is not saved" if step > kept else ""
+            text = f"{run.path}: stopped in step {step + 1}, whose rewards did not come{lost}"
             raise Stopped(text, signal_number=signals[0]) from None
         except DivergedError as error:
             raise DivergedError(f"step {step + 1}: {error}") from error
@@ -153,6 +155,7 @@ def train_steps(
             raise RewardError(f"no step had a reward to learn from (at last: {why}); mend it")
         if stopped or due or monitor.is_best(done):
             trainer.save(run.checkpoints, monitor.state(done, trainer.base))
+            kept = done
         if stopped:
             raise Stopped(
                 f"{run.path}: stopped after step {done} and saved; run the same command "
@@ -180,7 +183,13 @@ def train_step(trainer: Trainer, step: int, signals: Sequence[int] = ()) -> Step
     # where groups of equal rewards are drawn again they come first.
     pending = trainer.rewards.submit(rollout)
     if recipe.rollout.resample_equal_groups:
-        rollout, rewards, numbers = resample(trainer, rollout, pending.result(), step=step)
+        rollout, rewards, numbers = resample(
+            trainer,
+            rollout,
+            _await_rewards(pending, signals),
+            step=step,
+            score=lambda drawn: _await_rewards(trainer.rewards.submit(drawn), signals),
+        )
         pending = Future()
         pending.set_result(rewards)
         timer.record("resample_s")

@@ -38,7 +38,14 @@ class Resampled(NamedTuple):
     """Metrics of what was drawn and what the rewards said of the first draws."""
 
 
-def resample(trainer: Trainer, rollout: Rollout, rewards: Rewards, *, step: int) -> Resampled:
+def resample(
+    trainer: Trainer,
+    rollout: Rollout,
+    rewards: Rewards,
+    *,
+    step: int,
+    score: Callable[[Rollout], Rewards],
+) -> Resampled:
     """`resample_groups` of this rank's part of a step; all ranks call it."""
 
     def draw(prompts: Sequence[Prompt], key: int) -> Rollout:
@@ -51,7 +58,7 @@ def resample(trainer: Trainer, rollout: Rollout, rewards: Rewards, *, step: int)
         step=step,
         cap=trainer.recipe.rollout.resample_equal_groups,
         draw=draw,
-        score=trainer.rewards.score,
+        score=score,
     )
     # A draw gathers shards of all ranks: those that need no more draw along with the others.
     while trainer.world.any_of(None):

@@ -24,8 +24,8 @@ from stage_rl.policies.digest import base_digest
 from stage_rl.policies.lora import has_adapter
 from stage_rl.prompts.files import prompts_of_step
 from stage_rl.recipe import Recipe
-from stage_rl.rewards.base import require_order
-from stage_rl.rewards.judge import RewardFunctions, WeightedReward
+from stage_rl.rewards.check import require_order
+from stage_rl.rewards.judge import RewardFunctions, build_reward
 from stage_rl.rollout.engine import Engine
 from stage_rl.rollout.sample import rollout as sample_rollout
 from stage_rl.rollout.sampling import Sampling
@@ -79,19 +79,10 @@ def build_trainer(
     _check_prompts(policy, prompts)
     _check_trained(policy, recipe.policy)
     say(f"rewards: {', '.join(reward.name for reward in recipe.rewards)}")
-    rewards = [
-        WeightedReward(
-            r.name,
-            r.weight,
-            r.build(r.device_or(device)),
-            timeout_s=None if r.times_itself else r.timeout_s,
-            requires=r.requires,
-        )
-        for r in recipe.rewards
-    ]
+    rewards = [build_reward(config, device) for config in recipe.rewards]
     for config, built in zip(recipe.rewards, rewards, strict=True):
         if config.self_test:
-            require_order(config, built.reward)
+            require_order(config, built)
     trained = trained_parameters(policy.module).values()
     num_trained, num_all = (sum(p.numel() for p in some) for some in (trained, policy.parameters()))
     say(f"reference: {num_trained:,} of {num_all:,} parameters train")

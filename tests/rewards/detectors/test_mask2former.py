@@ -7,7 +7,8 @@ from tiny_models import noise, tiny_mask2former
 from stage_rl.config import load_reward
 from stage_rl.errors import WeightsError
 from stage_rl.prompts.geneval import CLASSES, COLORS, make_record
-from stage_rl.rewards.base import Detection, check_reward
+from stage_rl.rewards.base import Detection
+from stage_rl.rewards.check import check_reward
 from stage_rl.rewards.clip import CLIP_L14
 from stage_rl.rewards.detectors.mask2former import (
     ColorClassifier,
@@ -19,6 +20,7 @@ from stage_rl.rewards.detectors.mask2former import (
     tight_box,
 )
 from stage_rl.rewards.geneval import GenEvalReward
+from stage_rl.rewards.judge import WeightedReward
 from stage_rl.types import Prompt
 
 CPU = torch.device("cpu")
@@ -157,7 +159,7 @@ def test_the_reference_cases_are_ordered_by_one_who_sees():
                 found.append([Detection("cat", 0.9, (0, 0, 9, 9), color)])
         return found
 
-    outcomes = check_reward(config, GenEvalReward(sees))
+    outcomes = check_reward(config, WeightedReward("geneval", 1.0, GenEvalReward(sees)))
     assert [outcome.sentence() for outcome in outcomes if not outcome.is_right] == []
     assert len(outcomes) == 4
     # 1 against 0 for objects; for colours count and colour against the count alone
