@@ -79,6 +79,30 @@ def test_a_run_goes_on_when_nobody_reads_what_it_says(reader):
     assert (done.returncode, done.stderr) == (0, "done\n")
 
 
+@pytest.mark.parametrize("reader", ["closed", "full"])
+def test_what_goes_to_a_closed_stderr_stops_nothing(reader):
+    code = (
+        "import time\n"
+        "from stage_rl import console\n"
+        "console.SECONDS_BETWEEN_LINES = 0\n"
+        "with console.progress('draw', 3) as advance:\n"
+        "    for _ in range(3):\n"
+        "        time.sleep(0.2)\n"
+        "        advance(1)\n"
+        "console.say_aside('leaks')\n"
+        "print('done')\n"
+    )
+    way = {"closed": "2> >(true)", "full": "2> /dev/full"}[reader]
+    done = subprocess.run(
+        ["bash", "-c", f'{sys.executable} -c "$CODE" {way}'],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "CODE": code},
+    )
+    assert (done.returncode, done.stdout) == (0, "done\n")
+
+
 def test_a_signal_that_nohup_ignores_stays_ignored(monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

@@ -25,10 +25,11 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 from yaml import MarkedYAMLError, YAMLError
 
-from stage_rl.errors import RecipeError
+from stage_rl.errors import InputError, RecipeError
 from stage_rl.recipe import Origin, Recipe
 from stage_rl.recipes import find_recipe, is_run
 from stage_rl.rewards.base import RewardConfig
+from stage_rl.run_records import record_of
 from stage_rl.settings import Component, Settings, did_you_mean
 
 COMMENT_COLUMN = 44
@@ -88,9 +89,9 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
 def _origin_of_run(folder: Path, overrides: Sequence[str]) -> Origin:
     """What a run was begun with and the overrides that it goes on with, the last ones of a key."""
     try:
-        status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
-        source, before = str(status["recipe"]), [str(text) for text in status["overrides"]]
-    except (OSError, ValueError, KeyError, TypeError):
+        status = record_of(folder / "status.json")
+        source, before = status["recipe"], status["overrides"]
+    except (InputError, KeyError):
         source, before = str(folder), []  # of a former version
     last = {text.partition("=")[0]: text for text in [*before, *overrides]}
     return Origin(source, tuple(last.values()))

@@ -43,6 +43,8 @@ SHOWN_IN_BAR = ("reward/mean", "kl/mean")
 STEPS_BETWEEN_LINES = 10
 """On a terminal; elsewhere each step has a line."""
 
+MOST_LEFT_S = 1e9
+
 STEPS_OF_PACE = 20
 """Steps whose time says how long the others take."""
 
@@ -89,7 +91,8 @@ class LiveView:
         """Shows the numbers after a step (counted from 1)."""
         self._times.append(numbers.get("time/step_s") or 0.0)
         left_s = (self._last - step) * sum(self._times) / len(self._times)
-        left = str(timedelta(seconds=round(left_s)))
+        # A run that is watched may say anything.
+        left = str(timedelta(seconds=round(min(max(left_s, 0), MOST_LEFT_S))))
         if self._progress is not None and self._task is not None:
             shown = summary(numbers, SHOWN_IN_BAR)
             self._progress.update(self._task, completed=step, numbers=shown, left=left)
@@ -127,6 +130,11 @@ def live_view(*, first: int, last: int, rank: int = 0) -> Iterator[LiveView]:
         logger.removeHandler(handler)
 
 
+def say_aside(text: str) -> None:
+    """Prints a line on stderr; where nobody reads it, work goes on without."""
+    _Console(stderr=True, soft_wrap=True).print(text, highlight=False, markup=False)
+
+
 SECONDS_BETWEEN_LINES = 20.0
 
 
@@ -138,7 +146,7 @@ def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
         return
     description = TextColumn("{task.description}", markup=False)
     columns = (description, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=_Console(stderr=True), transient=True) as bar:
         task = bar.add_task(label, total=total)
         yield lambda number: bar.advance(task, number)
 
@@ -154,7 +162,7 @@ def _lines(label: str, total: int) -> Callable[[int], None]:
         if now - shown < SECONDS_BETWEEN_LINES:
             return
         left_s = (now - started) / done * (total - done)
-        print(f"{label}: {done}/{total}, {left_s:.0f} s left", file=sys.stderr, flush=True)
+        say_aside(f"{label}: {done}/{total}, {left_s:.0f} s left")
         shown = now
 
     return advance

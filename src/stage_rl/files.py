@@ -27,18 +27,18 @@ def writing(path: Path, *, hint: str = GO_ON) -> Iterator[None]:
         raise CheckpointError(f"{path}: could not be written ({_why(error)}); {hint}") from error
 
 
-def replace_text(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str, *, hint: str = GO_ON) -> None:
     """`replace_file` with a text."""
-    replace_file(path, lambda file: file.write_text(text, encoding="utf-8"))
+    replace_file(path, lambda file: file.write_text(text, encoding="utf-8"), hint=hint)
 
 
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+def replace_file(path: Path, write: Callable[[Path], object], *, hint: str = GO_ON) -> None:
     """Writes beside the target and renames, so that a stop leaves the old or the new file.
 
     `write` gets a path with the suffix of the target, whose folder is made where it is missing.
     """
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    with writing(path):
+    with writing(path, hint=hint):
         path.parent.mkdir(exist_ok=True)
         try:
             mode = _create(temporary)
@@ -51,7 +51,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 def read_metrics(metrics: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl, none where it is not there; what a stop cut short, or no run
-    wrote, is left out.
+    wrote, is left out: each has a step, numbers, and None for those that were not finite.
     """
     records: list[dict[str, Any]] = []
     if not metrics.exists():
@@ -59,9 +59,18 @@ def read_metrics(metrics: Path) -> list[dict[str, Any]]:
     for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError, RecursionError):
             record = json.loads(line)
-            if isinstance(record, dict) and type(record.get("step")) is int:
-                records.append(record)
+            if isinstance(record, dict) and _is_step(record.get("step")):
+                records.append({name: value for name, value in record.items() if _is_metric(value)})
     return records
+
+
+def _is_step(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**53  # what a page's script can count
+
+
+def _is_metric(value: Any) -> bool:
+    """Whether a run wrote it; sums of numbers below 1e100 stay finite."""
+    return value is None or (type(value) in (int, float) and abs(value) < 1e100)
 
 
 def open_lock(path: Path) -> int:

@@ -47,9 +47,9 @@ from stage_rl.settings import (
 class RolloutConfig(Settings):
     """How a step's images are sampled."""
 
-    prompts_per_step: PositiveInt = 8
+    prompts_per_step: int = Field(default=8, ge=1, le=10_000)
     """Prompts of one step."""
-    group_size: int = Field(default=8, ge=2)
+    group_size: int = Field(default=8, ge=2, le=10_000)
     """Images per prompt."""
     guidance_scale: Guidance | None = None
     """Unconditional + scale x (conditional - unconditional); 1 needs no unconditional rows; null:
@@ -137,9 +137,9 @@ class ProbeConfig(Settings):
 
     every: NonNegativeInt = 10
     """Steps between measurements; 0: never."""
-    num_prompts: PositiveInt = 8
+    num_prompts: int = Field(default=8, ge=1, le=10_000)
     """Prompts of the set, the first of the training set."""
-    images_per_prompt: PositiveInt = 2
+    images_per_prompt: int = Field(default=2, ge=1, le=10_000)
     """Reference samples per prompt."""
     mismatch_images: NonNegativeInt = 2
     """Images of each step on which sampler and trainer are compared under the distribution that is
@@ -157,7 +157,7 @@ class EvaluationConfig(Settings):
     shapes-geneval need none."""
     scorers: dict[str, dict[str, Any] | None] = Field(default={})
     """Settings of the benchmark's rewards by their names; null leaves a reward out."""
-    images_per_task: NonNegativeInt = 100
+    images_per_task: int = Field(default=100, ge=0, le=100_000)
     """Images per task of the comparison after the last step, spread evenly over the task's
     prompts; 0: none is made."""
     guidance_scale: Guidance | None = None
@@ -167,7 +167,7 @@ class EvaluationConfig(Settings):
     every: NonNegativeInt = 0
     """Steps between validations on held-out prompts while training; 0: none. The checkpoint that
     is best by them is kept as RUN@best."""
-    validation_images_per_task: PositiveInt = 16
+    validation_images_per_task: int = Field(default=16, ge=1, le=100_000)
     """Images per task of a validation."""
     validation_seed: Seed = 1
     """Seed of a validation's random streams; another than seed, so that the choice is not judged
@@ -203,7 +203,7 @@ class RunConfig(Settings):
     """Steps between image grids with reasons and samples/STEP.npz; 0: never."""
     log_groups: PositiveInt = 2
     """Groups in a grid and in samples/STEP.npz."""
-    fixed_prompts: NonNegativeInt = 8
+    fixed_prompts: int = Field(default=8, ge=0, le=10_000)
     """Prompts that are drawn whenever images are logged, one image each from the same random
     stream: those of the evaluation, task by task in turn, or of the training; 0: none."""
 

@@ -13,6 +13,7 @@ import contextlib
 import difflib
 import importlib
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial, update_wrapper
@@ -81,7 +82,14 @@ class Settings(BaseModel):
             if key not in cls.model_fields:
                 hint = did_you_mean(str(key), cls.model_fields)
                 raise validation_error(str(key), f"unknown key; {hint}")
-        return {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        return {k: _read(v, cls.model_fields[k].annotation) for k, v in data.items()}
+
+
+def _read(value: Any, annotation: Any) -> Any:
+    """A list as a tuple; 1e30 as the whole number that it is: what is wrong with it is its size."""
+    if annotation is int and isinstance(value, float) and 2**53 < abs(value) < math.inf:
+        return int(value)
+    return tuple(value) if isinstance(value, list) else value
 
 
 class Component(Settings):

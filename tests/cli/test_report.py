@@ -38,3 +38,14 @@ def test_without_plotly_the_extra_is_named(tmp_path, monkeypatch, run_main):
     code, printed = run_main("report", tmp_path)
     assert code == 2
     assert printed.endswith("plotly is not installed; run pip install 'stage-rl[report]'\n")
+
+
+def test_a_link_in_the_place_of_the_report_is_not_written_through(tmp_path, monkeypatch, run_main):
+    monkeypatch.setattr("stage_rl.report.page.report_page", lambda runs: "a page")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "mine").write_text("mine")
+    page = tmp_path / "run" / "report.html"
+    page.symlink_to(tmp_path / "mine")
+    assert run_main("report", tmp_path / "run")[0] in (0, None)
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert (page.is_symlink(), page.read_text()) == (False, "a page")

@@ -17,6 +17,17 @@ def test_the_list_has_a_line_for_each_run(tmp_path, stage):
     assert two.split() == ["two", "10/10", "0.250", "gold", "0.375", "0m20s", "finished", "tiny"]
 
 
+def test_a_folder_that_cannot_be_read_is_a_line_of_the_list(tmp_path, stage):
+    write_run(tmp_path / "good", [0.5])
+    for name, text in {"bad": "[]", "deep": "[" * 100_000}.items():
+        (write_run(tmp_path / name, [0.5]) / "status.json").write_text(text)
+    (write_run(tmp_path / "part", [0.5]) / "evaluation.json").write_text('{"trained": {}}')
+    lines = {line.split()[0]: line for line in stage("runs", tmp_path).stdout.splitlines()[1:]}
+    assert "stopped" in lines.pop("good")
+    assert set(lines) == {"bad", "deep", "part"}
+    assert all("cannot be read" in line for line in lines.values())
+
+
 def test_a_run_is_watched_until_it_ends(tmp_path, stage, monkeypatch):
     folder = write_run(tmp_path / "one", [0.5, 0.25], status={"state": "running"})
     handle = (folder / ".lock").open("w")

@@ -1,5 +1,7 @@
 """`stage sample`: the grid it writes, and what it refuses."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -98,3 +100,16 @@ def test_a_grid_that_cannot_be_written_is_one_line(tmp_path, tiny_janus_folder, 
 def test_an_option_that_is_not_a_number_or_not_finite_is_refused(stage):
     for value in ("nan", "inf", "much", "-1"):
         assert stage("sample", "shapes", "a", "--guidance-scale", value).exit_code == 2
+
+
+@pytest.mark.parametrize("words", [("sample", "shapes", "a star", "--out"), ("export", "shapes")])
+def test_a_place_where_nothing_can_be_written_is_refused_before_the_work(
+    words, tmp_path, monkeypatch, run_main
+):
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
+    monkeypatch.setattr("stage_rl.api.sample", None)
+    monkeypatch.setattr("stage_rl.training.export._write", None)
+    code, printed = run_main(*words, tmp_path / "drawn")
+    assert (code, printed.count("\n")) == (2, 1)
+    assert "can be" in printed
+    assert printed.endswith("; name another\n")

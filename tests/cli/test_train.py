@@ -52,6 +52,14 @@ def test_a_dry_run_refuses_what_cannot_fit(run_main):
     assert printed.startswith("error: memory: the phase sample needs")
 
 
+def test_a_dry_run_refuses_the_folder_that_the_run_refuses(tiny_recipe, tmp_path, run_main):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "notes.txt").write_text("mine")
+    code, printed = run_main("train", tiny_recipe, f"run.dir={tmp_path}/taken", "--dry-run")
+    assert code == 2
+    assert "is not empty and not a run folder; give another run.dir" in printed
+
+
 def test_train_hands_the_recipe_to_the_loop(tiny_recipe, monkeypatch, stage):
     seen = []
     monkeypatch.setattr(api, "train", lambda recipe: seen.append(recipe) or Path("r"))

@@ -199,7 +199,7 @@ def test_a_folder_in_which_nothing_came_to_be_is_free_for_the_corrected_command(
     (again,) = run_suites(None, ["diversity"], request, model="external")
     assert again.scores == results.scores
     (tmp_path / "scores" / "setup.json").write_text('{"mod')
-    with pytest.raises(InputError, match=r"setup\.json: is cut off or damaged; remove it, or name"):
+    with pytest.raises(InputError, match=r"setup\.json: is cut off or damaged; name another"):
         run_suites(None, ["diversity"], request, model="external")
 
 

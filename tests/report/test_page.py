@@ -251,6 +251,10 @@ def test_no_error_and_no_request(page, js):
     assert js("return document.getElementById('broken')") is None
     assert js("return [...document.images].filter((x) => !x.alt).length") == 0
     assert js("return document.images.length") > 20
+    controls = "[...document.querySelectorAll('input, select')]"
+    named = "(x) => x.labels.length || x.ariaLabel"
+    assert js(f"return {controls}.length") > 10
+    assert js(f"return {controls}.filter((x) => !({named})(x)).map((x) => x.id)") == []
 
 
 def test_curves_are_the_means_that_figures_draw(js, run, other):
@@ -374,7 +378,10 @@ def test_a_page_scrolls_in_one_direction_in_the_theme_of_the_system(
     assert browser.get_log("browser") == []
 
 
-def test_a_study_shows_tables_frontier_and_bands(open_page, tmp_path):
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A study of two arms and three runs."""
+
     def a_run(arm, seed, golds):
         series = {"validation/gold": [[1, 2], golds], "probe/kl": [[1, 2], [0.01, 0.04]]}
         series["reward/mean"] = [[1, 2], golds]
@@ -386,8 +393,13 @@ def test_a_study_shows_tables_frontier_and_bands(open_page, tmp_path):
     runs = [a_run("grpo", 1, [0.25, 0.5]), a_run("grpo", 2, [0.75, 1.0])]
     runs.append(a_run("stage", 1, [0.5, 0.5]))
     base = {"hot": {"validation/gold": 0.25}}
-    (tmp_path / "results.json").write_text(json.dumps({"study": about, "base": base, "runs": runs}))
-    browser = open_page([tmp_path])
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "results.json").write_text(json.dumps({"study": about, "base": base, "runs": runs}))
+    return folder
+
+
+def test_a_study_shows_tables_frontier_and_bands(open_page, study):
+    browser = open_page([study])
     assert browser.get_log("browser") == []
     assert "grpo" in browser.execute_script("return document.querySelector('#study').innerText")
     js = browser.execute_script

@@ -55,12 +55,15 @@ def evaluate(
         Path | None, typer.Option(help="Folder of images and scores; what is there is kept.")
     ] = None,
     images_per_prompt: Annotated[
-        int | None, typer.Option(min=1, help="Default: the benchmark's own.")
+        int | None, typer.Option(min=1, max=10_000, help="Default: the benchmark's own.")
     ] = None,
     images_per_task: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Spread evenly over a task's prompts.", show_default=f"400 for {SHAPES}"
+            min=1,
+            max=100_000,
+            help="Spread evenly over a task's prompts.",
+            show_default=f"400 for {SHAPES}",
         ),
     ] = None,
     guidance_scale: Annotated[

@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from stage_rl.cli.options import refuse_taken, writing
+from stage_rl.cli.options import refuse_taken
 from stage_rl.errors import InputError
+from stage_rl.files import replace_text
 
 INSTALL = "pip install 'stage-rl[report]'"
 
@@ -33,8 +34,8 @@ def report(
 
     page = report_page(inputs)
     out = out or inputs[0] / "report.html"
-    with writing("--out", out):
-        out.write_text(page, encoding="utf-8")
+    # A link that is there is replaced and not followed.
+    replace_text(out, page, hint="name another --out")
     typer.echo(out)
 
 
@@ -47,7 +48,6 @@ def at_end_of(run: Path) -> str:
     """The line that a training ends with: its report, which it writes, or how to get one."""
     if not is_installed():
         return f"report: {INSTALL}, then stage report {run}"
-    from stage_rl.files import replace_text
     from stage_rl.report.page import report_page
 
     replace_text(run / "report.html", report_page([run]))

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from stage_rl.console import aligned, live_view
+from stage_rl.errors import InputError
 from stage_rl.report.runs import Run, find_runs, read_run
 
 POLL_S = 1.0
@@ -22,11 +23,16 @@ def runs(
     ),
 ) -> None:
     """List runs, the latest first; reward and KL are means of the last 10 steps."""
-    found = find_runs(folder)
-    head = ["run", "steps", "reward", "kl", "score", "time", "state"]
-    lines = aligned([head, *(_row(run, folder) for run in found)])
-    tails = ["recipe", *(_tail(run) for run in found)]
-    for line, tail in zip(lines, tails, strict=True):
+    rows, tails = [["run", "steps", "reward", "kl", "score", "time", "state"]], ["recipe"]
+    for path in find_runs(folder):
+        try:
+            run = read_run(path)
+            rows.append(_row(run, folder))
+            tails.append(_tail(run))
+        except InputError as error:  # a bad folder is a line like any other
+            rows.append([_name(path, folder), "", "", "", "", "", "cannot be read"])
+            tails.append(f"({error})")
+    for line, tail in zip(aligned(rows), tails, strict=True):
         typer.echo(f"{line}  {tail}".rstrip())
 
 
@@ -56,16 +62,19 @@ def watch(folder: Folder) -> None:
 
 
 def _row(run: Run, root: Path) -> list[str]:
-    name = run.folder.relative_to(root).as_posix()
     score = run.score()
     return [
-        str(run.folder) if name == "." else name,
+        _name(run.folder, root),
         f"{len(run.steps)}/{run.num_steps}",
         *("" if (value := run.recent(m)) is None else f"{value:.3f}" for m in SHOWN),
         f"{score[0]} {score[1]:.3f}" if score else "",
         duration(run.seconds),
         run.state,
     ]
+
+
+def _name(folder: Path, root: Path) -> str:
+    return str(folder) if folder == root else folder.relative_to(root).as_posix()
 
 
 SHOWN = ("reward/mean", "kl/mean")

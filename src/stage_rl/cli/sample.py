@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -83,15 +84,16 @@ def sample(
 
 
 def _place(out: Path | None) -> Path:
-    """A file that is not there yet, or a folder without files."""
-    if out is None:
-        return free_name(Path("samples.png"))
+    """A file that is not there yet, or a folder without files, where something can be written."""
+    out = free_name(Path("samples.png")) if out is None else out
     is_grid = out.suffix.lower() == ".png"
     if not out.parent.is_dir() or (not is_grid and (out.suffix or out.is_file())):
         raise InputError(f"--out {out}: no place for images; write FILE.png or a folder")
     refuse_taken("--out", out)
     if out.is_dir() and any(out.iterdir()):
         raise InputError(f"--out {out}: holds files already; name another folder")
+    if not os.access(out if out.is_dir() else out.parent, os.W_OK):
+        raise InputError(f"--out {out}: no file can be written there; name another")
     return out
 
 

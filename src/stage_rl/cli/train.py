@@ -8,6 +8,7 @@ import typer
 
 from stage_rl.cli.options import Overrides, complete_recipe
 from stage_rl.cli.report import at_end_of
+from stage_rl.console import say_aside
 from stage_rl.recipes import find_recipe
 
 if TYPE_CHECKING:
@@ -35,10 +36,12 @@ def train(
     from stage_rl import api, config
     from stage_rl.distributed import launched
     from stage_rl.training.memory import check_memory, gpu_memory_gb, plan_of, report
+    from stage_rl.training.run import check_run
 
     settings = config.load_recipe(recipe, overrides or ())
     started = launched()
     if dry_run:
+        check_run(settings)
         if started.rank == 0:
             typer.echo(f"# Run folder: {config.run_folder(settings)}")
             typer.echo(config.describe(settings), nl=False)
@@ -71,4 +74,4 @@ def _say_leaks(settings: Recipe) -> None:
     held_out = find_suite(evaluation.benchmark).prompt_set.prompts(evaluation.data_folder)
     found = sentence(find_leaks(settings.prompts.build(), held_out), len(held_out))
     if found:
-        typer.echo(f"{settings.evaluation.benchmark}: {found}", err=True)
+        say_aside(f"{settings.evaluation.benchmark}: {found}")

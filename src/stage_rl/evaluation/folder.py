@@ -48,7 +48,7 @@ def _claim(out: Path, about: Mapping[str, Any]) -> None:
     if file.exists():
         kept = read_record(file)
         if kept is None:
-            raise InputError(f"{file}: is cut off or damaged; remove it, or name another --out")
+            raise InputError(f"{file}: is cut off or damaged; name another --out")
         others = [key for key in {**kept, **about} if kept.get(key) != about.get(key)]
         if others:
             raise InputError(

@@ -13,6 +13,7 @@ from stage_rl.config import flatten
 from stage_rl.console import aligned
 from stage_rl.errors import InputError
 from stage_rl.report.runs import Run, final_scores, read_run
+from stage_rl.run_records import record_of
 
 COURSES = (
     *("reward/mean", "validation/score", "entropy/gap", "kl/mean", "probe/kl", "grad/norm"),
@@ -50,8 +51,7 @@ def _about(runs: Sequence[Run]) -> list[list[str]]:
 
 def _settings(runs: Sequence[Run]) -> list[list[str]]:
     """The settings in which any two differ, but for where the runs are."""
-    trees = [json.loads((run.folder / "recipe.json").read_text("utf-8")) for run in runs]
-    settings = [dict(flatten(tree)) for tree in trees]
+    settings = [dict(flatten(record_of(run.folder / "recipe.json"))) for run in runs]
     keys = dict.fromkeys(key for one in settings for key in one if key != "run.dir")
     rows = [[key, *(_setting(one.get(key)) for one in settings)] for key in keys]
     return [_head("setting", runs), *(row for row in rows if len(set(row[1:])) > 1)]
@@ -96,6 +96,6 @@ def _scores(runs: Sequence[Run]) -> list[list[str]]:
 def _score(found: dict[str, Any] | None) -> str:
     if found is None:
         return ""
-    change, interval = found["difference"], found["difference"]["interval"]
+    change, interval = found["difference"], found["difference"].get("interval")
     span = f" [{interval[0]:+.3f}, {interval[1]:+.3f}]" if interval else ""
     return f"{found['trained']['mean']:.3f}  {change['mean']:+.3f}{span}"

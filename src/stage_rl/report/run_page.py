@@ -21,8 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from stage_rl.config import flatten, load_recipe, values_to_show
+from stage_rl.config import flatten
 from stage_rl.errors import InputError
+from stage_rl.run_records import record_of
 
 Array = NDArray[Any]
 
@@ -47,8 +48,7 @@ def logged_steps(run: Path, *, budget: int) -> dict[str, Any]:
     """The logged images of a run with their token maps, in at most about `budget` bytes: all steps,
     or as many as fit, evenly spaced and with the first and the last.
     """
-    files = sorted((run / "images").glob("*.json"))
-    files = [file for file in files if _has_boxes(file)]
+    files = _logged(run, "images")
     found: dict[str, Any] = {"logged": len(files), "steps": [], "maps": []}
     if not files:
         return found
@@ -74,14 +74,14 @@ def evenly(items: Sequence[Any], number: int) -> list[Any]:
 
 def fixed_prompts(run: Path, *, budget: int) -> dict[str, Any]:
     """The fixed prompts, and the images of all of them step by step."""
-    files = sorted((run / "fixed").glob("*.json"))
+    files = _logged(run, "fixed")
     if not files:
         return {"prompts": [], "steps": []}
-    shown = [record["prompt"] for record in _read(files[-1])]
-    files = [file for file in files if [r["prompt"] for r in _read(file)] == shown]
-    size = sum(len(source) for source in cut(files[0].with_suffix(".png"), _read(files[0])))
+    shown = [record["prompt"] for record in record_of(files[-1])]
+    files = [file for file in files if [r["prompt"] for r in record_of(file)] == shown]
+    size = sum(len(source) for source in cut(files[0].with_suffix(".png"), record_of(files[0])))
     steps = [
-        {"step": int(file.stem), "images": cut(file.with_suffix(".png"), _read(file))}
+        {"step": int(file.stem), "images": cut(file.with_suffix(".png"), record_of(file))}
         for file in evenly(files, max(2, budget // size))
     ]
     return {"prompts": shown, "steps": steps}
@@ -92,9 +92,9 @@ def before_after(run: Path, *, budget: int) -> list[dict[str, Any]]:
     of them, or as many as fit into about `budget` bytes, evenly chosen.
     """
     file = run / "before_after.json"
-    if not file.exists():
+    records = record_of(file).get("images")
+    if not records:
         return []
-    records = _read(file)["images"]
     picture = file.with_suffix(".png")
     sides = {side: cut(picture, [one[side] for one in records]) for side in ("base", "trained")}
     pairs = [
@@ -107,41 +107,41 @@ def before_after(run: Path, *, budget: int) -> list[dict[str, Any]]:
 
 def comparison(run: Path) -> dict[str, Any]:
     """evaluation.json as tables: of each measure task, base, trained, difference and interval."""
-    file = run / "evaluation.json"
-    if not file.exists():
+    found = record_of(run / "evaluation.json")
+    if not found:
         return {}
-    found = _read(file)
     tables = []
     for measure, rows in found["difference"].items():
-        base, trained = (found[side]["summary"][measure] for side in ("base", "trained"))
+        base, trained = (found[side]["summary"].get(measure, {}) for side in ("base", "trained"))
         lines = [
             [
                 *(task, _mean(base.get(task)), _mean(trained.get(task))),
-                *(f"{row['mean']:+.3f}", _interval(row["interval"])),
+                *(f"{row['mean']:+.3f}", _interval(row.get("interval"))),
             ]
             for task, row in rows.items()
         ]
         tables.append([[measure, "base", "trained", "difference", "95 % interval"], *lines])
-    setup = found["trained"]
-    about = f"{setup['benchmark']}, {setup['images']}, guidance {setup['guidance_scale']}"
-    return {"about": f"{about}, seed {setup['seed']}, {setup['dtype']}", "tables": tables}
+    keys = ("benchmark", "images", "guidance_scale", "seed", "dtype")
+    words = ("", "", "guidance ", "seed ", "")
+    told = [f"{word}{found['trained'].get(key)}" for key, word in zip(keys, words, strict=True)]
+    return {"about": ", ".join(told), "tables": tables}
 
 
 def about_run(run: Path) -> dict[str, Any]:
     """Recipe, environment and state of a run, and the commands that repeat it and go on."""
-    recipe = load_recipe(run / "recipe.json")
-    status = _read(run / "status.json") if (run / "status.json").exists() else {}
-    seen = _read(run / "environment.json") if (run / "environment.json").exists() else {}
+    recipe = record_of(run / "recipe.json")  # as text: one that is loaded imports what it names
+    status = record_of(run / "status.json")
+    seen = record_of(run / "environment.json")
     packages = seen.pop("packages", {})
     environment = {key: _text(value) for key, value in (seen | packages).items()}
     return {
-        "recipe_name": recipe.name,
+        "recipe_name": recipe.get("name", ""),
         "state": " ".join(filter(None, [status.get("state", ""), status.get("why", "")])),
         "overrides": list(status.get("overrides", ())),
-        "settings": {k: _text(v) for k, v in flatten(values_to_show(recipe))},
+        "settings": {k: _text(v) for k, v in flatten(recipe)},
         "environment": environment,
         "repeat": f"stage train {run}/recipe.yaml run.dir=NEW",
-        "steps": recipe.steps,
+        "steps": recipe["steps"],
     }
 
 
@@ -183,6 +183,9 @@ def pair_maps(codes_GTC: Array) -> Array:
 def cut(picture: Path, records: Sequence[Mapping[str, Any]]) -> list[str]:
     """The images of a picture by their boxes, as data URIs at the size they were drawn in."""
     with _reading(picture), Image.open(picture) as whole:
+        for left, top, right, bottom in (record["box"] for record in records):
+            if not (left < right <= whole.width and top < bottom <= whole.height):
+                raise ValueError(f"{whole.width} x {whole.height} has no such box")
         return [data_uri(_shrunk(whole.crop(record["box"]).convert("RGB"))) for record in records]
 
 
@@ -208,7 +211,7 @@ def _shrunk(image: Image.Image) -> Image.Image:
 
 def _step(run: Path, file: Path, scales: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
     """A logged step; its maps are bytes from 0 (the low end of the scale) to 255."""
-    records = _read(file)
+    records = record_of(file)
     sources = cut(file.with_suffix(".png"), records)
     images = [
         {"source": source, "prompt": r["prompt"], "reward": r["reward"], "reason": r["reason"]}
@@ -239,10 +242,10 @@ def grid_of(run: Path) -> list[int]:
     if not files:
         return []
     num_tokens = _arrays(files[0])["tokens"].shape[-1]
-    placed = [file for file in sorted((run / "images").glob("*.json")) if _has_boxes(file)]
+    placed = _logged(run, "images")
     if not placed:
         return []
-    left, top, right, bottom = _read(placed[0])[0]["box"]
+    left, top, right, bottom = record_of(placed[0])[0]["box"]
     rows = round(math.sqrt(num_tokens * (bottom - top) / (right - left)))
     return [rows, num_tokens // rows] if num_tokens % rows == 0 else []
 
@@ -262,14 +265,14 @@ def _as_bytes(values: Array, low: float, high: float) -> str:
     return base64.b64encode(scaled.round().astype(np.uint8).tobytes()).decode()
 
 
-def _has_boxes(file: Path) -> bool:
-    """Whether a step says where its images are; those of former versions do not."""
-    return file.with_suffix(".png").exists() and all("box" in record for record in _read(file))
-
-
-def _read(file: Path) -> Any:
-    with _reading(file):
-        return json.loads(file.read_text(encoding="utf-8"))
+def _logged(run: Path, folder: str) -> list[Path]:
+    """FOLDER/STEP.json of a run by step, where they say where images are; those of former versions
+    do not.
+    """
+    files = sorted(file for file in (run / folder).glob("*.json") if file.stem.isdecimal())
+    drawn = [file for file in files if file.with_suffix(".png").exists()]
+    found = {file: record_of(file) for file in drawn}
+    return [file for file, rows in found.items() if rows and all(row.get("box") for row in rows)]
 
 
 def _arrays(file: Path) -> dict[str, Array]:
@@ -279,10 +282,10 @@ def _arrays(file: Path) -> dict[str, Array]:
 
 @contextlib.contextmanager
 def _reading(file: Path) -> Iterator[None]:
-    """Names a file that cannot be read; of PNG, npz and JSON, each has errors of its own."""
+    """Names a file that cannot be read; of PNG and npz, each has errors of its own."""
     try:
         yield
-    except (OSError, ValueError, KeyError, BadZipFile) as error:
+    except (OSError, ValueError, KeyError, BadZipFile, Image.DecompressionBombError) as error:
         why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         raise InputError(f"{file}: cannot be read ({why}); restore it or remove it") from error
 

@@ -6,7 +6,6 @@ It reads small files alone and loads no torch: a list of a hundred runs is there
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import statistics
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from typing import Any
 
 from stage_rl.errors import InputError
 from stage_rl.files import read_metrics
+from stage_rl.run_records import record_of
 
 RECENT_STEPS = 10
 """Steps that the newest values of a noisy metric are a mean of."""
@@ -67,13 +67,13 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     """A run by its folder; an `InputError` where it holds none."""
-    recipe = _read_json(folder / "recipe.json")
-    if "steps" not in recipe:
+    recipe = record_of(folder / "recipe.json")
+    if not recipe:
         raise InputError(f"{folder}: is not a run folder; name one that holds recipe.json")
-    status = _read_json(folder / "status.json")
+    status = record_of(folder / "status.json")
     lines = read_metrics(folder / "metrics.jsonl")
     steps = tuple({numbers["step"]: numbers for numbers in lines}.values())
-    state, why = str(status.get("state", "")), str(status.get("why", ""))
+    state, why = status.get("state", ""), status.get("why", "")
     if _is_locked(folder / ".lock"):
         state, why = "running", ""
     elif state == "running":
@@ -82,8 +82,8 @@ def read_run(folder: Path) -> Run:
         state = "finished" if len(steps) >= recipe["steps"] else "stopped"
     return Run(
         folder,
-        recipe=str(status.get("recipe") or recipe.get("name", "")),
-        overrides=tuple(map(str, status.get("overrides", ()))),
+        recipe=status.get("recipe") or recipe.get("name", ""),
+        overrides=tuple(status.get("overrides", ())),
         state=state,
         why=why,
         num_steps=recipe["steps"],
@@ -91,8 +91,8 @@ def read_run(folder: Path) -> Run:
     )
 
 
-def find_runs(root: Path) -> list[Run]:
-    """The runs in a folder and below it, the one that was trained last first."""
+def find_runs(root: Path) -> list[Path]:
+    """The folders of runs in a folder and below it, the one that was trained last first."""
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; name one that holds runs")
     found = []
@@ -100,33 +100,21 @@ def find_runs(root: Path) -> list[Run]:
         if "recipe.json" in files:
             found.append(Path(path))
             folders.clear()  # a run holds no other runs
-    return sorted(map(read_run, found), key=lambda run: _changed(run.folder), reverse=True)
+    return sorted(found, key=_changed, reverse=True)
 
 
 def final_scores(folder: Path) -> dict[str, dict[str, Any]]:
     """Of the comparison after the last step: base, trained and difference overall, by measure."""
-    comparison = _read_json(folder / "evaluation.json")
-    parts = {
-        "base": comparison.get("base", {}).get("summary", {}),
-        "trained": comparison.get("trained", {}).get("summary", {}),
-        "difference": comparison.get("difference", {}),
-    }
+    comparison = record_of(folder / "evaluation.json")
+    if not comparison:
+        return {}
+    parts = {side: comparison[side]["summary"] for side in ("base", "trained")}
+    parts["difference"] = comparison["difference"]
     return {
         measure: {part: rows[measure]["overall"] for part, rows in parts.items()}
         for measure in parts["trained"]
-        if all(measure in rows for rows in parts.values())
+        if all("overall" in rows.get(measure, {}) for rows in parts.values())
     }
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """The mapping in a file; an empty one where there is no such file."""
-    if not file.is_file():
-        return {}
-    try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: cannot be read ({error}); remove it or the run") from error
-    return tree if isinstance(tree, dict) else {}
 
 
 def _is_locked(file: Path) -> bool:

@@ -12,14 +12,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import uniform_filter1d
 
-from stage_rl.config import diff_recipes, flatten, load_recipe, values_to_show
+from stage_rl.config import flatten
 from stage_rl.errors import InputError
-from stage_rl.recipe import Recipe
+from stage_rl.run_records import record_of
 from stage_rl.settings import did_you_mean
 from stage_rl.study.run import read_results, read_series
 from stage_rl.study.statistics import at_divergence
@@ -112,12 +113,13 @@ def _by_recipe(folders: Sequence[Path]) -> dict[str, list[RunResult]]:
     """Runs whose recipes differ by the seed alone, under the recipe's name; where several recipes
     have one name, with the settings in which they differ from the first of them.
     """
-    groups: list[tuple[Recipe, list[RunResult]]] = []
+    groups: list[tuple[Mapping[str, Any], list[RunResult]]] = []
     for folder in folders:
-        recipe = load_recipe(folder / "recipe.json")
+        # As text: a recipe that is loaded imports what it names.
+        recipe = dict(flatten(record_of(folder / "recipe.json")))
         if not (folder / "metrics.jsonl").exists():
             raise InputError(f"{folder}: has no step yet; train it first")
-        run = RunResult(recipe.seed, "", read_series(folder / "metrics.jsonl"))
+        run = RunResult(recipe.get("seed", 0), "", read_series(folder / "metrics.jsonl"))
         for other, runs in groups:
             if not _differing(other, recipe):
                 runs.append(run)
@@ -126,16 +128,17 @@ def _by_recipe(folders: Sequence[Path]) -> dict[str, list[RunResult]]:
             groups.append((recipe, [run]))
     named: dict[str, list[RunResult]] = {}
     for recipe, runs in groups:
-        first = next(other for other, _ in groups if other.name == recipe.name)
-        own = dict(flatten(values_to_show(recipe)))
-        settings = [f"{key}={own.get(key)}" for key in _differing(first, recipe)]
-        named[" ".join([recipe.name, *settings])] = runs
+        name = recipe.get("name", "")
+        first = next(other for other, _ in groups if other.get("name", "") == name)
+        settings = [f"{key}={recipe.get(key)}" for key in _differing(first, recipe)]
+        named[" ".join([name, *settings])] = runs
     return named
 
 
-def _differing(one: Recipe, other: Recipe) -> list[str]:
-    keys = diff_recipes(one, other)
-    return [key for key in keys if key != "seed" and not key.startswith("run.")]
+def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The dotted keys in which recipes differ, but for the seed and where the runs are."""
+    keys = [key for key in {**one, **other} if key != "seed" and not key.startswith("run.")]
+    return [key for key in keys if (key in one, one.get(key)) != (key in other, other.get(key))]
 
 
 def over_seeds(

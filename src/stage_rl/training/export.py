@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import stat
 from pathlib import Path
@@ -20,6 +21,7 @@ from stage_rl.policies.base import Policy, PolicyConfig
 from stage_rl.policies.loading import HUB_ID, find, quiet
 from stage_rl.policies.lora import has_adapter, save_adapter
 from stage_rl.recipe import Recipe
+from stage_rl.run_records import record_of
 from stage_rl.settings import SHIPPED_MODELS
 
 
@@ -91,6 +93,8 @@ def check_free(out: Path) -> None:
         raise InputError(f"{out}: is there already; name a folder that is not")
     if not out.absolute().parent.is_dir():
         raise InputError(f"{out}: no folder '{out.parent}'; name a place in a folder that is")
+    if not os.access(out.absolute().parent, os.W_OK):
+        raise InputError(f"{out}: no folder can be made there; name another")
 
 
 def _check_form(policy: Policy, *, layout: str, adapter: bool, dtype: str | None) -> None:
@@ -242,7 +246,9 @@ def _resolved(recipe: Recipe) -> str:
 
 
 def _environment(file: Path) -> str:
-    made = json.loads(file.read_text(encoding="utf-8"))
+    made = record_of(file)
+    if not made:
+        return "Not known."
     packages = ", ".join(f"{name} {version}" for name, version in made["packages"].items())
     devices = ", ".join(dict.fromkeys(made["devices"])) or "CPU"
     return f"Python {made['python']}, {packages}; {devices}."
