@@ -143,3 +143,16 @@ def test_scores_and_entropies_are_those_of_each_temperature(
 def test_wrong_input_is_named(tiny_run, make, message):
     with pytest.raises(InputError, match=message):
         make(tiny_run)
+
+
+def test_a_group_on_which_a_reward_failed_is_not_compared(tiny_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    file = run / "samples" / "000001.npz"
+    with np.load(file) as arrays:
+        kept = dict(arrays)
+    kept["rewards"][1] = np.nan
+    np.savez(file, **kept)
+    with pytest.raises(InputError, match="--group 1: a reward failed on it in step 1; name anot"):
+        images.similarity(run, group=1)
+    assert images.similarity(run, group=None).data["group"] == 0
