@@ -276,7 +276,7 @@ def read_environment() -> Iterator[dict[str, str]]:
 
     def env(name: str, *default: Any) -> Any:
         value = oc.env(name, *default)
-        if os.environ.get(name):
+        if value and name in os.environ:
             found[value] = f"${{oc.env:{name}}}"
         return value
 
