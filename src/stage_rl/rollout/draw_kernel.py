@@ -66,9 +66,10 @@ def _logits(cond, uncond, column, scale, WIDTH: tl.constexpr, GUIDED: tl.constex
 
 
 @triton.jit
-def _entropy(total, inner):
-    """Of weights w = exp(l): their sum, and that of w x l."""
-    return tl.log(total) - inner / total
+def _entropy(weights, inners):
+    """Of the distribution of weights w = exp(l), summed by tiles, and of w x l."""
+    total = tl.sum(weights, 0)
+    return tl.log(total) - tl.sum(inners / total, 0)
 
 
 @triton.jit
@@ -100,23 +101,25 @@ def _draw(
         guided_highest = tl.maximum(guided_highest, guided)
     top, guided_top = tl.max(highest, 0), tl.max(guided_highest, 0)
 
-    total, inner, guided_total, guided_inner, drawn_total = 0.0, 0.0, 0.0, 0.0, 0.0
+    totals = tl.zeros([TILE], tl.float32)
+    inners, guided_totals, guided_inners, drawn_totals = totals, totals, totals, totals
     for first in range(0, WIDTH, TILE):
         inside = first + offset < WIDTH
         plain, guided = _logits(cond, uncond, first + offset, scale, WIDTH, GUIDED)
         weight = tl.exp(plain - top)
-        total += tl.sum(weight, 0)
-        inner += tl.sum(weight * tl.where(inside, plain - top, 0.0), 0)
+        totals += weight
+        inners += weight * tl.where(inside, plain - top, 0.0)
         if GUIDED_ENTROPY:
             weight = tl.exp(guided - guided_top)
-            guided_total += tl.sum(weight, 0)
-            guided_inner += tl.sum(weight * tl.where(inside, guided - guided_top, 0.0), 0)
-        drawn_total += tl.sum(tl.exp((guided - guided_top) / temperature), 0)
+            guided_totals += weight
+            guided_inners += weight * tl.where(inside, guided - guided_top, 0.0)
+        drawn_totals += tl.exp((guided - guided_top) / temperature)
+    total, drawn_total = tl.sum(totals, 0), tl.sum(drawn_totals, 0)
 
     # The first token whose cumulative weight exceeds the threshold; where rounding leaves none, the
     # last one with a weight.
     threshold = tl.load(uniforms + image) * drawn_total
-    below, found, last = 0.0, WIDTH, 0
+    below, found, last = tl.zeros([1], tl.float32), WIDTH, 0
     for first in range(0, WIDTH, TILE):
         column = first + offset
         _, guided = _logits(cond, uncond, column, scale, WIDTH, GUIDED)
@@ -132,6 +135,6 @@ def _draw(
     tl.store(logprobs + image, plain - top - tl.log(total))
     drawn = (guided - guided_top) / temperature - tl.log(drawn_total)
     tl.store(guided_logprobs + image, drawn)
-    tl.store(entropies + image, _entropy(total, inner))
+    tl.store(entropies + image, _entropy(totals, inners))
     if GUIDED_ENTROPY:
-        tl.store(guided_entropies + image, _entropy(guided_total, guided_inner))
+        tl.store(guided_entropies + image, _entropy(guided_totals, guided_inners))
