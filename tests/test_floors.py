@@ -16,7 +16,7 @@ ROOT = Path(stage_rl.__file__).parent
 FLOORS = (
     (
         *("algorithm", "types", "errors", "settings", "files", "pictures", "openmp"),
-        *("allocator", "vector_math"),
+        *("allocator", "vector_math", "run_records"),
         *("recipes", "studies"),
     ),
     ("distributed", "console"),
