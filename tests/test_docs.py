@@ -16,7 +16,7 @@ FILE = re.compile(r"(?<![\w/.-])((?:[\w-]+/)*[\w-]+\.(?:py|yaml|md))\b")
 NAME = re.compile(r"\bstage_rl(?:\.\w+)+")
 FILES = [f"/{p.relative_to(ROOT).as_posix()}" for p in ROOT.glob("[!.]*/**/*.*")]
 STUDIES = sorted(file.parent for file in ROOT.glob("studies/*/results.json"))
-YOURS = {"janus_rewards.yaml", "mine.yaml", "recipe.yaml", "RUN/recipe.yaml"}
+YOURS = {"janus_rewards.yaml", "leaves.py", "mine.yaml", "recipe.yaml", "RUN/recipe.yaml"}
 """What a command of a document stands for, and what a run writes."""
 
 

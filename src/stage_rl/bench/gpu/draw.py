@@ -56,7 +56,7 @@ def compared(images: int, vocabulary: int, guidance_scale: float, columns: int) 
         same_N = ours.tokens_N == theirs.tokens_N
         equal += int(same_N.sum())
         for name, values_N in vars(theirs).items():
-            if name != "tokens_N":
+            if name != "tokens_N" and values_N is not None:
                 apart_N = (getattr(ours, name) - values_N).abs()[same_N]
                 difference = max(difference, apart_N.max().item())
     return {"equal_tokens": equal / (columns * images), "difference": difference}
