@@ -113,7 +113,8 @@ def _judge(settings: Mapping[str, Any]) -> str:
     if settings["kind"] == "external":
         return Path(str(settings["command"][-1])).stem
     weights = dict.fromkeys(path for key, path in _weights(settings) if key != "base")
-    return ", ".join(weights) or str(settings.get("engine", settings["kind"].rpartition(":")[2]))
+    kind = settings["kind"].rpartition(":")[2].removesuffix("Config")
+    return ", ".join(weights) or str(settings.get("engine", kind))
 
 
 def _weights(settings: Any) -> Iterator[tuple[str, str]]:
