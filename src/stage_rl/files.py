@@ -16,6 +16,11 @@ from stage_rl.errors import CheckpointError
 
 GO_ON = "make room and run the same command again: it goes on from the last checkpoint"
 
+MOST_STEPS = 2**53
+"""What a page's script can count."""
+LARGEST_METRIC = 1e100
+"""Sums of such numbers stay finite."""
+
 
 @contextlib.contextmanager
 def writing(path: Path, *, hint: str = GO_ON) -> Iterator[None]:
@@ -65,12 +70,12 @@ def read_metrics(metrics: Path) -> list[dict[str, Any]]:
 
 
 def _is_step(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**53  # what a page's script can count
+    return type(value) is int and 0 <= value < MOST_STEPS
 
 
 def _is_metric(value: Any) -> bool:
-    """Whether a run wrote it; sums of numbers below 1e100 stay finite."""
-    return value is None or (type(value) in (int, float) and abs(value) < 1e100)
+    """Whether a run may have written it."""
+    return value is None or (type(value) in (int, float) and abs(value) < LARGEST_METRIC)
 
 
 def open_lock(path: Path) -> int:

@@ -12,13 +12,10 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from stage_rl.errors import InputError
+from stage_rl.files import LARGEST_METRIC, MOST_STEPS
 
-MOST = 1e100
-"""No metric is larger; sums of such numbers stay finite."""
-
-Number = Annotated[float, Field(gt=-MOST, lt=MOST)]
-Whole = Annotated[int, Field(ge=0, lt=2**53)]
-"""What a page's script can count."""
+Number = Annotated[float, Field(gt=-LARGEST_METRIC, lt=LARGEST_METRIC)]
+Whole = Annotated[int, Field(ge=0, lt=MOST_STEPS)]
 
 
 class _Open(BaseModel):

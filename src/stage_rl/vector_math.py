@@ -2,8 +2,8 @@
 
 MKL looks for the kernel of such a function when it is first called. Where two threads make that
 first call at once, one of them may compute its half with a kernel of half the digits, once, and
-without a word (https://github.com/pytorch/pytorch/issues/188792, in oneMKL before 2025.0): a
-rotary table was off by 2e-4 in one of 25 processes, and its images were others.
+without a word (https://github.com/pytorch/pytorch/issues/188792, in oneMKL before 2025.0): some
+processes had a rotary table that was off in its fourth digit, and drew other images.
 """
 
 from __future__ import annotations

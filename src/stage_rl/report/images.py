@@ -55,7 +55,10 @@ def similarity(run: Path, *, step: int | None = None, group: int | None = None) 
     """
     step, arrays = _samples(run, step)
     rewards_PG = arrays["rewards"]
-    group = int(np.nan_to_num(rewards_PG.std(1)).argmax()) if group is None else group
+    if group is None:
+        # One on which a reward failed has no spread, and comes behind all others.
+        spread_P = rewards_PG.std(1)
+        group = int(np.where(np.isnan(spread_P), -1.0, spread_P).argmax())
     if not 0 <= group < len(rewards_PG):
         known = f"step {step} kept {len(rewards_PG)}; write 0 to {len(rewards_PG) - 1}"
         raise InputError(f"--group {group}: {known}")

@@ -61,7 +61,7 @@ class Sampling:
     @property
     def truncated(self) -> bool:
         """Whether top-k or top-p may leave tokens out."""
-        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
+        return self.temperature > 0 and not self.whole
 
     @property
     def statistics(self) -> tuple[str, ...]:
