@@ -134,7 +134,7 @@ def test_a_log_is_limited_and_says_what_it_left_out(monkeypatch):
 
 
 @contextlib.contextmanager
-def stranger(part, pause_s):
+def stranger(head, part, pause_s):
     """A server that answers with the same bytes for ever."""
     over = threading.Event()
 
@@ -144,7 +144,7 @@ def stranger(part, pause_s):
                 client, _ = listener.accept()
                 with client, contextlib.suppress(OSError):
                     client.recv(65536)
-                    client.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+                    client.sendall(head)
                     while not over.wait(pause_s):
                         client.sendall(part)
 
@@ -158,15 +158,17 @@ def stranger(part, pause_s):
 
 
 @pytest.mark.parametrize(
-    ("part", "pause_s", "message"),
+    ("head", "part", "pause_s", "message"),
     [
-        (b"x", 0.05, "its answer took longer than 0.3 s, at attempt"),
-        (b"x" * 4000, 0.0, "its answer has no end"),
+        (b"HTTP/1.1 200 OK\r\n", b"x", 0.05, "its answer took longer than 0.3 s, at attempt"),
+        (b"HTTP/1.1 200 OK\r\n\r\n", b"x", 0.05, "its answer took longer than 0.3 s, at attempt"),
+        (b"HTTP/1.1 200 OK\r\n\r\n", b"x" * 4000, 0.0, "its answer has no end"),
     ],
+    ids=["slow head", "slow body", "long body"],
 )
-def test_an_answer_that_does_not_end_is_given_up(monkeypatch, part, pause_s, message):
+def test_an_answer_that_does_not_end_is_given_up(monkeypatch, head, part, pause_s, message):
     monkeypatch.setattr(remote, "MAX_ANSWER_BYTES", 100_000)
-    with stranger(part, pause_s) as url:
+    with stranger(head, part, pause_s) as url:
         client = RetryingClient(url, token=None, timeout_s=0.3, give_up_s=0.4, connections=1)
         with pytest.raises(RewardError, match=message):
             client.ask("GET", "/v1/rewards")

@@ -5,6 +5,7 @@ Shape suffixes: N images, H x W pixels, C colour channels.
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import json
 import logging
@@ -239,6 +240,10 @@ class RetryableError(Exception):
         self.advice_s = advice_s
 
 
+class AnswerTooLongError(Exception):
+    """An answer of more bytes than any of ours has."""
+
+
 class RetryingClient:
     """One server and what it wants to see; several threads may ask at once."""
 
@@ -251,14 +256,19 @@ class RetryingClient:
         self._give_up_s, self._timeout_s = give_up_s, timeout_s
         self._is_answered = True
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self._http = httpx2.Client(
+        # Exchanges run in a loop of their own: what a thread waits for cannot be ended in time, as
+        # a server that sends a byte of its head now and then always keeps it waiting.
+        self._loop = asyncio.new_event_loop()
+        self._http = httpx2.AsyncClient(
             headers={**headers, "Content-Type": "application/json"},
             timeout=httpx2.Timeout(timeout_s, connect=CONNECT_S, pool=None),
             limits=httpx2.Limits(max_connections=connections),
             # A proxy of the environment is for what lies outside this machine.
             trust_env=urlsplit(url).hostname not in LOOPBACK,
         )
-        self.close = weakref.finalize(self, self._http.close)
+        thread = threading.Thread(target=self._loop.run_forever, name="rewards", daemon=True)
+        thread.start()
+        self.close = weakref.finalize(self, _end, self._loop, self._http, thread)
 
     def ask(
         self, method: str, path: str, body: bytes = b"", *, stop: threading.Event | None = None
@@ -293,23 +303,16 @@ class RetryingClient:
                 self._is_answered = False
             stop.wait(pause_s)
 
-    def _send(self, method: str, url: str, body: bytes, key: str) -> tuple[Any, bytes]:
-        """An answer and its body; one that comes too slowly or is too long is no answer."""
-        until, content = time.monotonic() + self._timeout_s, bytearray()
-        with self._http.stream(method, url, content=body, headers={KEY_HEADER: key}) as response:
-            for part in response.iter_bytes():
-                content += part
-                if len(content) > MAX_ANSWER_BYTES:
-                    raise RewardError(f"reward server {self._url}: its answer has no end")
-                if time.monotonic() > until:
-                    raise RetryableError(f"its answer took longer than {self._timeout_s:g} s")
-        return response, bytes(content)
-
     def _attempt(self, method: str, path: str, body: bytes, key: str) -> bytes:
         import httpx2
 
+        exchange = _exchange(self._http, method, self._url + path, body, key, self._timeout_s)
         try:
-            response, content = self._send(method, self._url + path, body, key)
+            response, content = asyncio.run_coroutine_threadsafe(exchange, self._loop).result()
+        except AnswerTooLongError as error:
+            raise RewardError(f"reward server {self._url}: its answer has no end") from error
+        except TimeoutError as error:
+            raise RetryableError(f"its answer took longer than {self._timeout_s:g} s") from error
         except httpx2.TransportError as error:
             what = f"{type(error).__name__} ({error})" if str(error) else repr(error)
             raise RetryableError(what) from error
@@ -329,6 +332,33 @@ class RetryingClient:
             raise ScoringFailed(message)
         what = f"reward server {self._url}: {response.status_code} {message}"
         raise InputError(what) if response.status_code == 401 else RewardError(what)
+
+
+async def _exchange(
+    http: Any, method: str, url: str, body: bytes, key: str, timeout_s: float
+) -> tuple[Any, bytes]:
+    """An answer and its body.
+
+    A TimeoutError where the whole takes longer than `timeout_s`, whatever has come by then.
+    """
+    content = bytearray()
+    async with (
+        asyncio.timeout(timeout_s),
+        http.stream(method, url, content=body, headers={KEY_HEADER: key}) as response,
+    ):
+        async for part in response.aiter_bytes():
+            content += part
+            if len(content) > MAX_ANSWER_BYTES:
+                raise AnswerTooLongError
+    return response, bytes(content)
+
+
+def _end(loop: asyncio.AbstractEventLoop, http: Any, thread: threading.Thread) -> None:
+    """Closes the connections and ends the thread of their loop."""
+    asyncio.run_coroutine_threadsafe(http.aclose(), loop).result()
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
 
 
 def _error_of(response: Any, content: bytes) -> tuple[str, str]:
