@@ -260,7 +260,7 @@ def _plain(tree: DictConfig, where: str) -> tuple[dict[str, Any], dict[str, str]
             values = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
         except OmegaConfBaseException as error:
             key = getattr(error, "full_key", None) or "recipe"
-            reason = _masked(str(error).splitlines()[0], secrets)
+            reason = masked(str(error).splitlines()[0], secrets)
             raise RecipeError(f"{where}: {key}: {reason}; write the value itself") from error
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}, secrets
@@ -287,7 +287,7 @@ def read_environment() -> Iterator[dict[str, str]]:
         OmegaConf.register_resolver("oc.env", oc.env, replace=True)
 
 
-def _masked(text: str, secrets: Mapping[str, str]) -> str:
+def masked(text: str, secrets: Mapping[str, str]) -> str:
     """A text with references in the place of what the environment gave, the longest first."""
     for secret in sorted(secrets, key=len, reverse=True):
         text = text.replace(secret, secrets[secret])
@@ -304,8 +304,8 @@ def _references(
         text = _text_behind(key, texts)
         if FROM_ENVIRONMENT.search(text) and key in texts:
             found[key] = text
-        elif "${" in text and (masked := _masked(str(value), secrets)) != str(value):
-            found[key] = masked  # by way of another key
+        elif "${" in text and (hidden := masked(str(value), secrets)) != str(value):
+            found[key] = hidden  # by way of another key
     return found
 
 
@@ -390,7 +390,7 @@ def explain(error: ValidationError, secrets: Mapping[str, str] | None = None) ->
     parts = [str(part) for part in first["loc"]]
     key = ".".join([*parts, *filter(None, [details.get("key")])])
     own = first["type"] == "stage"
-    text = _masked(details["text"], secrets) if own else _reason(first, secrets)
+    text = masked(details["text"], secrets) if own else _reason(first, secrets)
     # A list whose item is wrong is also reported as too short.
     more = sum(other["loc"] != first["loc"][:1] for other in others)
     tail = f" (and {more} more)" if more else ""
@@ -421,7 +421,7 @@ def _reason(error: ErrorDetails, secrets: Mapping[str, str]) -> str:
 def _show(value: Any, secrets: Mapping[str, str]) -> str:
     text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
     # Before it is cut: a part of a secret is one too.
-    text = _masked(text, {repr(secret)[1:-1]: name for secret, name in secrets.items()})
+    text = masked(text, {repr(secret)[1:-1]: name for secret, name in secrets.items()})
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 

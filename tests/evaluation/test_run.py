@@ -21,6 +21,7 @@ from stage_rl.evaluation.run import run_suites, skipped
 from stage_rl.evaluation.scores import folder_name
 from stage_rl.evaluation.suites import ALL, PromptSet, find_suite, parse_overrides, scorers_of
 from stage_rl.rewards.base import RewardConfig, Score
+from stage_rl.training.loop import train
 
 PER_PROMPT = {
     "geneval": 12 * 2,
@@ -379,6 +380,11 @@ def test_a_secret_is_read_where_it_is_used_and_written_as_a_reference(
     with pytest.raises(InputError, match=r"diversity: bright: .*PASSWORD.* not found.*; set it"):
         diversity(tiny_shapes, out=tmp_path / "x", scorers=settings)
     monkeypatch.setenv("PASSWORD", "hunter2")
+    wrong = parse_overrides([f"bright.kind={PLAIN}", "bright.weight=${oc.env:PASSWORD}"])
+    with pytest.raises(InputError) as caught:
+        diversity(tiny_shapes, out=tmp_path / "x", scorers=wrong)
+    reference = "expected a number, not '${oc.env:PASSWORD}'"
+    assert f"diversity: bright.weight: {reference}" in str(caught.value)
     seen = []
     monkeypatch.setattr(PlainConfig, "build", lambda self, device: seen.append(self) or _bright)
     result = diversity(tiny_shapes, out=tmp_path, scorers=settings)
@@ -395,6 +401,10 @@ def test_a_secret_is_read_where_it_is_used_and_written_as_a_reference(
     assert asked["scorers"]["bright"]["password"] == "${oc.env:PASSWORD}"
     known = scorers_of(find_suite("diversity"), evaluation.scorers, smoke=True)
     assert known["bright"][1].password == "hunter2"
+    scorers = "{gold: {weight: '${oc.env:PASSWORD}'}}"
+    with pytest.raises(InputError) as caught:
+        train(load_recipe("shapes_smoke", [f"evaluation.scorers={scorers}"]))
+    assert f"shapes-geneval: gold.weight: {reference}" in str(caught.value)
 
 
 def _bright(images_NHWC, prompts):

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from yaml import YAMLError
 
-from stage_rl.config import explain
+from stage_rl.config import explain, masked, read_environment
 from stage_rl.errors import InputError
 from stage_rl.evaluation.aggregation import PromptAnswers
 from stage_rl.evaluation.results import ImageScore
@@ -418,13 +418,14 @@ def scorers_of(
         if own.get("kind", defaults.get("kind")) != defaults.get("kind"):
             defaults = {}  # those of another reward
         tree = OmegaConf.merge(defaults, dict(own), {"name": name})
-        try:
-            merged = OmegaConf.to_container(tree, resolve=True)
-            scorers[name] = (scorer, RewardConfig.model_validate(merged))
-        except OmegaConfBaseException as error:
-            message = f"{suite.name}: {name}: {str(error).splitlines()[0]}"
-            raise InputError(f"{message}; set it, or {name}=null leaves it out") from error
-        except ValidationError as error:
-            message = f"{suite.name}: {name}.{explain(error)}"
-            raise InputError(f"{message}; {name}=null leaves it out") from error
+        with read_environment() as secrets:
+            try:
+                merged = OmegaConf.to_container(tree, resolve=True)
+                scorers[name] = (scorer, RewardConfig.model_validate(merged))
+            except OmegaConfBaseException as error:
+                message = f"{suite.name}: {name}: {masked(str(error).splitlines()[0], secrets)}"
+                raise InputError(f"{message}; set it, or {name}=null leaves it out") from error
+            except ValidationError as error:
+                message = f"{suite.name}: {name}.{explain(error, secrets)}"
+                raise InputError(f"{message}; {name}=null leaves it out") from error
     return scorers

@@ -21,6 +21,7 @@ import torch
 from stage_rl.console import LiveView, live_view, stop_signals
 from stage_rl.distributed import World, concat, init_distributed, pick_device
 from stage_rl.errors import DivergedError, InputError, RewardError, Stopped
+from stage_rl.evaluation.request import evaluation_of
 from stage_rl.evaluation.run import check_evaluation
 from stage_rl.openmp import overcommitment
 from stage_rl.prompts.files import prompts_of_step
@@ -71,8 +72,8 @@ def train_on(recipe: Recipe, world: World, *, on_step: OnStep | None = None) -> 
     """`train` by one of the processes of a run; all of them call it."""
     prompts = recipe.prompts.build()
     check_prompts(recipe, prompts)
-    if recipe.evaluation is not None:
-        check_evaluation(recipe.evaluation)
+    if (evaluation := evaluation_of(recipe)) is not None:
+        check_evaluation(evaluation)
     check_ranks(recipe, world, num_prompts=len(prompts))
     check_trackers(recipe.trackers)
     folder = world.broadcast_object(lambda: check_run(recipe))
