@@ -161,6 +161,7 @@ def test_two_processes_train_in_mixed_precision(recipe, tmp_path):
         ),
         (
             *("algorithm.kl.estimator=rk3", "optimizer.updates_per_rollout=2"),
+            *("algorithm.loss=gmpo", "algorithm.credit=uniform"),
             "algorithm.importance_sampling=sequence_mask",
         ),
     ],
