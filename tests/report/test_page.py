@@ -49,6 +49,10 @@ def run(tiny_run, tmp_path_factory):
     logged = json.loads(file.read_text())
     logged[0]["reason"] = HOSTILE
     file.write_text(json.dumps(logged))
+    file = folder / "images" / "000000.json"
+    logged = json.loads(file.read_text())
+    logged[-1] |= {"reward": None, "reason": "the reward failed"}
+    file.write_text(json.dumps(logged))
     first, second = (folder / "metrics.jsonl").read_text().splitlines()
     lines = [json.loads(first), json.loads(second)]
     more = [lines[1] | {"step": n, "reward/mean": n / 7 % 1} for n in range(2, 30)]
@@ -64,6 +68,26 @@ def other(run):
     recipe = json.loads((folder / "recipe.json").read_text())
     recipe["optimizer"]["lr"] = 0.25
     (folder / "recipe.json").write_text(json.dumps(recipe))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A study of two arms and three runs."""
+
+    def a_run(arm, seed, golds):
+        series = {"validation/gold": [[1, 2], golds], "probe/kl": [[1, 2], [0.01, 0.04]]}
+        series["reward/mean"] = [[1, 2], golds]
+        kept = {"cell": "hot", "arm": arm, "seed": seed, "failed": "", "steps": 2}
+        return kept | {"series": series}
+
+    about = {"name": "s", "cells": {"hot": ["steps=2"]}, "arms": {"grpo": {}, "stage": {}}}
+    about |= {"endpoint": "validation/gold", "contrasts": []}
+    runs = [a_run("grpo", 1, [0.25, 0.5]), a_run("grpo", 2, [0.75, 1.0])]
+    runs.append(a_run("stage", 1, [0.5, 0.5]))
+    base = {"hot": {"validation/gold": 0.25}}
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "results.json").write_text(json.dumps({"study": about, "base": base, "runs": runs}))
     return folder
 
 
@@ -86,7 +110,7 @@ def test_images_are_cut_at_the_size_they_were_drawn_in(run):
     assert pixels_of(pair["base"]["source"]).shape[0] > 8
     assert np.abs(pixels_of(pair["trained"]["source"]).astype(int) - 20).max() <= 2
     images = drawn["steps"][0]["images"]
-    for image in images:
+    for image in images[:-1]:
         shown = pixels_of(image["source"])
         assert shown.shape == (48, 48, 3)
         assert shown.mean() / 255 == pytest.approx(image["reward"], abs=1e-6)  # its brightness
@@ -300,6 +324,8 @@ def test_the_step_is_chosen_with_the_keyboard(page, js):
     assert js("return document.getElementById('step-value').textContent") == "0"
     alt = js("return document.querySelector('.frame img').alt")
     assert re.match(r"Image 1 of '.*', step 0, reward 0\.\d\d: ", alt)
+    alts = js("return [...document.querySelectorAll('.frame img')].map((x) => x.alt)")
+    assert alts[-1].endswith(", step 0, no score: the reward failed")
     page.switch_to.active_element.send_keys(Keys.ARROW_RIGHT)
 
 
@@ -365,10 +391,11 @@ def test_the_theme_changes_page_and_curves(js):
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("shown", ["run", "study"])
 def test_a_page_scrolls_in_one_direction_in_the_theme_of_the_system(
-    open_page, run, width, dark, tmp_path
+    open_page, request, shown, width, dark, tmp_path
 ):
-    browser = open_page([run], width=width, dark=dark)
+    browser = open_page([request.getfixturevalue(shown)], width=width, dark=dark)
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     browser.save_screenshot(str(tmp_path / "page.png"))
     with Image.open(tmp_path / "page.png") as shot:
@@ -376,26 +403,6 @@ def test_a_page_scrolls_in_one_direction_in_the_theme_of_the_system(
         assert shot.width == width
     assert (corner < 60) == dark
     assert browser.get_log("browser") == []
-
-
-@pytest.fixture(scope="module")
-def study(tmp_path_factory):
-    """A study of two arms and three runs."""
-
-    def a_run(arm, seed, golds):
-        series = {"validation/gold": [[1, 2], golds], "probe/kl": [[1, 2], [0.01, 0.04]]}
-        series["reward/mean"] = [[1, 2], golds]
-        kept = {"cell": "hot", "arm": arm, "seed": seed, "failed": "", "steps": 2}
-        return kept | {"series": series}
-
-    about = {"name": "s", "cells": {"hot": ["steps=2"]}, "arms": {"grpo": {}, "stage": {}}}
-    about |= {"endpoint": "validation/gold", "contrasts": []}
-    runs = [a_run("grpo", 1, [0.25, 0.5]), a_run("grpo", 2, [0.75, 1.0])]
-    runs.append(a_run("stage", 1, [0.5, 0.5]))
-    base = {"hot": {"validation/gold": 0.25}}
-    folder = tmp_path_factory.mktemp("study")
-    (folder / "results.json").write_text(json.dumps({"study": about, "base": base, "runs": runs}))
-    return folder
 
 
 def test_a_study_shows_tables_frontier_and_bands(open_page, study):
