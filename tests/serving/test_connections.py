@@ -105,6 +105,16 @@ def test_a_body_that_is_not_read_must_end_in_time(serve, monkeypatch):
         assert read_all(client).count(b"HTTP/1.1 200") == 2
 
 
+def test_answers_that_are_not_read_end_the_connection(serve, monkeypatch):
+    monkeypatch.setattr(connections, "HEADER_S", 0.2)
+    running = serve(TOY)
+    known = running.server.server_state.connections
+    with connect(running, b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n" * 5000):
+        running.wait_for(lambda: known)
+        running.wait_for(lambda: not known)
+    assert running.ask("GET", "/health").status_code == 200
+
+
 def test_answers_are_sent_at_once(serve):
     running = serve(TOY)
     with httpx2.Client(trust_env=False) as client:

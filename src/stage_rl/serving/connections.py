@@ -15,7 +15,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEADER_S = 10.0
 """Longest time from the first byte of a request, or from the connection, to the end of its head;
-and from an answer to the end of a body that it did not wait for."""
+from an answer to the end of a body that it did not wait for; and in which a client reads nothing
+of answers that no buffer takes."""
 
 MAX_CONNECTIONS = 4096
 
@@ -31,7 +32,8 @@ def connection_class() -> Callable[..., Connection]:
 
 
 class Connection(H11Protocol):
-    """Closes itself where the head of a request, or a body that is not read, does not end in time.
+    """Closes itself where the head of a request, or a body that is not read, does not end in time,
+    and where answers are not read.
 
     Where there are too many connections, the one that has been without a request for longest makes
     room: a client that was idle connects again.
@@ -45,6 +47,7 @@ class Connection(H11Protocol):
         """Those of the server that have no request, the longest first."""
         self._max_connections = max_connections
         self._deadline: asyncio.TimerHandle | None = None
+        self._unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore
         super().connection_made(transport)
@@ -72,8 +75,17 @@ class Connection(H11Protocol):
         if self.conn.their_state is not h11.IDLE or self.conn.trailing_data[0]:
             self._expect_end()
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread = self.loop.call_later(HEADER_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._is_read()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._has_request()
+        self._is_read()
         super().connection_lost(exc)
 
     @property
@@ -84,6 +96,11 @@ class Connection(H11Protocol):
     def _expect_end(self) -> None:
         if self._deadline is None:
             self._deadline = self.loop.call_later(HEADER_S, self.transport.abort)
+
+    def _is_read(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+        self._unread = None
 
     def _has_request(self) -> None:
         self._waiting.pop(self, None)
