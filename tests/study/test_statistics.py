@@ -22,8 +22,22 @@ def test_an_estimate_has_mean_error_and_interval():
     # std 1.291, over sqrt(4)
     assert (result.mean, result.num_seeds) == (2.5, 4)
     assert result.standard_error == pytest.approx(0.6455, abs=1e-4)
-    assert result.interval is not None
-    assert 1 <= result.interval[0] < 2.5 < result.interval[1] <= 4
+    # t of 3 degrees of freedom 3.1824, times 0.6455
+    assert result.interval == pytest.approx((2.5 - 2.0543, 2.5 + 2.0543), abs=1e-3)
+
+
+def test_three_values_of_one_sign_do_not_exclude_0_by_themselves():
+    # Mean 0.2, std 0.1, over sqrt(3): 0.0577; t of 2 degrees of freedom 4.3027.
+    assert estimate([0.1, 0.2, 0.3]).interval == pytest.approx((-0.0484, 0.4484), abs=1e-4)
+
+
+@pytest.mark.parametrize("count", [3, 4, 7])
+def test_the_interval_of_few_values_covers_the_mean_as_often_as_it_says(count):
+    # A bootstrap of three values excludes their mean in at least 2 * 2^-3 of all cases.
+    samples = np.random.default_rng(0).normal(size=(2000, count))
+    intervals = [estimate(sample).interval for sample in samples]
+    covered = np.mean([low <= 0 <= high for low, high in intervals])
+    assert covered == pytest.approx(0.95, abs=0.02)
 
 
 @pytest.mark.parametrize(
@@ -58,6 +72,17 @@ def test_sign_flips_are_exact():
     # Sums of (1, -1): 0 is reached by all four.
     assert sign_flip_p([1.0, -1.0]) == 1
     assert sign_flip_p(np.ones(10)) == 2 / 1024
+
+
+def test_sign_flips_of_many_pairs_are_drawn():
+    rng = np.random.default_rng(0)
+    exact = rng.normal(0.4, 1, size=16)
+    # A 17th pair of 0 changes no sum: the p of the other sixteen is known exactly.
+    drawn = sign_flip_p([*exact, 0.0])
+    assert drawn == pytest.approx(sign_flip_p(exact), abs=0.01)
+    assert drawn == sign_flip_p([*exact, 0.0])
+    # Never 0, however many pairs there are.
+    assert sign_flip_p(np.ones(40)) == 1 / (1 + 2**16)
 
 
 def test_holm_multiplies_by_what_is_left_and_never_falls():

@@ -15,7 +15,10 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 MAX_EXACT = 16
-"""Most pairs whose sign flips are all gone through (2^16)."""
+"""Most pairs whose sign flips are all gone through (2^16); of more, as many are drawn."""
+FEWEST_FOR_BOOTSTRAP = 8
+"""Seeds below which an interval is Student's: a bootstrap mean never leaves the values it is drawn
+from, so that three of one sign would always exclude 0."""
 
 
 class Estimate(NamedTuple):
@@ -25,13 +28,14 @@ class Estimate(NamedTuple):
     standard_error: float | None
     """None for a single seed."""
     interval: tuple[float, float] | None
-    """95 %, by bias-corrected and accelerated bootstrap; None for fewer than three seeds."""
+    """95 %: Student's t below eight seeds, from there on by bias-corrected and accelerated
+    bootstrap; None for fewer than three."""
     num_seeds: int
 
 
 def estimate(values_N: ArrayLike, *, draws: int = 9999, seed: int = 0) -> Estimate:
-    """Mean, standard error and BCa interval (Efron 1987) of values that are finite; without `draws`
-    no interval.
+    """Mean, standard error and interval, Student's or BCa (Efron 1987), of values that are finite;
+    without `draws` no interval.
     """
     values_N = np.asarray(values_N, float)
     assert values_N.ndim == 1, values_N.shape
@@ -39,10 +43,13 @@ def estimate(values_N: ArrayLike, *, draws: int = 9999, seed: int = 0) -> Estima
     assert np.isfinite(values_N).all(), values_N
     count, mean = len(values_N), float(values_N.mean())
     error = float(values_N.std(ddof=1) / math.sqrt(count)) if count > 1 else None
-    if count < 3 or not draws:
+    if error is None or count < 3 or not draws:
         return Estimate(mean, error, None, count)
     if np.ptp(values_N) == 0:  # the bootstrap has no distribution
         return Estimate(mean, error, (mean, mean), count)
+    if count < FEWEST_FOR_BOOTSTRAP:
+        half = float(stats.t.ppf(0.975, count - 1)) * error
+        return Estimate(mean, error, (mean - half, mean + half), count)
     result = stats.bootstrap(
         (values_N,), np.mean, n_resamples=draws, method="BCa", rng=np.random.default_rng(seed)
     )
@@ -50,15 +57,23 @@ def estimate(values_N: ArrayLike, *, draws: int = 9999, seed: int = 0) -> Estima
     return Estimate(mean, error, (float(low), float(high)), count)
 
 
-def sign_flip_p(differences_N: ArrayLike) -> float:
+def sign_flip_p(differences_N: ArrayLike, *, seed: int = 0) -> float:
     """Two-sided p of paired differences under exact sign flips: the share of the 2^N assignments of
     signs whose mean is at least as far from 0. Five pairs cannot go below 1/16.
+
+    Of more than `MAX_EXACT` pairs 2^16 assignments are drawn, and the observed one counts among
+    them: p = (1 + those as far) / (1 + drawn), which is never 0 (Phipson and Smyth 2010).
     """
     differences_N = np.asarray(differences_N, float)
-    assert 0 < len(differences_N) <= MAX_EXACT, len(differences_N)
-    signs = np.array(list(itertools.product((1.0, -1.0), repeat=len(differences_N))))
-    sums = np.abs(signs @ differences_N)
-    return float(np.mean(sums >= sums[0] * (1 - 1e-12)))
+    count = len(differences_N)
+    assert count, "no pair"
+    far = abs(differences_N.sum()) * (1 - 1e-12)
+    if count <= MAX_EXACT:
+        signs = np.array(list(itertools.product((1.0, -1.0), repeat=count)))
+        return float(np.mean(np.abs(signs @ differences_N) >= far))
+    signs = np.random.default_rng(seed).choice((1.0, -1.0), size=(2**MAX_EXACT, count))
+    as_far = int(np.sum(np.abs(signs @ differences_N) >= far))
+    return (1 + as_far) / (1 + len(signs))
 
 
 def holm(p_values_M: Sequence[float]) -> list[float]:
