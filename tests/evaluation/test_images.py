@@ -57,6 +57,18 @@ def test_a_list_of_files(tmp_path):
         found(tmp_path)
 
 
+def test_a_file_that_is_listed_twice_is_refused(tmp_path):
+    picture(tmp_path / "1.png")
+    (tmp_path / "x").symlink_to(tmp_path)
+    for again in ("1.png", "./1.png", "x/1.png"):
+        lines = [{"file": name, "prompt": "a cat"} for name in ("1.png", again)]
+        (tmp_path / "images.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        with pytest.raises(
+            InputError, match=rf"jsonl:2: file '{again}' is listed already, in .*:1"
+        ):
+            found(tmp_path)
+
+
 def test_names_that_are_prompts(tmp_path):
     for name in ("a red hat_000000", "a red hat_000001", "A dog_000013"):
         picture(tmp_path / "samples" / f"{name}.png")

@@ -148,11 +148,17 @@ def find_images(folder: Path, prompts: Sequence[Prompt], benchmark: str) -> list
 def _listed(folder: Path) -> Iterator[Found]:
     """The images of a folder; one that holds none in a known layout is an `InputError`."""
     if (folder / LIST).exists():
+        listed: dict[Path, str] = {}
         for where, record in read_records(folder / LIST):
             name = text_of(record, where, "file")
             if not (folder / name).is_file():
                 raise InputError(
                     f"{where}: file '{name}' is not there; write a path below {folder}"
+                )
+            first = listed.setdefault((folder / name).resolve(), where)
+            if first != where:
+                raise InputError(
+                    f"{where}: file '{name}' is listed already, in {first}; write each file once"
                 )
             yield folder / name, text_of(record, where), None
         return
