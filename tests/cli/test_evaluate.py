@@ -162,6 +162,20 @@ def test_eval_without_anything_to_score_is_one_line(tmp_path, run_main):
     assert printed.startswith("error: --against: compares models")
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        *("--images-per-prompt=7", "--images-per-task=7", "--guidance-scale=9", "--seed=0"),
+        *("--temperature=1", "--top-k=5", "--dtype=mixed"),
+    ],
+)
+def test_eval_of_external_images_refuses_how_to_draw(tmp_path, called, given, run_main):
+    code, printed = run_main("eval", "--images", tmp_path, "--benchmark", "hps", given)
+    option = given.partition("=")[0]
+    assert (code, called) == (2, {})
+    assert printed == f"error: {option}: with --images nothing is drawn; leave it out\n"
+
+
 def test_eval_asks_questions_about_images_of_a_model_and_its_base(tmp_path, monkeypatch, stage):
     seen = {}
 

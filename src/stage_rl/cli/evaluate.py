@@ -23,7 +23,15 @@ UNDERSTANDING = ("pope", "mmbench")
 NAMES = f"{', '.join(name for name in BUILT_IN['benchmark'] if name != SHAPES)}, all, or {SHAPES}"
 
 
+DRAWING = (
+    *("images_per_prompt", "images_per_task", "guidance_scale", "temperature"),
+    *("top_k", "seed", "dtype"),
+)
+"""The options of how images are drawn."""
+
+
 def evaluate(
+    context: typer.Context,
     model: Annotated[
         str | None, typer.Argument(help="Folder, hub id, run, RUN@STEP, RUN@best; or `shapes`.")
     ] = None,
@@ -118,6 +126,10 @@ def evaluate(
     if smoke and "all" in names and images is None:
         names = [SHAPES, *names]
     _check(names, model, images=images, against=against)
+    given = [name for name in DRAWING if _is_given(context, name)]
+    if images is not None and given:
+        option = given[0].replace("_", "-")
+        raise InputError(f"--{option}: with --images nothing is drawn; leave it out")
     if images_per_task and images_per_prompt and SHAPES not in names:
         raise InputError("--images-per-task: --images-per-prompt is given too; leave one out")
     if images_per_prompt and names == [SHAPES]:
@@ -154,6 +166,12 @@ def evaluate(
     made_with = {"environment": environment(launched().size)}
     figures = {outcome.benchmark: outcome.to_json() | made_with for outcome in outcomes}
     write_json(json_file, figures if len(figures) > 1 else next(iter(figures.values())))
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option was written, be it with the value that it has without."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _list(data: Path | None, overrides: Overrides) -> None:
