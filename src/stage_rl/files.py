@@ -54,6 +54,15 @@ def replace_file(path: Path, write: Callable[[Path], object], *, hint: str = GO_
             temporary.unlink(missing_ok=True)
 
 
+def read_record(file: Path) -> dict[str, Any] | None:
+    """A mapping that was written as JSON; None where a file is missing or holds anything else."""
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
 def read_metrics(metrics: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl, none where it is not there; what a stop cut short, or no run
     wrote, is left out: each has a step, numbers, and None for those that were not finite.

@@ -138,11 +138,18 @@ def test_answers_are_kept_and_only_what_is_missing_is_asked(tmp_path, stub, monk
     assert ask(stub, "pope", tmp_path, limit=2).given == ("no", "no")
     assert ask(stub, "pope", tmp_path).given == ("no", "no", "yes", "yes", "yes", "yes")
     assert stub.asked == 6
+    # What was cut off, or is no answer, is asked again.
+    (file,) = (tmp_path / "out").glob("pope-*.json")
+    text = file.read_text()
+    for damaged in (text[:20], text.replace('"yes"', "[1]")):
+        file.write_text(damaged)
+        assert ask(stub, "pope", tmp_path).given[2:] == ("yes",) * 4
+    assert stub.asked == 6 + 6 + 4
     # Another question is another answer.
     other = tuple(replace(item, text="What?") for item in items(6))
     monkeypatch.setitem(understanding.BENCHMARKS, "pope", replace(known, items=lambda _: other))
     ask(stub, "pope", tmp_path, limit=1)
-    assert stub.asked == 7
+    assert stub.asked == 17
     # What was answered before a picture is missing is kept.
     (folder / "2.jpg").unlink()
     monkeypatch.setattr(understanding, "base_digest", lambda policy: "other weights")

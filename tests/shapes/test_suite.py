@@ -86,6 +86,22 @@ def test_a_policy_compared_with_itself_has_no_difference(few, tiny_shapes, tmp_p
         assert all(row.mean == 0 for row in change.values())
 
 
+def test_measures_that_were_cut_off_are_taken_again(few, tiny_shapes, tmp_path):
+    options = {"images_per_task": 2, "guidance_scale": 1.0, "out": tmp_path}
+    whole = stage_rl.evaluate(tiny_shapes, **options)
+    files = sorted(tmp_path.glob("images/*/*/measures.json"))
+    kept = [file.read_text() for file in files[:3]]
+    for file, damaged in zip(files, (kept[0][:20], "[]", '{"num_images": 2}'), strict=False):
+        file.write_text(damaged)
+    assert stage_rl.evaluate(tiny_shapes, **options) == whole
+    assert [file.read_text() for file in files[:3]] == kept
+    record = files[0].with_name("metadata.jsonl")
+    record.write_text(record.read_text()[:20])
+    files[0].unlink()
+    with pytest.raises(InputError, match=r"metadata\.jsonl: is cut off or damaged; remove .*00"):
+        stage_rl.evaluate(tiny_shapes, **options)
+
+
 def test_a_run_gets_its_figures_and_its_grid(few, tiny_shapes, tmp_path):
     settings = EvaluationConfig(images_per_task=1, guidance_scale=None, seed=1)
     run_it = functools.partial(

@@ -12,8 +12,8 @@ from typing import Any
 from stage_rl.distributed import World
 from stage_rl.errors import InputError
 from stage_rl.evaluation.request import Request
-from stage_rl.evaluation.scores import hash8, read_record
-from stage_rl.files import replace_text
+from stage_rl.evaluation.scores import hash8
+from stage_rl.files import read_record, replace_text
 from stage_rl.policies.base import Policy
 from stage_rl.policies.digest import base_digest
 

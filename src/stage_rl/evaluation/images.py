@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from stage_rl.errors import InputError, RewardError
-from stage_rl.files import replace_file, replace_text
+from stage_rl.files import read_record, replace_file, replace_text
 from stage_rl.prompts.files import read_records, text_of
 from stage_rl.prompts.leakage import plain_text
 from stage_rl.types import Prompt
@@ -45,11 +45,10 @@ class DrawnPrompt:
         return all(file.exists() for file in self.files)
 
     def read_measures(self) -> dict[str, float] | None:
-        """Those of as many images as there are files; None where they are not there."""
-        if self.measures_file is None or not self.measures_file.exists():
-            return None
-        kept = json.loads(self.measures_file.read_text(encoding="utf-8"))
-        return kept["measures"] if kept["num_images"] == len(self.files) else None
+        """Those of as many images as there are files; None where they are not there, or cut off."""
+        kept = (self.measures_file and read_record(self.measures_file)) or {}
+        measures = kept.get("measures") if kept.get("num_images") == len(self.files) else None
+        return measures if isinstance(measures, dict) else None
 
     def read_images(self) -> Tensor:
         """The images (uint8, GHWC, RGB); a `RewardError` where they are of several sizes."""
@@ -63,7 +62,10 @@ class DrawnPrompt:
         folder = self.files[0].parent
         record = folder.parent / "metadata.jsonl"
         if record.exists():
-            text = json.loads(record.read_text(encoding="utf-8")).get("prompt")
+            kept = read_record(record)
+            if kept is None:
+                raise InputError(f"{record}: is cut off or damaged; remove {folder.parent}")
+            text = kept.get("prompt")
             if text != self.prompt.text:
                 raise InputError(
                     f"{record}: holds the images of '{text}', not of '{self.prompt.text}'; name "

@@ -14,7 +14,7 @@ import torch
 
 from stage_rl.errors import RewardError
 from stage_rl.evaluation.images import DrawnPrompt
-from stage_rl.files import replace_text
+from stage_rl.files import read_record, replace_text
 from stage_rl.rewards.base import RewardConfig, Score
 from stage_rl.rewards.judge import WeightedReward, ask
 
@@ -58,8 +58,7 @@ class ScoreFolder:
         """The scores of a prompt's images, a judge's replies read anew; None where they are not
         those of these files, or where an answer that is missing would now be tried for longer.
         """
-        file = self._file(drawn)
-        record = read_record(file) if file.exists() else None
+        record = read_record(self._file(drawn))
         if record is None or record.get("made_of") != self._made_of(drawn):
             return None  # what was cut off is scored again
         kept = (
@@ -109,15 +108,6 @@ def score_images(item: WeightedReward, some: Sequence[DrawnPrompt], folder: Scor
         rest = iter(scores)
         for one, images_GHWC in same:
             folder.write(one, [next(rest) for _ in images_GHWC])
-
-
-def read_record(file: Path) -> dict[str, Any] | None:
-    """A mapping that was written as JSON; None for anything else."""
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        return None
-    return record if isinstance(record, dict) else None
 
 
 def _sum(file: Path) -> str:

@@ -31,7 +31,7 @@ from torch import Tensor
 from stage_rl.console import progress, stop_signals
 from stage_rl.errors import InputError, Stopped
 from stage_rl.evaluation.results import ImageScore, Interval, aligned, bootstrap_intervals
-from stage_rl.files import replace_text
+from stage_rl.files import read_record, replace_text
 from stage_rl.policies.base import Policy
 from stage_rl.policies.digest import base_digest
 from stage_rl.rewards.vqa import tokens_of
@@ -246,9 +246,9 @@ def answer_all(
 ) -> Answers:
     """A policy's answers to a benchmark, or to the first `limit` questions of each row.
 
-    Answers are kept in `out` and not asked for again; `mixed` computes matmuls in bf16. A family
-    that does not read images, or a missing file, is an `InputError`. Raises `Stopped` after Ctrl-C
-    or SIGTERM.
+    Answers are kept in `out` and not asked for again, unless their file was cut off; `mixed`
+    computes matmuls in bf16. A family that does not read images, or a missing file, is an
+    `InputError`. Raises `Stopped` after Ctrl-C or SIGTERM.
     """
     benchmark = find_understanding(name)
     if not policy.understands:
@@ -258,7 +258,8 @@ def answer_all(
     asked = [(item.id, item.image, item.text, item.choices) for item in known]
     about = json.dumps([model, base_digest(policy), mixed, str(policy.device.type), asked])
     file = out / f"{name}-{hashlib.sha256(about.encode()).hexdigest()[:8]}.json"
-    kept: dict[str, str] = json.loads(file.read_text()) if file.exists() else {}
+    found = read_record(file) or {}
+    kept = {item.id: found[item.id] for item in known if found.get(item.id) in item.choices}
     rest = iter([item for item in items if item.id not in kept])
     with stop_signals() as signals, progress(f"{model}: {name}", len(items)) as advance:
         advance(sum(item.id in kept for item in items))
