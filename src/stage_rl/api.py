@@ -22,6 +22,7 @@ from stage_rl.config import load_recipe, load_reward
 from stage_rl.console import on_stop_signal
 from stage_rl.distributed import concat, init_distributed, pick_device
 from stage_rl.errors import InputError, RewardError, Stopped
+from stage_rl.evaluation.folder import FOLDER, check_writable
 from stage_rl.evaluation.request import Request, asked_of, evaluation_of
 from stage_rl.evaluation.results import Comparison, Results
 from stage_rl.evaluation.run import IMAGES_AT_ONCE, compare_policies, run_suites
@@ -260,7 +261,10 @@ def evaluate_understanding(
     """
     request = request or Request()
     published = find_understanding(benchmark).published
+    out = request.out or FOLDER / "understanding"
     check_pictures(benchmark, request.data, request.images_per_task)  # no model is loaded for less
+    if not any(out.glob(f"{benchmark}-*.json")):  # answers that are there may only be read
+        check_writable(out)
 
     def answers(asked: Model) -> Answers:
         return answer_all(
@@ -268,7 +272,7 @@ def evaluate_understanding(
             benchmark,
             model=str(asked) if isinstance(asked, str | Path) else "policy",
             data=request.data,
-            out=request.out or Path("evaluations") / "understanding",
+            out=out,
             limit=request.images_per_task,
             mixed=request.dtype == "mixed",
         )

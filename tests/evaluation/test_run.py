@@ -340,6 +340,20 @@ def test_a_folder_of_other_images_is_refused(few, tiny_shapes, tmp_path):
 
 def test_a_reward_of_ones_own_adds_a_measure(few, tiny_shapes, tmp_path):
     settings = parse_overrides([f"bright.kind={PLAIN}", "bright.failures=1", "diversity=null"])
+def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_loaded(few, tmp_path):
+    def never():
+        raise AssertionError("the model is loaded")
+
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "in" / "it", tmp_path / ("x" * 300)):
+        request = Request(out=out, smoke=True)
+        with pytest.raises(InputError, match=r"cannot be written to \(.*\); name another --out"):
+            run_suites(never, ["diversity"], request, model="tiny")
+    with pytest.raises(AssertionError, match="is loaded"):
+        run_suites(never, ["diversity"], Request(out=tmp_path / "a/b", smoke=True), model="tiny")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
     result = diversity(tiny_shapes, out=tmp_path, scorers=settings)
     assert set(result.scores) == {"bright"}
     # 8 images in one call, which failed once and was asked again.

@@ -171,6 +171,12 @@ def test_every_picture_is_looked_for_before_a_model_is_loaded(tmp_path, monkeypa
     # The first four questions are about the two that are there.
     with pytest.raises(InputError, match="no/model"):
         evaluate_understanding("no/model", "pope", replace(request, images_per_task=4))
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"cannot be written to \(.*\); name another --out"):
+        evaluate_understanding(
+            "no/model", "pope", Request(tmp_path / "file/out", tmp_path, images_per_task=4)
+        )
+    assert not (tmp_path / "out").exists()
     (tmp_path / "val2014/2.jpg").write_bytes(b"cut off")
     with pytest.raises(InputError, match="pope: cannot identify image file"):
         evaluate_understanding("no/model", "pope", request)

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from stage_rl.distributed import World
@@ -16,6 +17,30 @@ from stage_rl.evaluation.scores import hash8
 from stage_rl.files import read_record, replace_text
 from stage_rl.policies.base import Policy
 from stage_rl.policies.digest import base_digest
+
+FOLDER = Path("evaluations")
+"""Of evaluations that name none."""
+
+
+def check_writable(out: Path) -> None:
+    """Refuses a folder that no file can be written to, before a model is loaded for it.
+
+    Leaves nothing behind.
+    """
+    made: list[Path] = []
+    try:
+        made = [folder for folder in (out, *out.parents) if not folder.exists()]
+        out.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"{out}: cannot be written to ({error.strerror}); name another --out"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            for folder in made:
+                folder.rmdir()
 
 
 def open_folder(policy: Policy | None, request: Request, model: str, world: World) -> Path:
@@ -30,7 +55,7 @@ def open_folder(policy: Policy | None, request: Request, model: str, world: Worl
         if request.top_k is not None:
             about["top_k"] = request.top_k
     slug = re.sub(r"[^A-Za-z0-9.@]+", "-", model).strip("-.")[-60:]
-    out = request.out or Path("evaluations") / f"{slug or 'images'}-{hash8(about)}"
+    out = request.out or FOLDER / f"{slug or 'images'}-{hash8(about)}"
     world.broadcast_object(lambda: _claim(out, about))
     return out
 

@@ -29,7 +29,7 @@ from stage_rl.evaluation import published
 from stage_rl.evaluation.aggregation import PromptAnswers, prompt_answers, share_missing
 from stage_rl.evaluation.before_after import write_before_after, write_picture
 from stage_rl.evaluation.figures import figure_draws
-from stage_rl.evaluation.folder import open_folder, release_folder
+from stage_rl.evaluation.folder import FOLDER, check_writable, open_folder, release_folder
 from stage_rl.evaluation.images import DrawnPrompt, find_images, planned
 from stage_rl.evaluation.needs import missing_data, missing_parts, missing_weights
 from stage_rl.evaluation.request import Request, asked_of, recipe_request
@@ -76,8 +76,8 @@ def run_suites(
 ) -> list[Results]:
     """The results of benchmarks (`all`: the published ones) on a model, or on `request.images`.
 
-    Settings and prompts are checked before the model is loaded; each of several ranks draws and
-    scores its prompts, and all return all results. Raises `Stopped` after Ctrl-C or SIGTERM.
+    Settings, prompts and `out` are checked before the model is loaded; each of several ranks draws
+    and scores its prompts, and all return all results. Raises `Stopped` after Ctrl-C or SIGTERM.
     """
     missing = [suite for suite, _ in _lacking(names, request)]
     suites = [suite for suite in find_suites(names) if suite not in missing]
@@ -86,6 +86,7 @@ def run_suites(
     for job in jobs:
         if not job.scorers:
             raise InputError(f"{job.suite.name}: every reward is left out; keep one")
+    world.broadcast_object(lambda: check_writable(request.out or FOLDER))
     policy = load() if load is not None else None
     out = open_folder(policy, request, model, world)
     try:
