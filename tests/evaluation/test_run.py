@@ -1,10 +1,12 @@
 """Benchmarks from prompts to tables, on a tiny random policy and made-up scores."""
 
 import json
+import math
 import shutil
 import threading
 from contextlib import nullcontext
 from dataclasses import replace
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
@@ -338,8 +340,6 @@ def test_a_folder_of_other_images_is_refused(few, tiny_shapes, tmp_path):
         diversity(tiny_shapes, out=tmp_path / "a")
 
 
-def test_a_reward_of_ones_own_adds_a_measure(few, tiny_shapes, tmp_path):
-    settings = parse_overrides([f"bright.kind={PLAIN}", "bright.failures=1", "diversity=null"])
 def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_loaded(few, tmp_path):
     def never():
         raise AssertionError("the model is loaded")
@@ -354,12 +354,36 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_loaded(f
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_reward_of_ones_own_adds_a_measure(few, tiny_shapes, tmp_path):
+    settings = parse_overrides([f"bright.kind={PLAIN}", "bright.failures=1", "diversity=null"])
     result = diversity(tiny_shapes, out=tmp_path, scorers=settings)
     assert set(result.scores) == {"bright"}
     # 8 images in one call, which failed once and was asked again.
     assert CALLS == [8, 8]
     assert "left out: diversity" in result.table()
     assert result.setup.scorers["bright"]["failures"] == 1
+
+
+def test_numbers_that_training_takes_are_kept(few, tiny_shapes, tmp_path, monkeypatch):
+    kinds = (np.float32, np.int64, Fraction)
+
+    def score(images_NHWC, prompts):
+        extras = {"half": Fraction(1, 2), "nan": math.nan, "inf": np.float32("inf")}
+        return [Score(kinds[i % 3](i), "", extras) for i in range(len(images_NHWC))]
+
+    monkeypatch.setattr(PlainConfig, "build", lambda self, device: score)
+    settings = parse_overrides([f"bright.kind={PLAIN}", "diversity=null"])
+    first = diversity(tiny_shapes, out=tmp_path, scorers=settings)
+    assert [one.value for one in first.scores["bright"]] == list(range(8))
+    (folder,) = (tmp_path / "scores" / "geneval").iterdir()
+    kept = json.loads((folder / "00000.json").read_text())["scores"][1]
+    assert (kept["value"], kept["extras"]) == (1.0, {"half": 0.5, "nan": None, "inf": None})
+    read = []
+    monkeypatch.setattr(PlainConfig, "build", None)  # nothing is asked again
+    monkeypatch.setattr(PlainConfig, "reread", lambda self, _, score: read.append(score) or score)
+    assert diversity(tiny_shapes, out=tmp_path, scorers=settings) == first
+    assert read
+    assert all(math.isnan(score.extras["nan"]) for score in read)
 
 
 def test_what_changes_no_score_asks_nobody_again():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Container, Sequence
+import math
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -61,11 +62,7 @@ class ScoreFolder:
         record = read_record(self._file(drawn))
         if record is None or record.get("made_of") != self._made_of(drawn):
             return None  # what was cut off is scored again
-        kept = (
-            Score(**{**score, "replies": tuple(score.get("replies", ()))})
-            for score in record["scores"]
-        )
-        scores = [self.reward.reread(drawn.prompt, score) for score in kept]
+        scores = [self.reward.reread(drawn.prompt, _from_json(kept)) for kept in record["scores"]]
         has_missing = any(score.extras.get("missing") for score in scores)
         return None if has_missing and record["effort"] < self.reward.effort() else scores
 
@@ -75,7 +72,7 @@ class ScoreFolder:
         record = {
             "made_of": self._made_of(drawn),
             "effort": self.reward.effort(),
-            "scores": [asdict(score) for score in scores],
+            "scores": [_as_json(score) for score in scores],
         }
         replace_text(self._file(drawn), json.dumps(record, allow_nan=False) + "\n")
 
@@ -86,6 +83,17 @@ class ScoreFolder:
         """What a prompt's scores depend on besides the reward: what is asked, and the images."""
         asked = json.dumps(self.reward.asked_of(drawn.prompt), sort_keys=True, default=str)
         return {"prompt": drawn.prompt.text, "hash": hash8([asked, *map(_sum, drawn.files)])}
+
+
+def _as_json(score: Score) -> dict[str, Any]:
+    """As plain values: null for an extra that is not finite, which JSON does not know."""
+    extras = {key: x if math.isfinite(x) else None for key, x in score.extras.items()}
+    return {**asdict(score), "extras": extras}
+
+
+def _from_json(kept: Mapping[str, Any]) -> Score:
+    extras = {key: math.nan if x is None else x for key, x in kept["extras"].items()}
+    return Score(**{**kept, "extras": extras, "replies": tuple(kept.get("replies", ()))})
 
 
 def score_images(item: WeightedReward, some: Sequence[DrawnPrompt], folder: ScoreFolder) -> None:

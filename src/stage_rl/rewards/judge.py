@@ -13,7 +13,7 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -172,7 +172,13 @@ def ask(item: WeightedReward, images_NHWC: Tensor, prompts: list[Prompt]) -> lis
     for score in scores:
         if score.value is not None and not abs(score.value) <= limit:
             return f"gave {score.value} ({score.why})"
-    return scores
+    return [_in_floats(score) for score in scores]
+
+
+def _in_floats(score: Score) -> Score:
+    """Of numbers of numpy's or of any other kind the floats that JSON can hold."""
+    value = None if score.value is None else float(score.value)
+    return replace(score, value=value, extras={k: float(v) for k, v in score.extras.items()})
 
 
 def _call(item: WeightedReward, images_NHWC: Tensor, prompts: list[Prompt]) -> list[Score]:
@@ -229,7 +235,9 @@ def check_scores(name: str, scores: Any, num_images: int) -> None:
     for score in scores:
         if not isinstance(score.why, str):
             raise RewardError(f"reward '{name}': why is {score.why!r:.40}; write a text")
-        if any(isinstance(x, int) and abs(x) > FLOAT_MAX for x in score.extras.values()):
+        if any(
+            isinstance(x, numbers.Rational) and abs(x) > FLOAT_MAX for x in score.extras.values()
+        ):
             raise RewardError(f"reward '{name}': an extra is beyond what a float holds")
         values = [] if score.value is None else [score.value]
         for value in (*values, *score.extras.values()):
