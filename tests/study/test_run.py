@@ -84,14 +84,19 @@ def test_a_run_that_another_study_has_is_taken_over_and_none_of_other_settings(
         done | {"arm": "grpo", "recipe": plain.recipe, "overrides": list(plain.overrides)},
         done | {"arm": "other", "recipe": other.recipe, "overrides": [*other.overrides, "seed=2"]},
     ]
-    (tmp_path / "first").mkdir()
-    (tmp_path / "first" / "results.json").write_text(json.dumps({"base": {}, "runs": records}))
+    write_results(tmp_path / "first", first, records)
     started = []
     monkeypatch.setattr(run, "_run_all", lambda waiting, *_, **__: started.extend(waiting) or ())
     monkeypatch.setattr(run, "_score_base", lambda run: {})
     (taken,) = run_study(second, tmp_path / "second", jobs=1)["runs"]
     assert (taken["arm"], taken["series"]) == ("plain", series)
     assert [one.arm for one in started] == ["other"]
+
+
+def write_results(folder, study, records, base=()):
+    folder.mkdir(exist_ok=True)
+    results = {"study": study.model_dump(mode="json"), "base": dict(base), "runs": records}
+    (folder / "results.json").write_text(json.dumps(results))
 
 
 WAITS = """
@@ -128,3 +133,29 @@ def test_a_stop_is_passed_on_once_so_that_a_training_saves(tmp_path, monkeypatch
 def test_a_folder_without_results_is_one_line(tmp_path):
     with pytest.raises(InputError, match=r"results\.json: No such file"):
         read_results(tmp_path)
+
+
+A_RUN = {"cell": "a", "arm": "b", "seed": 1, "steps": 2, "failed": "", "series": {}}
+UNEVEN = {"reward/mean": [[1, 2], [0.5]]}
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("{}", "study: Field required"),
+        ("[]", "should be an object"),
+        ("[" * 100_000, "recursion limit"),
+        ("not JSON", "Invalid JSON"),
+        ('{"study": {"cells": {}, "arms": []}, "base": {}, "runs": []}', "study.arms: "),
+        (json.dumps({"runs": [A_RUN | {"seed": "1"}]}), r"runs\.0\.seed: "),
+        (json.dumps({"runs": [A_RUN | {"series": UNEVEN}]}), "2 steps and 1 values"),
+    ],
+)
+def test_results_that_no_study_wrote_are_one_line(tmp_path, text, why):
+    if text.startswith('{"runs"'):
+        text = json.dumps({"study": {"cells": {}, "arms": {}}, "base": {}} | json.loads(text))
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(InputError, match=why) as caught:
+        read_results(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path}/results.json: is not what a study writes (")
+    assert "\n" not in str(caught.value)

@@ -21,11 +21,12 @@ import torch
 from stage_rl.config import load_recipe
 from stage_rl.console import progress, stop_signals
 from stage_rl.distributed import pick_device
-from stage_rl.errors import InputError, Stopped
+from stage_rl.errors import Stopped
 from stage_rl.files import read_metrics, replace_text
 from stage_rl.recipe import Recipe
 from stage_rl.rollout.engine import Engine
 from stage_rl.study.plan import RunKey, Study, StudyRun
+from stage_rl.study.records import read_results
 from stage_rl.study.tables import recorded_steps
 from stage_rl.training.monitor import validation_scores
 
@@ -79,17 +80,6 @@ def run_study(study: Study, folder: Path, *, jobs: int | None = None) -> dict[st
             f"{folder}: stopped; run the same command again to go on", signal_number=signals[0]
         )
     return collect(study, folder, reasons)
-
-
-def read_results(folder: Path) -> dict[str, Any]:
-    """FOLDER/results.json; an `InputError` where there is none."""
-    file = folder / "results.json"
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{file}: {error.strerror}; name the folder of a study") from error
-    except ValueError as error:
-        raise InputError(f"{file}: is not JSON ({error}); run the study again") from error
 
 
 def collect(
