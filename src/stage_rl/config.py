@@ -65,7 +65,9 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         raise RecipeError(f"{where}: cannot be read ({reason}); name a recipe file") from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"{where}: is not UTF-8 text; name a recipe file") from error
-    tree = _parse(text, where)
+    tree = read_yaml(text, where)
+    if not tree:
+        raise RecipeError(f"{where}: is empty; start from `stage recipes show NAME`")
     for override in overrides:
         _apply(tree, override, where)
     try:
@@ -182,7 +184,8 @@ def diff_recipes(one: Recipe, other: Recipe) -> tuple[str, ...]:
     return tuple(key for key in keys if left.get(key, absent) != right.get(key, absent))
 
 
-def _parse(text: str, where: str) -> DictConfig:
+def read_yaml(text: str, where: str) -> DictConfig:
+    """A mapping in YAML, unresolved; a `RecipeError` for anything else."""
     try:
         _check_yaml(text, where)
         tree = OmegaConf.load(io.StringIO(text))
@@ -195,8 +198,6 @@ def _parse(text: str, where: str) -> DictConfig:
     # OmegaConf reads bare text as a mapping of that text to nothing.
     if not isinstance(tree, DictConfig) or (len(tree) == 1 and tree == dict.fromkeys(tree)):
         raise RecipeError(f"{where}: is not a mapping; write lines of the form key: value")
-    if not tree:
-        raise RecipeError(f"{where}: is empty; start from `stage recipes show NAME`")
     return tree
 
 

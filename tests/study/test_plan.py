@@ -49,8 +49,14 @@ def test_every_built_in_study_loads(name):
         ("recipe: shapes_grpo", "recipe: shapes_gppo", "shapes_gppo"),
         ("seeds: [1, 2]", "seeds: []", "seeds"),
         ("overrides: [steps=9]", "steps: 9", "steps"),
-        (STUDY, "just words", "unknown key"),
-        (STUDY, "[1, 2]", "not a YAML mapping"),
+        (STUDY, "just words", "is not a mapping"),
+        (STUDY, "[1, 2]", "is not a mapping"),
+        (STUDY, "", "recipe: is required"),
+        (STUDY, "a: [", "line 2: "),
+        (STUDY, "[" * 100_000, "is nested too deeply"),
+        (STUDY, "- " * 500, "is nested too deeply"),
+        ("seeds: [1, 2]", f"seeds: [{'9' * 5000}]", "holds a value that cannot be read"),
+        ("seeds: [1, 2]", "seeds: [010]", "would be octal"),
     ],
 )
 def test_a_fault_is_one_line_before_anything_runs(study_file, before, after, message):

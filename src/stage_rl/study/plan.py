@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Annotated, NamedTuple, Self
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, ValidationError, model_validator
-from yaml import YAMLError
 
-from stage_rl.config import explain, load_recipe
+from stage_rl.config import explain, load_recipe, read_yaml
 from stage_rl.errors import InputError
 from stage_rl.settings import Seed, Settings, did_you_mean, validation_error
 
@@ -134,14 +132,16 @@ def load_study(name_or_file: str | Path) -> Study:
             raise InputError(f"{file}: unknown study; {hint} (or a path that ends in .yaml)")
         file = Path(str(resources.files("stage_rl.studies") / f"{file.name}.yaml"))
     try:
-        tree = OmegaConf.to_container(OmegaConf.load(file))
+        text = file.read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror}); name a study file") from error
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{file}: is not a YAML mapping ({reason}); fix it") from error
-    if not isinstance(tree, dict):
-        raise InputError(f"{file}: is not a YAML mapping; write name, recipe, cells, arms, seeds")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: is not UTF-8 text; name a study file") from error
+    try:
+        tree = OmegaConf.to_container(read_yaml(text, str(file)))
+    except RecursionError as error:
+        raise InputError(f"{file}: is nested too deeply; write fewer levels") from error
+    assert isinstance(tree, dict)
     tree.setdefault("name", file.stem)
     try:
         study = Study.model_validate(tree)
