@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from stage_rl.errors import InputError, RewardError
+from stage_rl.rewards import threads
 from stage_rl.rewards.base import Requirement, RewardConfig, Score
-from stage_rl.rewards.judge import RewardFunctions, WeightedReward, check_fields
+from stage_rl.rewards.judge import RewardFunctions, WeightedReward, ask, check_fields
 from stage_rl.training.metrics import reward_metrics
 from stage_rl.types import Prompt, Rollout
 
@@ -206,6 +207,13 @@ def test_a_group_to_which_no_reward_applies_is_dropped_and_has_no_mean():
     assert not judged.valid_P.any()
     assert reward_metrics(judged) == {"reward/failed_groups": 2.0}
     assert judged.reasons[0] == "a does not apply: no faces"
+
+
+def test_a_reward_that_never_returns_is_left_after_a_signal(monkeypatch):
+    monkeypatch.setattr(threads, "STOP_S", 0.1)
+    item = WeightedReward("slow", 1.0, lambda images, prompts: threading.Event().wait(60))
+    with pytest.raises(threads.RewardsPendingError):
+        ask(item, torch.zeros(1, 2, 2, 3, dtype=torch.uint8), [Prompt("a", 0)], signals=[15])
 
 
 def test_a_reward_that_never_returns_ends_in_time():

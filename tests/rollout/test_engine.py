@@ -1,3 +1,5 @@
+import gc
+import weakref
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -87,6 +89,29 @@ def test_an_engine_that_was_released_or_used_for_other_prompts_draws_the_same(ti
         assert torch.equal(tokens(engine, PROMPTS[:1]), first)
     engine.release()
     assert engine._cache is None
+
+
+def test_a_released_pass_is_gone_without_a_collection(tiny_janus, monkeypatch):
+    class Called:
+        def __init__(self, function):
+            self._function = function
+
+        def __call__(self):
+            self._function()
+
+    monkeypatch.setattr(engine, "CUDAGraph", Called)
+    static = Engine(tiny_janus, cuda_graph=True)
+    tokens(static, PROMPTS[:1])
+    (state,) = static.states
+    alive = weakref.ref(state)
+    gc.disable()
+    try:
+        del state
+        assert alive() is not None
+        static.release()
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_one_trace_of_a_step_draws_all_tokens(tiny_janus, monkeypatch):

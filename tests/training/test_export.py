@@ -126,6 +126,18 @@ def test_the_card_says_what_was_done(run, tmp_path, tiny_janus_folder):
     assert resolved_json(again) == resolved_json(load_recipe(run / "recipe.json"))
 
 
+def test_a_card_shows_what_the_environment_gave_as_a_reference(run, monkeypatch):
+    monkeypatch.setenv("SECRET", "hunter2")
+    recipe = json.loads((run / "recipe.json").read_text())
+    recipe["policy"]["path"] = "/models/${oc.env:SECRET}"
+    recipe["prompts"]["texts"] = ["${oc.env:SECRET}"]
+    (run / "recipe.json").write_text(json.dumps(recipe))
+    card = export_module.model_card(run, 2, layout="transformers", adapter=False)
+    assert "hunter2" not in card
+    assert "Trained from `/models/${oc.env:SECRET}` for" in card
+    assert "(texts ['${oc.env:SECRET}'])" in card
+
+
 def test_a_base_of_the_hub_is_named_for_the_hub(run, tmp_path):
     recipe = json.loads((run / "recipe.json").read_text())
     recipe["policy"]["path"] = "krennic/STAGE/geneval_ours@v1"

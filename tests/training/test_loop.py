@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 
+import loop_parts
 import numpy as np
 import pytest
 import torch
@@ -26,7 +27,8 @@ from stage_rl.errors import (
 )
 from stage_rl.policies.digest import SUMS, base_digest
 from stage_rl.policies.janus import JanusPolicy
-from stage_rl.training import checkpoint, loop, trainer
+from stage_rl.rewards import threads
+from stage_rl.training import checkpoint, trainer
 from stage_rl.training.loop import check_prompts, train
 from stage_rl.types import Prompt
 
@@ -128,7 +130,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_none_left_is_an_error(recipe, c
 
 @pytest.mark.parametrize("cap", [0, 1])
 def test_a_run_whose_reward_hangs_is_stopped_by_one_signal_and_saved(recipe, monkeypatch, cap):
-    monkeypatch.setattr(loop, "STOP_S", 0.1)
+    monkeypatch.setattr(threads, "STOP_S", 0.1)
     hangs = "rewards=[{kind: 'loop_parts:HangsAtCall', call: 2}]"
     settings = recipe(hangs, f"rollout.resample_equal_groups={cap}")
     started = time.monotonic()
@@ -149,6 +151,14 @@ def test_a_run_in_which_no_group_had_a_reward_is_no_success(recipe, kind, reason
     # Nor is the same command again.
     with pytest.raises(RewardError, match="no step had a reward"):
         train(recipe(f"rewards=[{{kind: 'loop_parts:{kind}'}}]", "steps=2"))
+
+
+def test_a_run_that_learned_before_it_was_stopped_is_a_success(recipe, monkeypatch):
+    train(recipe("steps=1"))
+    failing = loop_parts.Failing().build(torch.device("cpu"))
+    monkeypatch.setattr(loop_parts.Brightness, "build", lambda self, device: failing)
+    run = train(recipe("steps=2"))
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(recipe, monkeypatch):

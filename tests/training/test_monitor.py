@@ -1,6 +1,9 @@
 """What watches over a run: held-out validation and its best checkpoint, tripwires."""
 
 import json
+import os
+import signal
+import time
 from dataclasses import replace
 
 import pytest
@@ -9,13 +12,15 @@ import torch
 from run_files import parameters_of, steps_of
 
 from stage_rl.api import evaluate_run, find_source, load
-from stage_rl.errors import DivergedError, InputError, RecipeError, StageError
+from stage_rl.config import run_folder
+from stage_rl.errors import DivergedError, InputError, RecipeError, StageError, Stopped
 from stage_rl.evaluation.results import ImageScore, Results, Setup
 from stage_rl.evaluation.suites import GENEVAL
 from stage_rl.policies.janus import JanusConfig
 from stage_rl.prompts.files import as_prompts
 from stage_rl.prompts.geneval import TASKS, geneval_prompts
 from stage_rl.recipe import TripwiresConfig
+from stage_rl.rewards.threads import RewardsPendingError
 from stage_rl.shapes.model import JanusSize, build_janus, save_janus
 from stage_rl.training import monitor
 from stage_rl.training.checkpoint import checkpoints, step_of
@@ -31,7 +36,7 @@ class Scripted:
     def __init__(self, *golds):
         self.golds, self.requests, self.weights = list(golds), [], []
 
-    def __call__(self, policy, benchmark, request, *, engine, silent):
+    def __call__(self, policy, benchmark, request, *, engine, silent, signals):
         assert engine.policy is policy
         self.requests.append(request)
         self.weights.append(engine.decoder.final_norm.clone())
@@ -105,6 +110,25 @@ def test_a_validation_that_falls_stops_the_run_and_names_the_best(recipe, script
     stops = ("tripwires.validation_drop=0.3", "tripwires.action=stop")
     with pytest.raises(DivergedError, match=r"0\.4 below its best.*the best .* is that of step 1"):
         train(recipe(*KEPT, *stops))
+
+
+def test_a_validation_whose_rewards_do_not_come_after_a_signal_is_left_out(
+    recipe, monkeypatch, capsys
+):
+    def hangs(*args, signals, **named):
+        os.kill(os.getpid(), signal.SIGHUP)
+        while not signals:
+            time.sleep(0.01)
+        raise RewardsPendingError
+
+    monkeypatch.setattr(monitor, "run_suite", hangs)
+    settings = recipe(*KEPT, "evaluation.every=2", "steps=3")
+    with pytest.raises(Stopped, match="stopped after step 2 and saved"):
+        train(settings)
+    assert "validation after step 2: left out, its rewards did not come" in capsys.readouterr().out
+    folder = run_folder(settings)
+    assert steps_kept(folder) == [2]
+    assert [sorted(n for n in line if "validation/" in n) for line in steps_of(folder)] == [[], []]
 
 
 def test_a_run_without_validation_has_no_best(recipe):

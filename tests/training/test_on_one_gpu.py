@@ -2,7 +2,8 @@
 
 import gzip
 import json
-from contextlib import nullcontext
+import threading
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -93,17 +94,25 @@ def test_the_samplers_head_alone_takes_tf32_and_with_a_bf16_trunk_alone(recipe, 
 
 
 def test_rewards_run_on_a_stream_of_their_own_behind_what_made_their_weights(monkeypatch):
-    calls = []
+    calls, here = [], threading.local()
 
+    @contextmanager
     def stream(chosen):
-        calls.append(f"on {chosen}")
-        return nullcontext()
+        before, here.stream = getattr(here, "stream", "default"), chosen
+        yield
+        here.stream = before
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    def bright(images_NHWC, prompts):
+        calls.append(f"on {getattr(here, 'stream', 'default')}")
+        return Brightness().build(torch.device("cpu"))(images_NHWC, prompts)
+
+    for name in ("is_available", "is_initialized"):
+        monkeypatch.setattr(torch.cuda, name, lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("wait"))
     monkeypatch.setattr(torch.cuda, "Stream", lambda: "its own")
     monkeypatch.setattr(torch.cuda, "stream", stream)
-    rewards = RewardFunctions([WeightedReward("b", 1.0, Brightness().build(torch.device("cpu")))])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: getattr(here, "stream", "default"))
+    rewards = RewardFunctions([WeightedReward("b", 1.0, bright, timeout_s=60.0)])
     images = torch.zeros(2, 4, 4, 3, dtype=torch.uint8)
     rollout = Rollout((Prompt("a star", 0),), 2, torch.zeros(2, 1, dtype=torch.long), images)
     for _ in range(2):

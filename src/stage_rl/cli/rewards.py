@@ -41,11 +41,14 @@ def check(name: Name, overrides: Overrides = None, device: Device = "auto") -> N
     from stage_rl.rewards.check import check_reward
     from stage_rl.rewards.judge import build_reward
 
-    wrong = 0
+    wrong, where = 0, pick_device(device, key="--device")
     for config in configs:
         if hasattr(config, "give_up_s"):  # whoever checks does not wait for a server to come
             config = config.model_copy(update={"give_up_s": CHECK_S})
-        item = build_reward(config, pick_device(device, key="--device"))
+        try:
+            item = build_reward(config, where)
+        except InputError as error:  # of what is not here, such as a program or its extra
+            raise RewardError(str(error)) from error
         if not config.reference_cases():
             typer.echo(f"{config.name}: no reference images; {_try_once(config, item, recipe)}")
             continue

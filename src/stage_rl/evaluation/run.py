@@ -52,6 +52,7 @@ from stage_rl.policies.base import Policy
 from stage_rl.recipe import EvaluationConfig
 from stage_rl.rewards.base import RewardConfig
 from stage_rl.rewards.judge import WeightedReward, build_reward
+from stage_rl.rewards.threads import RewardsPendingError
 from stage_rl.rollout.engine import Engine
 from stage_rl.rollout.sample import rollout
 from stage_rl.types import Prompt
@@ -92,7 +93,10 @@ def run_suites(
     try:
         with stop_signals() as signals:
             run = _Run(policy, request, model, out, world, signals)
-            results = [run.results_of(job) for job in jobs]
+            try:
+                results = [run.results_of(job) for job in jobs]
+            except RewardsPendingError:
+                raise run.stopped() from None
             drawn = [run.drawn(job) for job in jobs]
     except BaseException:
         if world.first:
@@ -145,14 +149,22 @@ def run_suite(
     model: str = "policy",
     engine: Engine | None = None,
     silent: bool = False,
+    signals: Sequence[int] = (),
 ) -> Results:
-    """The results of one benchmark; keeps no files and leaves signals to the caller.
+    """The results of one benchmark; keeps no files and goes on after `signals` to its end.
 
-    `engine` None is one of its own; another draws by the weights of its last reload.
+    But a reward that then gives no answer is a `RewardsPendingError`. `engine` None is one of its
+    own; another draws by the weights of its last reload.
     """
     job = _job(find_suite(benchmark), request)
     with TemporaryDirectory() as out:
-        run = _Run(policy, request, model, Path(out), engine=engine, silent=silent)
+        run = _Run(
+            *(policy, request, model, Path(out)),
+            signals=signals,
+            engine=engine,
+            silent=silent,
+            ends_early=False,
+        )
         return run.results_of(job)
 
 
@@ -264,6 +276,13 @@ class _Run:
     signals: Sequence[int] = ()
     engine: Engine | None = None
     silent: bool = False
+    ends_early: bool = True
+    """Whether a signal ends it between batches; else only where a reward gives no answer."""
+
+    def stopped(self) -> Stopped:
+        """What ends it after a signal."""
+        text = f"{self.out}: stopped; run the same command again to go on"
+        return Stopped(text, signal_number=self.signals[0])
 
     def results_of(self, job: _Job) -> Results:
         """Draws and scores what is missing of a benchmark, and reports all of it."""
@@ -420,7 +439,7 @@ class _Run:
             )
             label = f"{job.suite.name}: {name}"
             for some in self._batches(label, asked, lacking, lambda one: len(one.files)):
-                score_images(item, some, folder)
+                score_images(item, some, folder, signals=self.signals)
             del item  # the next one may need all of the memory
         self.world.wait()
         return folders
@@ -449,11 +468,8 @@ class _Run:
                 number = len(rest[0].files)
                 step = max(1, IMAGES_AT_ONCE // number)
                 for first in range(0, len(rest), step):
-                    if self.signals:
-                        raise Stopped(
-                            f"{self.out}: stopped; run the same command again to go on",
-                            signal_number=self.signals[0],
-                        )
+                    if self.signals and self.ends_early:
+                        raise self.stopped()
                     yield rest[first : first + step]
                     advance(number * len(rest[first : first + step]))
 

@@ -96,8 +96,17 @@ def _from_json(kept: Mapping[str, Any]) -> Score:
     return Score(**{**kept, "extras": extras, "replies": tuple(kept.get("replies", ()))})
 
 
-def score_images(item: WeightedReward, some: Sequence[DrawnPrompt], folder: ScoreFolder) -> None:
-    """Scores the images of some prompts; those of other sizes go in calls of their own."""
+def score_images(
+    item: WeightedReward,
+    some: Sequence[DrawnPrompt],
+    folder: ScoreFolder,
+    *,
+    signals: Sequence[int] = (),
+) -> None:
+    """Scores the images of some prompts; those of other sizes go in calls of their own.
+
+    A `RewardsPendingError` where a signal came and the reward gives no answer.
+    """
     by_size: dict[tuple[int, ...], list[tuple[DrawnPrompt, torch.Tensor]]] = {}
     for one in some:
         images_GHWC = one.read_images()
@@ -105,9 +114,9 @@ def score_images(item: WeightedReward, some: Sequence[DrawnPrompt], folder: Scor
     for same in by_size.values():
         prompts = [one.prompt for one, images_GHWC in same for _ in images_GHWC]
         images_NHWC = torch.cat([images_GHWC for _, images_GHWC in same])
-        scores = ask(item, images_NHWC, prompts)
+        scores = ask(item, images_NHWC, prompts, signals=signals)
         if isinstance(scores, str):
-            scores = ask(item, images_NHWC, prompts)
+            scores = ask(item, images_NHWC, prompts, signals=signals)
         if isinstance(scores, str):
             raise RewardError(
                 f"reward '{item.name}' failed twice on '{prompts[0].text[:40]}' and what follows "

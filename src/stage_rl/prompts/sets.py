@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
 from stage_rl.errors import InputError
 from stage_rl.prompts.files import (
@@ -329,7 +329,7 @@ class OcrPromptsConfig(OneSourceConfig):
 
     path: str | None = None
     """Plain text with one prompt per line, JSON lines, or the published length buckets."""
-    synthetic: PositiveInt | None = None
+    synthetic: int | None = Field(default=None, gt=0, le=1_000_000)
     """So many made-up prompts in place of a file, for trying things out."""
     seed: int = Field(default=0, ge=0)
     """Seed of made-up prompts."""

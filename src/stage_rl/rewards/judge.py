@@ -9,25 +9,24 @@ import logging
 import math
 import numbers
 import sysconfig
-import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from stage_rl.errors import InputError, RewardError, StageError
 from stage_rl.rewards.base import Requirement, Reward, RewardConfig, Score
+from stage_rl.rewards.threads import RewardsPendingError, on_thread, result_of
 from stage_rl.types import Prompt, Rewards, Rollout
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 FLOAT_MAX = torch.finfo(torch.float64).max
 
@@ -92,14 +91,9 @@ class RewardFunctions:
         # The thread ends with its rollout. On a CPU, one that stayed would keep a second team of
         # OpenMP workers, and OpenMP lets all workers sleep between two operations where they are
         # more than the cores: sampling then takes 1.3 to 1.6 times as long (measured, two cores).
-        return _on_thread(lambda: self._on_own_stream(rollout), "judge")
-
-    def _on_own_stream(self, rollout: Rollout) -> Rewards:
-        """The scores; what a reward does on a GPU runs beside the passes of the training."""
-        if not torch.cuda.is_available():
-            return self.score(rollout)
-        with torch.cuda.stream(self._stream):
-            return self.score(rollout)
+        # What a reward does on a GPU runs beside the passes of the training.
+        with torch.cuda.stream(self._stream) if torch.cuda.is_available() else nullcontext():
+            return on_thread(lambda: self.score(rollout), "judge")
 
     def score(self, rollout: Rollout) -> Rewards:
         """All scores. A group on which a reward fails twice, or to which none applies, is dropped
@@ -153,15 +147,22 @@ def _score_groups(item: WeightedReward, rollout: Rollout) -> list[list[Score] | 
     return groups
 
 
-def ask(item: WeightedReward, images_NHWC: Tensor, prompts: list[Prompt]) -> list[Score] | str:
+def ask(
+    item: WeightedReward,
+    images_NHWC: Tensor,
+    prompts: list[Prompt],
+    *,
+    signals: Sequence[int] | None = None,
+) -> list[Score] | str:
     """The scores; or how the reward failed, by an error or by a number that is none to learn from.
 
-    A RewardError where it gives no answer in time.
+    A RewardError where it gives no answer in time; a `RewardsPendingError` where it gives none
+    after a signal, for callers that have no thread of their own for it.
     """
     try:
         # A copy: a reward that edits its images changes nobody else's.
-        scores = _call(item, images_NHWC.clone(), prompts)
-    except StageError:
+        scores = _call(item, images_NHWC.clone(), prompts, signals)
+    except (StageError, RewardsPendingError):
         raise  # the user's input is wrong: trying again does not fix it
     # A reward is the user's code and may raise anything, and an exit of its own is no success.
     except (Exception, SystemExit) as error:
@@ -181,12 +182,17 @@ def _in_floats(score: Score) -> Score:
     return replace(score, value=value, extras={k: float(v) for k, v in score.extras.items()})
 
 
-def _call(item: WeightedReward, images_NHWC: Tensor, prompts: list[Prompt]) -> list[Score]:
-    if item.timeout_s is None:
+def _call(
+    item: WeightedReward,
+    images_NHWC: Tensor,
+    prompts: list[Prompt],
+    signals: Sequence[int] | None,
+) -> list[Score]:
+    if item.timeout_s is None and signals is None:
         return item.reward(images_NHWC, prompts)
-    called = _on_thread(lambda: item.reward(images_NHWC, prompts), f"reward-{item.name}")
+    called = on_thread(lambda: item.reward(images_NHWC, prompts), f"reward-{item.name}")
     try:
-        return called.result(item.timeout_s)
+        return result_of(called, timeout_s=item.timeout_s, signals=signals or ())
     except TimeoutError as error:
         if called.done():
             raise  # its own
@@ -194,20 +200,6 @@ def _call(item: WeightedReward, images_NHWC: Tensor, prompts: list[Prompt]) -> l
             f"reward '{item.name}': gave no answer for {item.timeout_s:g} s; see where it waits, "
             "or raise its timeout_s"
         ) from error
-
-
-def _on_thread(function: Callable[[], T], name: str) -> Future[T]:
-    """What a function returns; one that never does does not keep the process from ending."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(function())
-        except BaseException as error:  # whoever asks for the result gets it
-            future.set_exception(error)
-
-    threading.Thread(target=run, name=name, daemon=True).start()
-    return future
 
 
 def _sentence_of(error: BaseException) -> str:

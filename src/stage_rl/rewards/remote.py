@@ -14,8 +14,9 @@ import threading
 import time
 import uuid
 import weakref
+from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import as_completed, wait
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 from urllib.parse import urlsplit
@@ -37,6 +38,7 @@ from stage_rl.rewards.protocol import (
     read_answer,
     read_token,
 )
+from stage_rl.rewards.threads import on_thread
 from stage_rl.settings import TOKEN_ENV, did_you_mean, validation_error
 from stage_rl.types import Prompt
 
@@ -146,27 +148,28 @@ class RemoteReward:
         A RewardError where the server does not answer in time or refuses, a RuntimeError where
         its reward failed on some image.
         """
-        batches = _batches(prompts, self.batch_size, whole_groups=self.offer.whole_groups)
-        stop = threading.Event()
-        # The threads end with the call; they wait for the network and for zlib.
-        with ThreadPoolExecutor(min(self.connections, len(batches) or 1)) as executor:
-            asked = [
-                executor.submit(self._score, images_NHWC[rows], [prompts[r] for r in rows], stop)
-                for rows in batches
-            ]
-            try:
-                for future in as_completed(asked):
-                    future.result()
-            except Exception:
-                # The others' scores are of no use any more.
-                stop.set()
-                executor.shutdown(cancel_futures=True)
-                raise
-        scores = {
-            row: score
-            for rows, future in zip(batches, asked, strict=True)
-            for row, score in zip(rows, future.result(), strict=True)
-        }
+        batches = deque(_batches(prompts, self.batch_size, whole_groups=self.offer.whole_groups))
+        stop, scores = threading.Event(), {}
+
+        def work() -> None:
+            while batches and not stop.is_set():
+                try:
+                    rows = batches.popleft()
+                except IndexError:  # another took the last
+                    return
+                given = self._score(images_NHWC[rows], [prompts[row] for row in rows], stop)
+                scores.update(zip(rows, given, strict=True))
+
+        # They end with the call, and wait for the network and for zlib.
+        workers = [on_thread(work, "rewards") for _ in range(min(self.connections, len(batches)))]
+        try:
+            for worker in as_completed(workers):
+                worker.result()
+        except Exception:
+            # The others' scores are of no use any more.
+            stop.set()
+            wait(workers)
+            raise
         return [scores[row] for row in range(len(prompts))]
 
     def close(self) -> None:
@@ -268,7 +271,8 @@ class RetryingClient:
         )
         thread = threading.Thread(target=self._loop.run_forever, name="rewards", daemon=True)
         thread.start()
-        self.close = weakref.finalize(self, _end, self._loop, self._http, thread)
+        self._closed = threading.Event()
+        self.close = weakref.finalize(self, _end, self._closed, self._loop, self._http, thread)
 
     def ask(
         self, method: str, path: str, body: bytes = b"", *, stop: threading.Event | None = None
@@ -306,6 +310,8 @@ class RetryingClient:
     def _attempt(self, method: str, path: str, body: bytes, key: str) -> bytes:
         import httpx2
 
+        if self._closed.is_set():  # the process ends, and a thread of ours is still asking
+            raise RewardError(f"reward server {self._url}: the client is closed")
         exchange = _exchange(self._http, method, self._url + path, body, key, self._timeout_s)
         try:
             response, content = asyncio.run_coroutine_threadsafe(exchange, self._loop).result()
@@ -353,8 +359,11 @@ async def _exchange(
     return response, bytes(content)
 
 
-def _end(loop: asyncio.AbstractEventLoop, http: Any, thread: threading.Thread) -> None:
+def _end(
+    closed: threading.Event, loop: asyncio.AbstractEventLoop, http: Any, thread: threading.Thread
+) -> None:
     """Closes the connections and ends the thread of their loop."""
+    closed.set()
     asyncio.run_coroutine_threadsafe(http.aclose(), loop).result()
     loop.call_soon_threadsafe(loop.stop)
     thread.join()

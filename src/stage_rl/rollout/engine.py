@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -164,6 +165,11 @@ class Engine:
         """The passes whose buffers are kept, the last one behind."""
         return tuple(self._passes.values())
 
+    @property
+    def cache_bytes(self) -> int:
+        """Memory that the cache takes between two calls."""
+        return self._cache.num_bytes if self._cache else 0
+
     def release(self) -> None:
         """Gives the memory of the cache back; the next pass allocates and captures anew."""
         # What was captured reads the old cache.
@@ -187,8 +193,10 @@ class Engine:
                 del self._passes[next(iter(self._passes))]
             state = DecodeState(self.decoder, cache, sampling, self._columns, len(uniforms_NT))
             if self._cuda_graph:
-                # A captured step reads whatever the cache could hold.
-                graph = CUDAGraph(functools.partial(state.advance, cache.num_positions))
+                # A captured step reads whatever the cache could hold. It does not hold the pass
+                # that holds it: what is released is then free at once.
+                advance, own = DecodeState.advance, weakref.proxy(state)
+                graph = CUDAGraph(functools.partial(advance, own, cache.num_positions))
                 state.advance = lambda num_live: graph()
             self._passes[key] = state
         self._passes[key].cache = cache
@@ -199,7 +207,7 @@ class Engine:
         device = self.policy.device
         free, _ = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return free + unused + (self._cache.num_bytes if self._cache else 0)
+        return free + unused + self.cache_bytes
 
 
 def images_that_fit(free_bytes: int, bytes_per_image: int) -> int:

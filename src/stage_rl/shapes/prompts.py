@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import PositiveInt, model_validator
+from pydantic import Field, model_validator
 
 from stage_rl.prompts.files import Record
 from stage_rl.prompts.geneval import (
@@ -181,7 +181,7 @@ class ShapesPromptsConfig(GenEvalPromptsConfig):
 
     mix: Literal["stage", "flow_grpo"] | None = "stage"
     """Ratios by name: stage is the paper's 0:1:7:1:4:5, flow_grpo is 0:1:5:1:7:3."""
-    num_prompts: PositiveInt = 512
+    num_prompts: int = Field(default=512, gt=0, le=1_000_000)
     """Prompts of a mix, apart from all held-out ones; a task with fewer repeats them evenly."""
 
     @model_validator(mode="before")

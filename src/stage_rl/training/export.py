@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ import yaml
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from stage_rl.config import load_recipe, resolved_json
+from stage_rl.config import load_recipe, resolved_json, values_to_show
 from stage_rl.errors import InputError, StageError
 from stage_rl.files import read_metrics, writing
 from stage_rl.policies.base import Policy, PolicyConfig
@@ -140,7 +141,8 @@ WINDOW = 10
 def model_card(run: Path, step: int, *, layout: str, adapter: bool) -> str:
     """The text of README.md for the checkpoint of a run after `step` steps."""
     recipe = load_recipe(run / "recipe.json")
-    base = str(getattr(recipe.policy, "path", recipe.policy.kind))
+    shown = values_to_show(recipe)
+    base = str(shown["policy"].get("path", recipe.policy.kind))
     written = recipe.policy.loading_code.get("adapter" if adapter else layout, "")
     # transformers' generate fails at 1, where guidance does nothing.
     code = written.replace("GUIDANCE", f"{max(recipe.guidance_scale, 1.0001):g}")
@@ -151,7 +153,7 @@ def model_card(run: Path, step: int, *, layout: str, adapter: bool) -> str:
         "[stage-rl](https://arxiv.org/abs/2509.25027). The weights keep the licence of their base.",
         f"## {'Draw' if 'GUIDANCE' in written else 'Load'}\n\n```python\n{code}\n```",
         f"## Method\n\n{_method(recipe)}",
-        f"## Data\n\n{_data(recipe)}",
+        f"## Data\n\n{_data(shown['prompts'])}",
         f"## Rewards\n\n{_rewards(recipe)}",
         f"## Figures\n\n{_figures(run / 'metrics.jsonl', step)}",
         *_evaluation(run / "evaluation.txt", step),
@@ -199,11 +201,11 @@ def _method(recipe: Recipe) -> str:
     )
 
 
-def _data(recipe: Recipe) -> str:
+def _data(prompts: Mapping[str, Any]) -> str:
     """Training by reward needs prompts alone."""
-    settings = recipe.prompts.model_dump(mode="json", exclude={"kind"})
+    settings = {key: value for key, value in prompts.items() if key != "kind"}
     given = ", ".join(f"{key} {value}" for key, value in settings.items() if value is not None)
-    return f"Prompts only, no images: `{recipe.prompts.kind}`{f' ({given})' if given else ''}."
+    return f"Prompts only, no images: `{prompts['kind']}`{f' ({given})' if given else ''}."
 
 
 def _rewards(recipe: Recipe) -> str:

@@ -8,11 +8,9 @@ differences from the released code of the paper are listed in docs/decisions.md.
 
 from __future__ import annotations
 
-import math
-import time
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +25,7 @@ from stage_rl.openmp import overcommitment
 from stage_rl.prompts.files import prompts_of_step
 from stage_rl.recipe import Recipe
 from stage_rl.rewards.judge import check_fields
+from stage_rl.rewards.threads import RewardsPendingError, result_of
 from stage_rl.training.checkpoint import latest_checkpoint
 from stage_rl.training.measure import measure_all
 from stage_rl.training.metrics import (
@@ -52,7 +51,7 @@ from stage_rl.training.run import RunFolder, check_run, open_run
 from stage_rl.training.trackers import OnStep, check_trackers, tracked
 from stage_rl.training.trainer import Trainer, build_trainer, check_ranks
 from stage_rl.training.update import learn, measure_to_learn
-from stage_rl.types import Prompt, Rewards
+from stage_rl.types import Prompt
 
 
 def train(recipe: Recipe, *, on_step: OnStep | None = None) -> Path:
@@ -126,7 +125,9 @@ def train_steps(
         run.forget_after(first)
         if codebook_VC is not None:
             run.log_codebook(codebook_VC.numpy())
-    learned, kept = False, first
+    # A step of which nothing was learned is one in which a reward failed.
+    failed = saved.state.counters.get("failed_reward_steps", 0) if saved else 0
+    learned, kept = first > failed, first
     for step in range(first, recipe.steps):
         try:
             with traced(_trace_file(trainer, run, step)):
@@ -141,7 +142,7 @@ def train_steps(
         except DivergedError as error:
             raise DivergedError(f"step {step + 1}: {error}") from error
         learned = learned or result.learned is not None
-        monitor.update(trainer, result, view.say)
+        monitor.update(trainer, result, view.say, signals)
         if world.first:
             numbers = record(trainer, run, result)
             view.show(step + 1, numbers)
@@ -187,9 +188,9 @@ def train_step(trainer: Trainer, step: int, signals: Sequence[int] = ()) -> Step
         rollout, rewards, numbers = resample(
             trainer,
             rollout,
-            _await_rewards(pending, signals),
+            result_of(pending, signals=signals),
             step=step,
-            score=lambda drawn: _await_rewards(trainer.rewards.submit(drawn), signals),
+            score=lambda drawn: result_of(trainer.rewards.submit(drawn), signals=signals),
         )
         pending = Future()
         pending.set_result(rewards)
@@ -211,7 +212,7 @@ def train_step(trainer: Trainer, step: int, signals: Sequence[int] = ()) -> Step
     update = trainer.update(learning_rate(step, recipe.steps, recipe.optimizer))
     first = measure_to_learn(policy, batches[0], update, reference_by_batch[0])
     timer.record("learn_s")
-    rewards = world.concat(_await_rewards(pending, signals))
+    rewards = world.concat(result_of(pending, signals=signals))
     timer.record("judge_wait_s")
 
     # Credit the tokens and learn, micro-batch by micro-batch, from that same pass of the policy.
@@ -254,24 +255,6 @@ def train_step(trainer: Trainer, step: int, signals: Sequence[int] = ()) -> Step
     numbers |= reward_metrics(rewards) | {"optimizer/lr": update.rate}
     result = Step(step, rollout, rewards, reference, learned, numbers, timer, fixed)
     return result.of_all_ranks(world) if logged else result
-
-
-STOP_S = 30.0
-"""How long a run that is asked to stop waits for rewards."""
-
-
-class RewardsPendingError(Exception):
-    """The run was asked to stop, and the rewards of the step did not come."""
-
-
-def _await_rewards(pending: Future[Rewards], signals: Sequence[int]) -> Rewards:
-    until = math.inf
-    while not wait([pending], timeout=0.5).done:
-        if signals:
-            until = min(until, time.monotonic() + STOP_S)
-        if time.monotonic() > until:
-            raise RewardsPendingError
-    return pending.result()
 
 
 def record(trainer: Trainer, run: RunFolder, result: Step) -> dict[str, float]:

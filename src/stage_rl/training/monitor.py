@@ -22,6 +22,7 @@ from stage_rl.evaluation.results import OVERALL
 from stage_rl.evaluation.run import run_suite
 from stage_rl.policies.base import Policy
 from stage_rl.recipe import EvaluationConfig, LivenessConfig, Recipe, TripwiresConfig
+from stage_rl.rewards.threads import RewardsPendingError
 from stage_rl.rollout.engine import Engine
 from stage_rl.training.checkpoint import Progress
 from stage_rl.training.measure import MicroBatch, Precision
@@ -55,22 +56,46 @@ class Monitor:
             assert saved.best_score is not None
             self.best = Best(saved.best_step, saved.best_score)
 
-    def update(self, trainer: Trainer, result: Step, say: Callable[[str], None]) -> None:
-        """Adds what it sees to a step's numbers: validation where it is due, tripwires passed."""
+    def update(
+        self,
+        trainer: Trainer,
+        result: Step,
+        say: Callable[[str], None],
+        signals: Sequence[int] = (),
+    ) -> None:
+        """Adds what it sees to a step's numbers: validation where it is due, tripwires passed.
+
+        A validation whose rewards do not come after a signal is left out.
+        """
         settings, done = self._evaluation, result.number + 1
         if settings and settings.every and (done % settings.every == 0 or done == self._last):
-            trainer.engine.reload()
-            guidance_scale = trainer.sampling.guidance_scale
-            numbers = validation_scores(trainer.engine, settings, guidance_scale=guidance_scale)
+            engine, guidance_scale = trainer.engine, trainer.sampling.guidance_scale
+            engine.reload()
+            held = engine.cache_bytes
+            try:
+                numbers = validation_scores(
+                    engine, settings, guidance_scale=guidance_scale, signals=signals
+                )
+            except RewardsPendingError:
+                numbers = {}
+            if engine.cache_bytes > held:  # the other passes of a step need that memory
+                engine.release()
             # Every rank draws the images; the first one's score decides, on all.
-            result.numbers.update(trainer.world.gather(numbers)[0])
+            numbers = trainer.world.gather(numbers)[0]
+            result.numbers.update(numbers)
             result.timer.record("validation_s")
-            score = result.numbers["validation/score"]
-            if self.best is None or score > self.best.score:
-                self.best = Best(done, score)
-            place = "this one" if self.best.step == done else f"step {self.best.step}"
-            say(f"held-out validation after step {done}: {score:.3f}, best so far: {place}")
+            say(f"held-out validation after step {done}: {self._judged(done, numbers)}")
         result.numbers.update(self._tripwires.count(result.numbers, self.best))
+
+    def _judged(self, done: int, numbers: Mapping[str, float]) -> str:
+        """Remembers the best of the validations; what is said of this one."""
+        if not numbers:
+            return "left out, its rewards did not come"
+        score = numbers["validation/score"]
+        if self.best is None or score > self.best.score:
+            self.best = Best(done, score)
+        place = "this one" if self.best.step == done else f"step {self.best.step}"
+        return f"{score:.3f}, best so far: {place}"
 
     def raise_if_dead(self, result: Step, say: Callable[[str], None]) -> None:
         """Raises DivergedError where the run is dead or a tripwire stops it, after the step is in
@@ -109,19 +134,26 @@ def validation_hash8(recipe: Recipe) -> str:
 
 
 def validation_scores(
-    engine: Engine, settings: EvaluationConfig, *, guidance_scale: float
+    engine: Engine,
+    settings: EvaluationConfig,
+    *,
+    guidance_scale: float,
+    signals: Sequence[int] = (),
 ) -> dict[str, float]:
     """The benchmark in small with the weights of the engine's last reload: every measure's overall
     mean as validation/NAME.
 
     validation/score is the measure that decides, the first one the benchmark prints by task; its
     mean in each task is validation/NAME/TASK.
-    `guidance_scale` is that of the rollout, for an evaluation that names none.
+    `guidance_scale` is that of the rollout, for an evaluation that names none. After one of
+    `signals` a reward that gives no answer is a `RewardsPendingError`.
     """
     request = recipe_request(
         settings, guidance_scale=guidance_scale, validation=True, dtype=engine.dtype
     )
-    results = run_suite(engine.policy, settings.benchmark, request, engine=engine, silent=True)
+    results = run_suite(
+        engine.policy, settings.benchmark, request, engine=engine, silent=True, signals=signals
+    )
     numbers = {f"validation/{name}": results.summary(name)[OVERALL].mean for name in results.scores}
     first = results.main_measure
     for task, score in results.summary(first).items():
