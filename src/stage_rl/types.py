@@ -29,6 +29,13 @@ class Prompt:
     """Place in its prompt set; with seed, step and image number it keys the random stream."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """The record the prompt came from, such as GenEval's tag, include and exclude clauses."""
+    source: str = field(default="", compare=False)
+    """File and line it was read from."""
+
+    @property
+    def place(self) -> str:
+        """Where it stands, in words, for messages."""
+        return self.source or f"prompt {self.index}"
 
 
 def is_text(text: str) -> bool:

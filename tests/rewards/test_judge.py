@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from stage_rl.errors import InputError, RewardError
+from stage_rl.prompts.sets import FilePromptsConfig
 from stage_rl.rewards import threads
 from stage_rl.rewards.base import Requirement, RewardConfig, Score
 from stage_rl.rewards.judge import RewardFunctions, WeightedReward, ask, check_fields
@@ -160,6 +161,9 @@ def test_a_missing_field_names_reward_and_field():
         required_fields = ("tag",)
 
         def build(self, device):
+            return number
+
+        def build(self, device):
             raise AssertionError
 
     reward = NeedsTag(name="needs_tag")
@@ -243,3 +247,18 @@ def test_a_score_whose_square_fp32_does_not_hold_is_a_failure():
 def test_a_reason_is_a_text():
     with pytest.raises(RewardError, match="reward 'a': why is None; write a text"):
         judge(("a", 1.0, lambda images, prompts: [Score(1.0, None)] * 4))
+
+
+def test_a_prompt_of_a_file_that_a_reward_cannot_judge_is_named_by_its_line(tmp_path):
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"prompt": "a dog", "tag": "x"}\n{"prompt": "a star"}\n')
+
+    class Tagged(RewardConfig):
+        required_fields = ("tag",)
+
+        def build(self, device):
+            return number
+
+    prompts = FilePromptsConfig(path=str(file)).build()
+    with pytest.raises(InputError, match=rf"^{file}:2 \('a star'\): reward 'tagged' needs 'tag'"):
+        check_fields([Tagged(name="tagged")], prompts)

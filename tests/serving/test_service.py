@@ -93,6 +93,14 @@ def test_a_png_with_a_second_size_is_refused_before_anything_is_decoded():
     assert caught.value.status_code == 422
 
 
+@pytest.mark.parametrize("name", [b"zTXt", b"iTXt", b"iCCP"])
+def test_a_png_with_what_unpacks_to_more_than_its_pixels_is_refused(name):
+    good = made(4, 4, data=bytes(52))
+    file = good[:33] + chunk(name, b"a\0\0" + zlib.compress(bytes(10**6))) + good[33:]
+    with pytest.raises(Refusal, match=r"items\.0\.image_png: holds compressed text"):
+        read(file)
+
+
 def test_a_png_of_400_million_pixels_is_a_refusal_where_the_limits_allow_it():
     with pytest.raises(Refusal, match="is a broken PNG"):
         decode([made(20_000, 20_000)])

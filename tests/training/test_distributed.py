@@ -147,6 +147,7 @@ def test_two_processes_train_in_mixed_precision(recipe, tmp_path):
         ),
         ("algorithm.credit=guidance", "algorithm.loss=cispo", "algorithm.logprobs=guided"),
         ("algorithm.kl.estimator=exact", "optimizer.updates_per_rollout=2"),
+        ("algorithm.kl.estimator=exact", "policy.trainable=['*']"),
         (
             *("algorithm.credit={kind: entropy_bonus, form: paper}", "algorithm.kl.estimator=k1"),
             *("algorithm.loss=dr_grpo", "algorithm.importance_sampling=token_mask"),
@@ -167,7 +168,17 @@ def test_two_processes_train_in_mixed_precision(recipe, tmp_path):
     ],
     ids=[
         *("microbatch", "lora", "all", "guided", "refresh", "failing", "resample", "methods"),
-        *("gdpo", "guidance", "sampled", "exact", "bonus", "high", "sequence", "ratio"),
+        *(
+            "gdpo",
+            "guidance",
+            "sampled",
+            "exact",
+            "exact all",
+            "bonus",
+            "high",
+            "sequence",
+            "ratio",
+        ),
     ],
 )
 def test_two_processes_equal_one_in_other_recipes(recipe, tmp_path, overrides):

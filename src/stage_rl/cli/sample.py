@@ -14,6 +14,8 @@ from stage_rl.errors import InputError
 if TYPE_CHECKING:
     import numpy as np
 
+    from stage_rl.types import Prompt
+
 
 def sample(
     model: Annotated[
@@ -97,11 +99,15 @@ def _place(out: Path | None) -> Path:
     return out
 
 
-def _prompts(texts: list[str], file: Path | None) -> list[str]:
+def _prompts(texts: list[str], file: Path | None) -> list[Prompt]:
     """Those of the command line, then those of the file."""
     from stage_rl.prompts.files import read_prompts
+    from stage_rl.types import Prompt
 
-    listed = [*texts, *(text for _, text, _ in read_prompts(file))] if file else texts
+    placed = [("", text) for text in texts]
+    if file:
+        placed += [(where, text) for where, text, _ in read_prompts(file)]
+    listed = [Prompt(text, i, source=where) for i, (where, text) in enumerate(placed)]
     if not listed:
         raise InputError("PROMPTS: are missing; write some, or --prompts FILE")
     return listed

@@ -396,7 +396,7 @@ def check_text(prompt: Prompt, tokenizer: Any) -> None:
 
 def check_words(prompt: Prompt) -> str:
     """Where a prompt stands, in words; an InputError where it is empty or no Unicode text."""
-    where = f"prompt {prompt.index}"
+    where = prompt.place
     if not prompt.text.strip():
         raise InputError(f"{where}: is empty; write what to draw")
     if not is_text(prompt.text):

@@ -107,7 +107,7 @@ class JanusPolicy(Policy):
         A prompt that is empty, holds a special token or an unknown word, or leaves no room for
         the image is an `InputError`.
         """
-        where = f"prompt {prompt.index}"
+        where = prompt.place
         check_text(prompt, self.processor.tokenizer)
         self._check_words(where, prompt.text)
         message = {"role": "user", "content": [{"type": "text", "text": prompt.text}]}

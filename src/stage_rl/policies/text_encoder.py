@@ -69,7 +69,7 @@ class TextEncoder:
         ids = self.tokenizer(text, padding=False, truncation=False).input_ids
         if len(ids) > self.max_tokens:
             raise InputError(
-                f"prompt {prompt.index} ('{prompt.text[:40]}...'): {len(ids)} tokens, but the "
+                f"{prompt.place} ('{prompt.text[:40]}...'): {len(ids)} tokens, but the "
                 f"model reads at most {self.max_tokens}; write a shorter one"
             )
         ids_1L = torch.tensor([ids], device=self.model.device)

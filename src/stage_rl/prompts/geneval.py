@@ -319,7 +319,7 @@ class GenEvalPromptsConfig(OneSourceConfig):
         if self.path is not None:
             placed = enumerate(read_prompts(Path(self.path)))
             return tuple(
-                Prompt(text, i, record and validate_metadata(record, where, self.vocabulary))
+                Prompt(text, i, record and validate_metadata(record, where, self.vocabulary), where)
                 for i, (where, text, record) in placed
             )
         return as_prompts(self._mix())

@@ -443,5 +443,5 @@ class FilePromptsConfig(PromptsConfig):
             record = validate_annotations(given, where)
             if "include" in record:
                 record = validate_metadata(record, where)
-            prompts.append(Prompt(text, len(prompts), record))
+            prompts.append(Prompt(text, len(prompts), record, where))
         return tuple(prompts)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def check_fields(rewards: Sequence[RewardConfig], prompts: Sequence[Prompt]) -> 
             unsupported_reason = config.unsupported_reason(prompt)
             if unsupported_reason:
                 raise InputError(
-                    f"prompt {prompt.index} ('{prompt.text[:40]}'): reward '{config.name}' "
+                    f"{prompt.place} ('{prompt.text[:40]}'): reward '{config.name}' "
                     f"{unsupported_reason}; fix the prompts or drop the reward"
                 )
 
@@ -227,9 +228,7 @@ def check_scores(name: str, scores: Any, num_images: int) -> None:
     for score in scores:
         if not isinstance(score.why, str):
             raise RewardError(f"reward '{name}': why is {score.why!r:.40}; write a text")
-        if any(
-            isinstance(x, numbers.Rational) and abs(x) > FLOAT_MAX for x in score.extras.values()
-        ):
+        if any(isinstance(x, int | Fraction) and abs(x) > FLOAT_MAX for x in score.extras.values()):
             raise RewardError(f"reward '{name}': an extra is beyond what a float holds")
         values = [] if score.value is None else [score.value]
         for value in (*values, *score.extras.values()):

@@ -184,7 +184,7 @@ class RemoteReward:
         except (TypeError, ValueError) as error:
             raise RewardError(
                 f"reward server: the metadata of a prompt is not JSON ({error}); "
-                f"prompt {prompts[0].index} or one after it"
+                f"{prompts[0].place} or one after it"
             ) from error
         try:
             answer = self.client.ask("POST", SCORES_PATH.format(name=name), body, stop=stop)

@@ -103,6 +103,9 @@ CHUNK = struct.Struct(">I4s")
 FIRST_CHUNK = 8 + CHUNK.size + 13 + 4
 """Bytes of the signature and the header chunk."""
 
+COMPRESSED = (b"zTXt", b"iTXt", b"iCCP")
+"""Chunks that Pillow would unpack to a thousand times their size."""
+
 RGB_8_BIT = [8, 2]
 
 BROKEN = (
@@ -154,6 +157,8 @@ def _size(file: bytes) -> tuple[int, int]:
         length, name = CHUNK.unpack_from(file, place)
         if name == b"IHDR":  # Pillow would go by the last
             raise ValueError("has two headers")
+        if name in COMPRESSED:
+            raise ValueError("holds compressed text or a colour profile; save it without")
         place += CHUNK.size + length + 4
     return width, height
 

@@ -13,6 +13,7 @@ Shape suffixes: P prompts, G group, N = P x G completions, T image tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -86,13 +87,19 @@ def measure_to_learn(
     assert ref is not None
     assert ref.states_NTW is not None
 
+    is_whole = False
+
     def head(rows_RW: Tensor) -> Tensor:
-        with reference.adapter():
+        # A head that trains is computed again in the backward pass, behind the block below.
+        with nullcontext() if is_whole else reference.unsharded(), reference.adapter():
             return precision.scoring.logits(reference.head, rows_RW)
 
     rows = ReferenceRows(head, ref.states_NTW.flatten(0, 1))
     with reference.unsharded():
-        return measured(reference=rows)
+        is_whole = True
+        now = measured(reference=rows)
+    is_whole = False
+    return now
 
 
 def learn(

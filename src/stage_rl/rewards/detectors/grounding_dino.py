@@ -60,7 +60,7 @@ class GroundingDino:
         for place, prompt in enumerate(prompts):
             if "nouns" not in prompt.metadata:
                 raise RewardError(
-                    f"GroundingDINO looks for 'nouns', which prompt {prompt.index} lacks; take a "
+                    f"GroundingDINO looks for 'nouns', which {prompt.place} lacks; take a "
                     "prompt set that has them, such as t2i_r1, or another detector"
                 )
             places.setdefault(tuple(prompt.metadata["nouns"]), []).append(place)
