@@ -137,6 +137,14 @@ def test_scores_and_entropies_are_those_of_each_temperature(
         ),
         (lambda run: images.diversity(["shapes"]), "--prompt: is missing, and no model is a run"),
         (lambda run: images.diversity([str(run)] * 2), "run, run: are alike; write a --label for"),
+        (
+            lambda run: images.diversity(["shapes"], prompts=["x"], seed=2**64),
+            r"seed: 18446744073709551616 is out of range; write a number below 2\*\*63",
+        ),
+        (
+            lambda run: images.before_after(str(run), prompts=["x", "y"], num_images=5001),
+            "images: 5001 of 2 prompts are 10002; draw at most 10000 of each model",
+        ),
         (lambda run: images.diversity(["x"], labels="ab"), "--label: 2 for 1 models; write one"),
     ],
 )

@@ -35,7 +35,7 @@ from stage_rl.recipe import Recipe
 from stage_rl.report.figures import COLOUR_MAP, COLOURS, Drawing
 from stage_rl.rollout.engine import Engine
 from stage_rl.rollout.sample import rollout
-from stage_rl.rollout.sampling import Sampling
+from stage_rl.rollout.sampling import Sampling, check_seed
 from stage_rl.types import Prompt, Rollout
 
 TILE_IN = 0.75
@@ -165,9 +165,16 @@ def side_by_side(
     Prompts and guidance that are not given are those of the first run among the models: of its
     evaluation the first prompt of each task, else the first it trains on.
     """
+    check_seed(seed)
     run = next((source.run for source in sources.values() if source.run), None)
     recipe = load_recipe(run / "recipe.json") if run else None
     asked = [Prompt(text, index) for index, text in enumerate(prompts)] or _prompts_of(recipe)
+    total = num_images * len(asked)
+    if total > api.MAX_IMAGES:
+        raise InputError(
+            f"images: {num_images} of {len(asked)} prompts are {total}; draw at most "
+            f"{api.MAX_IMAGES} of each model"
+        )
     if guidance_scale is None:
         policy_class = next(iter(sources.values())).policy.policy_class
         own = recipe.guidance_scale if recipe else None
