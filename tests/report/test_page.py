@@ -207,6 +207,43 @@ def test_a_damaged_file_is_named(run, tmp_path, name):
         report_page([tmp_path / "run"])
 
 
+SAMPLES = "samples/000001.npz"
+
+
+def replace_arrays(run, **arrays):
+    with np.load(run / SAMPLES) as kept:
+        arrays = {**kept, **arrays}
+    np.savez(run / SAMPLES, **arrays)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        (SAMPLES, lambda run: np.savez(run / SAMPLES, entropy=[0.5])),
+        (SAMPLES, lambda run: replace_arrays(run, tokens=np.zeros((2, 4, 9)))),
+        (SAMPLES, lambda run: replace_arrays(run, tokens=np.zeros(4, int))),
+        (SAMPLES, lambda run: shutil.copy(run / "codebook.npy", run / SAMPLES)),
+        ("codebook.npy", lambda run: np.save(run / "codebook.npy", np.zeros((1, 2)))),
+        ("codebook.npy", lambda run: np.save(run / "codebook.npy", np.array(["a"]))),
+    ],
+)
+def test_a_file_that_holds_something_else_is_named(run, tmp_path, name, damage):
+    shutil.copytree(run, tmp_path / "run")
+    damage(tmp_path / "run")
+    with pytest.raises(
+        InputError, match=rf"{name}: cannot be read \(.*\); restore it or remove it"
+    ):
+        report_page([tmp_path / "run"])
+
+
+def test_a_map_that_is_not_finite_is_left_out(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    with np.load(run / "samples" / "000001.npz") as arrays:
+        replace_arrays(tmp_path / "run", similarity=arrays["similarity"] + np.nan)
+    (one,) = data_of(report_page([tmp_path / "run"]))["runs"]
+    assert ["similarity" in step["maps"] for step in one["images"]["steps"]] == [True, False]
+
+
 # In a browser.
 
 

@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 import math
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -221,9 +222,8 @@ def _step(run: Path, file: Path, scales: Mapping[str, tuple[float, float]]) -> d
     samples = run / "samples" / f"{file.stem}.npz"
     if not samples.exists():
         return step
-    maps = _token_maps(samples)
     scales = scales or map_scales([samples])
-    for name, values_PGT in maps.items():
+    for name, values_PGT in _token_maps(samples).items():
         step["maps"][name] = _as_bytes(values_PGT, *scales[name])
     tokens_PGT = _arrays(samples)["tokens"]
     step["group_size"] = tokens_PGT.shape[1]
@@ -231,7 +231,7 @@ def _step(run: Path, file: Path, scales: Mapping[str, tuple[float, float]]) -> d
     if codebook.exists():
         with _reading(codebook):
             codes_VC = np.load(codebook).astype(np.float32)
-        pairs = np.array([pair_maps(codes_VC[tokens_GT]) for tokens_GT in tokens_PGT])
+            pairs = np.array([pair_maps(codes_VC[tokens_GT]) for tokens_GT in tokens_PGT])
         step["pairs"] = _as_bytes(pairs, -1.0, 1.0)
     return step
 
@@ -247,13 +247,19 @@ def grid_of(run: Path) -> list[int]:
         return []
     left, top, right, bottom = record_of(placed[0])[0]["box"]
     rows = round(math.sqrt(num_tokens * (bottom - top) / (right - left)))
-    return [rows, num_tokens // rows] if num_tokens % rows == 0 else []
+    return [rows, num_tokens // rows] if rows and num_tokens % rows == 0 else []
 
 
 def _token_maps(samples: Path) -> dict[str, Array]:
-    """The maps of a step by name, PGT."""
-    found = {name: values for name, values in _arrays(samples).items() if values.ndim == 3}
-    found.pop("tokens")
+    """The maps of a step by name, PGT; one with a number that is not finite has no scale."""
+    arrays = _arrays(samples)
+    tokens_PGT = arrays.pop("tokens")
+    found = {
+        name: values
+        for name, values in arrays.items()
+        if values.shape == tokens_PGT.shape and values.dtype.kind in "iuf"
+        if np.isfinite(values).all()
+    }
     if "reference_entropy" in found and "entropy" in found:
         found["drift"] = found["entropy"] - found.pop("reference_entropy")
     known = [name for name in MAPS if name in found]
@@ -276,8 +282,19 @@ def _logged(run: Path, folder: str) -> list[Path]:
 
 
 def _arrays(file: Path) -> dict[str, Array]:
+    """The arrays of a step, among them its tokens, PGT."""
     with _reading(file), file.open("rb") as opened, np.load(opened) as arrays:
-        return dict(arrays)
+        found = dict(arrays)
+        tokens = found["tokens"]
+        if tokens.ndim != 3 or not tokens.size or tokens.dtype.kind not in "iu":
+            raise ValueError(f"tokens are {tokens.dtype} of shape {tokens.shape}")
+        return found
+
+
+_UNREADABLE = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, SyntaxError, EOFError),
+    *(RuntimeError, MemoryError, zlib.error, BadZipFile, Image.DecompressionBombError),
+)
 
 
 @contextlib.contextmanager
@@ -285,7 +302,7 @@ def _reading(file: Path) -> Iterator[None]:
     """Names a file that cannot be read; of PNG and npz, each has errors of its own."""
     try:
         yield
-    except (OSError, ValueError, KeyError, BadZipFile, Image.DecompressionBombError) as error:
+    except _UNREADABLE as error:
         why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         raise InputError(f"{file}: cannot be read ({why}); restore it or remove it") from error
 
