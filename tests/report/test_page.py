@@ -16,6 +16,7 @@ from PIL import Image
 
 from stage_rl.errors import InputError
 from stage_rl.pictures import image_boxes, image_grid
+from stage_rl.report import page as pages
 from stage_rl.report import run_page
 from stage_rl.report.page import report_page, unique_names
 from stage_rl.report.series import over_seeds, read_cells
@@ -145,6 +146,41 @@ def test_images_take_no_more_than_their_budget(run):
 def test_a_long_run_keeps_its_first_and_its_last_step():
     assert run_page.evenly(range(101), 5) == [0, 25, 50, 75, 100]
     assert run_page.evenly([3, 4], 5) == [3, 4]
+    assert run_page.evenly(range(101), 1) == [100]
+    assert run_page.evenly(range(101), 0) == []
+
+
+def test_a_step_is_left_out_rather_than_to_pass_the_budget(run):
+    size = len(json.dumps(run_page.logged_steps(run, budget=10**6)["steps"][0]))
+    for budget, steps in ((2 * size, [0, 1]), (size, [1]), (0, [])):
+        found = run_page.logged_steps(run, budget=budget)
+        assert [step["step"] for step in found["steps"]] == steps
+        assert found["logged"] == [0, 1]  # of all of them curves have a mark
+
+
+def test_long_curves_are_thinned_to_their_budget_and_the_page_says_so(run, study, monkeypatch):
+    whole = data_of(report_page([run, study]))["cells"]
+    monkeypatch.setattr(pages, "LEAST_POINTS", 2)
+    monkeypatch.setattr(pages, "CURVE_BYTES", len(pages._json(whole)) * 3 // 4)
+    text = report_page([run, study])
+    thin = data_of(text)["cells"]
+    assert len(pages._json(thin)) <= pages.CURVE_BYTES
+    steps = thin[0]["curves"][0]["runs"][0]["steps"]
+    assert steps == list(range(0, 30, steps[1]))
+    assert "Every n-th step is shown of curves with more than" in text
+    assert thin[1:] == whole[1:]  # the study's two points
+
+
+def test_a_page_that_would_be_too_large_has_fewer_images_or_is_refused(run, monkeypatch):
+    whole = report_page([run])
+    step = len(pages._json(data_of(whole)["runs"][0]["images"]["steps"][0]))
+    monkeypatch.setattr(pages, "MOST_BYTES", len(whole.encode()) - step)
+    less = report_page([run])
+    assert len(less.encode()) < pages.MOST_BYTES
+    assert len(data_of(less)["runs"][0]["images"]["steps"]) == 1
+    monkeypatch.setattr(pages, "MOST_BYTES", 10**6)
+    with pytest.raises(InputError, match=r"1 folders need \d\.\d MB without .*; name fewer runs"):
+        report_page([run])
 
 
 def test_settings_that_differ_stand_side_by_side(run, other):
@@ -344,8 +380,11 @@ def test_a_run_can_be_left_out_and_another_metric_chosen(js):
     assert label.startswith("Reward: tiny from ")
     shown = "return document.querySelector('.plot').layout.shapes.map((x) => x.x0)"
     assert js(shown) == [0, 1]
+    js("data.runs[0].images.logged.push(7)")  # one whose images are not in the file
     js(SET, "marks", False)
     assert js(shown) == []
+    js(SET, "marks", True)
+    assert js(shown) == [0, 1, 7]
 
 
 def test_the_step_is_chosen_with_the_keyboard(page, js):

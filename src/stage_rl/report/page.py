@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,13 @@ COLOURS = (
     *("#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd"),
 )
 """Told apart with any kind of colour vision (Petroff 2021, arXiv 2107.02270)."""
+MOST_BYTES = 20_000_000
+"""Of a report; nearly 5 MB are Plotly's script."""
 DATA_BYTES = 14_000_000
-"""Of curves, images and token maps; with Plotly's script a report stays below 20 MB."""
-LEAST_IMAGE_BYTES = 1_000_000
-"""Of all runs, however long their curves are."""
+"""Of curves, images and token maps."""
+CURVE_BYTES = 8_000_000
+LEAST_POINTS = 50
+"""Of a curve, however many there are."""
 SCRIPT, STYLE = "report.js", "report.css"
 
 PANELS = {
@@ -60,25 +64,47 @@ FIRST = ("reward/mean", "validation/gold", "validation/score", "time/step_s", "l
 def report_page(inputs: Sequence[Path]) -> str:
     """The report of run folders and of studies' folders, as one HTML page.
 
-    Raises InputError for a folder that is neither, and for a run without a step.
+    Raises InputError for a folder that is neither, for a run without a step, and for so many that
+    the page would be too large even without images.
     """
     runs = [path for path in inputs if (path / "recipe.json").exists()]
     studies = [path for path in inputs if path not in runs]
-    cells = [_curves(cell, first_step=0) for cell in read_cells(runs)]
+    cells: list[tuple[Cell, dict[str, Any]]] = [(cell, {}) for cell in read_cells(runs)]
     tables = []
     for path in studies:
         own = read_cells([path])
         results = read_results(path)
         name = results["study"].get("name", path.name)
-        cells += [_curves(cell, first_step=1, study=name) for cell in own]
+        cells += [(cell, {"first_step": 1, "study": name}) for cell in own]
         tables.append({"name": name, "cells": cell_tables(results)})
-    room = max(LEAST_IMAGE_BYTES, DATA_BYTES - len(json.dumps(cells)))
-    shown = [
-        _run(path, budget=room // len(runs)) | {"name": name}
-        for path, name in zip(runs, unique_names(runs), strict=True)
-    ]
+    curves, most_points = _curves_that_fit(cells)
+    room = max(0, DATA_BYTES - len(_json(curves)))
+    while True:
+        shown = [
+            _run(path, budget=room // len(runs)) | {"name": name}
+            for path, name in zip(runs, unique_names(runs), strict=True)
+        ]
+        page = _page(shown, tables, curves, most_points)
+        excess = len(page.encode()) - MOST_BYTES
+        if excess < 0:
+            return page
+        if not room:
+            raise InputError(
+                f"{inputs[0]}: {len(inputs)} folders need {(excess + MOST_BYTES) / 1e6:.1f} MB "
+                f"without images, and a report has {MOST_BYTES / 1e6:g} MB; name fewer runs"
+            )
+        room = max(0, room - excess - room // 4 - 1)
+
+
+def _page(
+    shown: Sequence[Mapping[str, Any]],
+    tables: Sequence[Mapping[str, Any]],
+    curves: Sequence[Mapping[str, Any]],
+    most_points: int | None,
+) -> str:
+    """The page of runs, of the tables of studies, and of the curves of all."""
     data = {
-        "cells": cells,
+        "cells": curves,
         "runs": shown,
         "colours": COLOURS,
         "scales": {"sequential": sequential.Cividis, "signed": diverging.RdBu_r},
@@ -91,7 +117,8 @@ def report_page(inputs: Sequence[Path]) -> str:
             title=", ".join(names),
             runs=shown,
             studies=tables,
-            cells=cells,
+            cells=curves,
+            most_points=most_points,
             differences=run_page.differences(shown),
             data=_as_script(data),
             plotly=Markup(get_plotlyjs()),
@@ -122,8 +149,11 @@ def _part(name: str) -> Markup:
 
 def _as_script(data: Mapping[str, Any]) -> Markup:
     """JSON that no text of a run can end."""
-    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
-    return Markup(text.replace("<", "\\u003c"))
+    return Markup(_json(data).replace("<", "\\u003c"))
+
+
+def _json(data: Any) -> str:
+    return json.dumps(data, allow_nan=False, separators=(",", ":"))
 
 
 def _run(path: Path, *, budget: int) -> dict[str, Any]:
@@ -141,7 +171,45 @@ def _run(path: Path, *, budget: int) -> dict[str, Any]:
     }
 
 
-def _curves(cell: Cell, *, first_step: int, study: str = "") -> dict[str, Any]:
+def _curves_that_fit(
+    cells: Sequence[tuple[Cell, Mapping[str, Any]]],
+) -> tuple[list[dict[str, Any]], int | None]:
+    """The curves of cells, given with the options of `_curves`; and the most points of any, where
+    `CURVE_BYTES` made them fewer.
+    """
+    curves = [_curves(cell, **options) for cell, options in cells]
+    points = most = max((n for cell, _ in cells for n in _lengths(cell).values()), default=0)
+    while (size := len(_json(curves))) > CURVE_BYTES and points > LEAST_POINTS:
+        points = max(LEAST_POINTS, points * CURVE_BYTES * 9 // (10 * size))
+        curves = [_curves(_thinned(cell, points), **options) for cell, options in cells]
+    return curves, points if points < most else None
+
+
+def _thinned(cell: Cell, points: int) -> Cell:
+    """At most so many points of each curve: of all its runs the same ones, which have a mean."""
+    every = {name: -(-length // points) for name, length in _lengths(cell).items()}
+
+    def thinned(run: RunResult) -> RunResult:
+        series = {
+            name: (steps[:: every[name]], values[:: every[name]])
+            for name, (steps, values) in run.series.items()
+        }
+        return replace(run, series=series)
+
+    arms = {arm: [thinned(run) for run in runs] for arm, runs in cell.arms.items()}
+    return replace(cell, arms=arms)
+
+
+def _lengths(cell: Cell) -> dict[str, int]:
+    """By metric, the points of the longest run."""
+    lengths: dict[str, int] = {}
+    for run in (run for runs in cell.arms.values() for run in runs):
+        for name, (steps, _) in run.series.items():
+            lengths[name] = max(lengths.get(name, 1), len(steps))
+    return lengths
+
+
+def _curves(cell: Cell, *, first_step: int = 0, study: str = "") -> dict[str, Any]:
     """The curves of a cell and the panels they are drawn in.
 
     `first_step`: the number of the first step, 0 in a run's files and 1 in a study, which counts

@@ -47,14 +47,14 @@ CLIPPED = (0.5, 99.5)
 
 def logged_steps(run: Path, *, budget: int) -> dict[str, Any]:
     """The logged images of a run with their token maps, in at most about `budget` bytes: all steps,
-    or as many as fit, evenly spaced and with the first and the last.
+    or as many as fit, evenly spaced and with the last.
     """
     files = _logged(run, "images")
-    found: dict[str, Any] = {"logged": len(files), "steps": [], "maps": []}
+    logged = [int(file.stem) for file in files]
+    found: dict[str, Any] = {"logged": logged, "steps": [], "maps": []}
     if not files:
         return found
-    first = _step(run, files[0], {})
-    kept = evenly(files, max(2, budget // len(json.dumps(first))))
+    kept = evenly(files, _number(budget, len(json.dumps(_step(run, files[0], {})))))
     scales = map_scales([run / "samples" / f"{file.stem}.npz" for file in kept])
     found["steps"] = [_step(run, file, scales) for file in kept]
     found["maps"] = [
@@ -66,26 +66,31 @@ def logged_steps(run: Path, *, budget: int) -> dict[str, Any]:
 
 
 def evenly(items: Sequence[Any], number: int) -> list[Any]:
-    """At most `number` of them, evenly spaced, with the first and the last."""
+    """At most `number` of them, evenly spaced, with the last and, of two or more, the first."""
     if len(items) <= number:
         return list(items)
-    places = np.linspace(0, len(items) - 1, number).round().astype(int)
-    return [items[place] for place in dict.fromkeys(places.tolist())]
+    places = np.linspace(len(items) - 1, 0, number).round().astype(int)
+    return [items[place] for place in reversed(places.tolist())]
+
+
+def _number(budget: int, size: int) -> int:
+    """How many things of a size fit into a budget; one where there is any."""
+    return max(1, budget // size) if budget else 0
 
 
 def fixed_prompts(run: Path, *, budget: int) -> dict[str, Any]:
     """The fixed prompts, and the images of all of them step by step."""
     files = _logged(run, "fixed")
     if not files:
-        return {"prompts": [], "steps": []}
+        return {"drawn": 0, "prompts": [], "steps": []}
     shown = [record["prompt"] for record in record_of(files[-1])]
     files = [file for file in files if [r["prompt"] for r in record_of(file)] == shown]
     size = sum(len(source) for source in cut(files[0].with_suffix(".png"), record_of(files[0])))
     steps = [
         {"step": int(file.stem), "images": cut(file.with_suffix(".png"), record_of(file))}
-        for file in evenly(files, max(2, budget // size))
+        for file in evenly(files, _number(budget, size))
     ]
-    return {"prompts": shown, "steps": steps}
+    return {"drawn": len(files), "prompts": shown, "steps": steps}
 
 
 def before_after(run: Path, *, budget: int) -> list[dict[str, Any]]:

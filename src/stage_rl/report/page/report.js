@@ -97,7 +97,7 @@ const escapeHtml = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").r
 function layout(cell, yTitle, xTitle) {
   const marks = byId("marks");
   const isMarked = marks && marks.checked && !cell.title;
-  const logged = isMarked ? data.runs.flatMap((run) => run.images.steps.map(({ step }) => step)) : [];
+  const logged = isMarked ? data.runs.flatMap((run) => run.images.logged) : [];
   const axis = { gridcolor: css("--line"), zeroline: false, automargin: true };
   return {
     margin: { l: 45, r: 10, t: 8, b: 38 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
@@ -244,12 +244,18 @@ function startCurves() {
 
 // Fixed prompts.
 
+// A line where not all steps fitted into the file.
+function leftOut(number, all, done) {
+  return number < all ? [element("p", { class: "hint" }, `${number} of ${all} ${done} steps are in this file.`)] : [];
+}
+
 const chosenRun = { fixed: 0, images: 0, compare: 0 };
 
 function showFixed() {
-  const { prompts, steps } = data.runs[chosenRun.fixed].fixed, box = byId("fixed-rows");
+  const { drawn, prompts, steps } = data.runs[chosenRun.fixed].fixed, box = byId("fixed-rows");
   if (!steps.length) {
-    box.replaceChildren(element("p", {}, "The run drew none; run.fixed_prompts does."));
+    const none = element("p", {}, "The run drew none; run.fixed_prompts does.");
+    box.replaceChildren(...(drawn ? leftOut(0, drawn, "drawn") : [none]));
     return;
   }
   const head = element("tr", {}, element("th", { scope: "col" }, "prompt"), ...steps.map(({ step }) =>
@@ -257,7 +263,7 @@ function showFixed() {
   const rows = prompts.map((prompt, row) => element("tr", {}, element("th", { scope: "row" }, prompt), ...steps.map(({ step, images }) =>
     element("td", {}, picture(images[row], `${prompt}, step ${step}`)))));
   const table = element("table", { class: "rows" }, element("thead", {}, head), element("tbody", {}, ...rows));
-  box.replaceChildren(element("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Fixed prompts by step" }, table));
+  box.replaceChildren(element("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Fixed prompts by step" }, table), ...leftOut(steps.length, drawn, "drawn"));
 }
 
 // Logged images and token maps.
@@ -361,9 +367,11 @@ function tile(run, step, number, maps) {
 }
 
 function showImages() {
-  const run = data.runs[chosenRun.images], step = run.images.steps[byId("step").value], box = byId("groups");
+  const run = data.runs[chosenRun.images], { logged, steps } = run.images;
+  const step = steps[byId("step").value], box = byId("groups");
   if (!step) {
-    box.replaceChildren(element("p", {}, "The run kept no images with their places; run.log_images_every does."));
+    const none = element("p", {}, "The run kept no images with their places; run.log_images_every does.");
+    box.replaceChildren(...(logged.length ? leftOut(0, logged.length, "logged") : [none]));
     byId("step").disabled = true;
     return;
   }
@@ -380,8 +388,7 @@ function showImages() {
     }
     groups.push(element("h3", {}, step.images[first].prompt), element("div", { class: "tiles" }, ...tiles));
   }
-  const { logged, steps } = run.images;
-  if (steps.length < logged) groups.push(element("p", { class: "hint" }, `${steps.length} of ${logged} logged steps are in this file.`));
+  groups.push(...leftOut(steps.length, logged.length, "logged"));
   box.replaceChildren(...groups);
 }
 
