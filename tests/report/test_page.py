@@ -63,29 +63,39 @@ def run(tiny_run, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def other(run):
-    """A run of another recipe."""
+    """A run of another recipe, one image of which is unlike the first run's, without fixed prompts
+    and with one pair.
+    """
     folder = run.parent / "two"
     shutil.copytree(run, folder)
     recipe = json.loads((folder / "recipe.json").read_text())
     recipe["optimizer"]["lr"] = 0.25
     (folder / "recipe.json").write_text(json.dumps(recipe))
+    shutil.rmtree(folder / "fixed")
+    pairs = json.loads((folder / "before_after.json").read_text())
+    pairs["images"] = pairs["images"][:1]
+    (folder / "before_after.json").write_text(json.dumps(pairs))
+    logged = json.loads((folder / "images" / "000001.json").read_text())
+    logged[0]["reward"] = 9.0
+    (folder / "images" / "000001.json").write_text(json.dumps(logged))
     return folder
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """A study of two arms and three runs."""
+    """A study of two arms and three runs, and a second cell of one run."""
 
-    def a_run(arm, seed, golds):
+    def a_run(arm, seed, golds, cell="hot"):
         series = {"validation/gold": [[1, 2], golds], "probe/kl": [[1, 2], [0.01, 0.04]]}
         series["reward/mean"] = [[1, 2], golds]
-        kept = {"cell": "hot", "arm": arm, "seed": seed, "failed": "", "steps": 2}
+        kept = {"cell": cell, "arm": arm, "seed": seed, "failed": "", "steps": 2}
         return kept | {"series": series}
 
-    about = {"name": "s", "cells": {"hot": ["steps=2"]}, "arms": {"grpo": {}, "stage": {}}}
-    about |= {"endpoint": "validation/gold", "contrasts": []}
+    about = {"name": "s", "cells": {"hot": ["steps=2"], "cold": []}, "contrasts": []}
+    about |= {"arms": {"grpo": {}, "stage": {}}, "endpoint": "validation/gold"}
     runs = [a_run("grpo", 1, [0.25, 0.5]), a_run("grpo", 2, [0.75, 1.0])]
     runs.append(a_run("stage", 1, [0.5, 0.5]))
+    runs.append(a_run("stage", 1, [0.125, 0.25], "cold"))
     base = {"hot": {"validation/gold": 0.25}}
     folder = tmp_path_factory.mktemp("study")
     (folder / "results.json").write_text(json.dumps({"study": about, "base": base, "runs": runs}))
@@ -336,6 +346,13 @@ control.dispatchEvent(new Event("change"));
 """
 
 
+CHOOSE_RUN = """
+const control = document.querySelector(`select.run[data-for=${arguments[0]}]`);
+control.value = arguments[1];
+control.dispatchEvent(new Event("change"));
+"""
+
+
 def test_no_error_and_no_request(page, js):
     assert page.get_log("browser") == []
     assert (
@@ -444,6 +461,35 @@ def test_the_slider_shows_more_of_the_base(js):
     assert clips == ["inset(0px 0px 0px 80%)"] * 3
 
 
+def test_the_slider_of_a_pair_moves_that_pair_alone(js):
+    js(SET, "slide-all", 80)
+    js(
+        "const slider = document.querySelectorAll('.pair input')[1]; slider.value = 30;"
+        "slider.dispatchEvent(new Event('input'))"
+    )
+    clips = js(
+        "return [...document.querySelectorAll('.stack img + img')].map((x) => x.style.clipPath)"
+    )
+    assert [clip[-4:-2] for clip in clips] == ["80", "30", "80"]
+
+
+def test_each_section_shows_the_run_that_is_chosen_for_it(js):
+    seen = """
+return [
+  document.querySelectorAll("#fixed-rows tbody tr").length,
+  document.querySelector("#groups figcaption strong").textContent,
+  document.getElementById("compare-count").textContent,
+]
+"""
+    first = js(seen)
+    for place, name in enumerate(("fixed", "images", "compare")):
+        js(CHOOSE_RUN, name, 1)
+        changed = [one != other for one, other in zip(js(seen), first, strict=True)]
+        assert changed == [i == place for i in range(3)]
+        js(CHOOSE_RUN, name, 0)
+        assert js(seen) == first
+
+
 def test_images_are_filtered_by_what_became_of_them(js):
     counted = "return document.getElementById('compare-count').textContent"
     assert js(counted) == "Of 3 images 1 gained, 1 lost, 1 unchanged."
@@ -495,3 +541,7 @@ def test_a_study_shows_tables_frontier_and_bands(open_page, study):
     assert frontier[0]["x"] == pytest.approx([0, 0.1, 0.2])
     js(SET, "bands", False)
     assert js("return plots[1].data.length") == 2
+    js(SET, "cell", 1)
+    assert js("return document.querySelectorAll('.plot')[1].data[0].y") == [0.125, 0.25]
+    frontier = js("return document.getElementById('frontier').data")
+    assert frontier[0]["x"] == pytest.approx([0.1, 0.2])  # its base is not known
