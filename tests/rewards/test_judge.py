@@ -180,6 +180,13 @@ def test_any_real_number_is_a_score_and_an_extra(value):
     assert reward_metrics(judged)["reward/a_extra"] == float(value)
 
 
+def test_an_extra_beyond_what_a_float_holds_names_the_reward():
+    for huge in (10**400, Fraction(10**400, 3)):
+        scores = [Score(1.0, "", {"extra": huge})] * 4
+        with pytest.raises(RewardError, match="reward 'a': an extra is beyond what a float holds"):
+            judge(("a", 1.0, lambda images, prompts, scores=scores: scores))
+
+
 def test_an_exit_is_a_failure_that_names_file_and_line(caplog):
     def leaves(images, prompts):
         sys.exit(0)
