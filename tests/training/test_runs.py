@@ -103,6 +103,7 @@ def test_the_status_says_how_a_run_ended_and_why(recipe, monkeypatch):
     monkeypatch.setattr(loop, "train_step", out_of_memory)
     failed = status_of(error=RuntimeError)
     assert (failed["state"], failed["why"]) == ("failed", "RuntimeError: out of memory")
+    assert failed["error"] == "RuntimeError"
     monkeypatch.undo()
     run = train(recipe("steps=1"))
     finished = json.loads((run / "status.json").read_text())

@@ -132,7 +132,7 @@ def _status(file: Path, recipe: Recipe) -> Iterator[None]:
         why = str(error) if isinstance(error, StageError) else f"{type(error).__name__}: {error}"
         state = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
         with contextlib.suppress(StageError):  # of a full disk the error says more
-            write(state, " ".join(why.split()), ended=_now())
+            write(state, " ".join(why.split()), error=type(error).__name__, ended=_now())
         raise
     write("finished", ended=_now())
 
