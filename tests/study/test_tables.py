@@ -124,8 +124,33 @@ def test_studies_of_one_cell_are_shown_together():
     # 0.5 - 0.1 and 0.5 - 0.4
     assert "+0.250" in rows[0].split()
     other = more | {"study": more["study"] | {"cells": {"hot": ["optimizer.lr=2"]}}}
-    with pytest.raises(InputError, match="cell hot has other settings"):
+    with pytest.raises(InputError, match="more: cell hot is another than in tiny"):
         merge_results([RESULTS, other])
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"arms": {"grpo": {"overrides": ["algorithm.beta=1"]}}}, "arm grpo"),
+        ({"arms": {"grpo": {"recipe": "other"}}}, "arm grpo"),
+        ({"recipe": "other"}, "arm grpo"),
+        ({"overrides": ["steps=9"]}, "arm grpo"),
+        ({"endpoint": "validation/structure"}, "the endpoint"),
+    ],
+)
+def test_different_arms_of_one_name_are_not_shown_together(change, what):
+    other = RESULTS | {"study": RESULTS["study"] | {"name": "more"} | change}
+    with pytest.raises(InputError, match=f"more: {what} is another than in tiny"):
+        merge_results([RESULTS, other])
+
+
+def test_what_makes_no_run_another_may_differ_between_studies():
+    arms = {"grpo": {"note": "C0", "seeds": [1], "cells": ["hot"]}, "mask": {}}
+    other = RESULTS | {"study": RESULTS["study"] | {"name": "more", "arms": arms}}
+    assert list(merge_results([RESULTS, other])["study"]["arms"]) == [
+        *("grpo", "stage", "never"),
+        "mask",
+    ]
 
 
 def test_a_run_that_was_stopped_is_named_and_counts_only_where_no_other_finished():
@@ -138,3 +163,53 @@ def test_a_run_that_was_stopped_is_named_and_counts_only_where_no_other_finished
     assert line_of(text, "grpo", "0.250")[1] == "2"
     assert line_of(text, "mask", "not known")[1:3] == ["1", "0.700"]
     assert text.endswith("unfinished: grpo/3 after 125 of 200 steps, mask/1 after 125 of 200 steps")
+
+
+def cut_short(arm, seed, failed, **more):
+    """A run that ended after its second evaluation, at its best."""
+    run = a_run(arm, seed, [0.8] * 5, [0.01] * 5, failed)
+    cut = {name: [steps[:2], values[:2]] for name, (steps, values) in run["series"].items()}
+    return run | {"series": cut} | more
+
+
+@pytest.mark.parametrize(
+    ("failed", "more"),
+    [
+        ("error: step 51: anything", {"diverged": True}),
+        ("error: step 51: the kl loss is nan (prompts 'a'); lower", {}),
+        ("error: step 51: the gradient norm is inf; lower", {}),
+        ("error: the update at learning rate 1 made parameters that are not finite; lower", {}),
+        ("error: the logits of the policy are not finite: its", {}),
+        ("error: guidance_scale 3 at temperature 1 makes logits that are not finite; lower", {}),
+    ],
+)
+def test_a_run_that_diverged_has_no_end_and_broke(failed, more):
+    text = study_tables(
+        RESULTS | {"runs": [*RESULTS["runs"], cut_short("grpo", 3, failed, **more)]}
+    )
+    line = line_of(text, "grpo", "diverged")
+    assert line[1:7] == ["2", "(1", "diverged)", "0.250", "+-", "0.150"]
+    assert line[-1] == "2/3"
+    assert "diverged: grpo/3 after 50 of 125 steps (error: " in text
+
+
+def test_a_run_that_diverged_is_in_no_pair():
+    runs = [*RESULTS["runs"], cut_short("grpo", 3, "x", diverged=True)]
+    runs.append(a_run("stage", 3, [0.9] * 5, [0.01] * 5))
+    rows = [row for row in study_tables(RESULTS | {"runs": runs}).splitlines() if "stage -" in row]
+    assert rows[0].split()[3:5] == ["2", "+0.090"]
+
+
+def test_a_run_that_diverged_before_its_first_step_broke():
+    run = cut_short("grpo", 3, "x", diverged=True) | {"series": {}}
+    text = study_tables(RESULTS | {"runs": [*RESULTS["runs"], run]})
+    assert line_of(text, "grpo", "diverged")[-1] == "2/3"
+
+
+@pytest.mark.parametrize("more", [{}, {"diverged": False}])
+def test_a_run_that_failed_otherwise_is_named_and_counts_nowhere(more):
+    killed = cut_short("grpo", 3, "killed by signal 9", **more)
+    text = study_tables(RESULTS | {"runs": [*RESULTS["runs"], killed]})
+    assert line_of(text, "grpo", "0.250")[1:5] == ["2", "0.250", "+-", "0.150"]
+    assert line_of(text, "grpo", "0.250")[-1] == "1/2"
+    assert text.endswith("failed: grpo/3 after 50 of 125 steps (killed by signal 9)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,10 @@ AREA_LIMIT = 0.1
 LAST_SHARE = 0.2
 """Of the evaluations that the endpoint is the mean of."""
 KL, DRIFT = "probe/kl", "probe/entropy_drift"
+NOT_FINITE = re.compile(
+    "loss is|gradient norm is|parameters that are not finite|logits (of the policy|that) are not"
+)
+"""Says in records of former versions that a run diverged."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,8 @@ class RunResult:
     seed: int
     failed: str
     series: Mapping[str, tuple[list[int], list[float | None]]]
+    diverged: bool = False
+    """It has no end, and what it last scored is none."""
 
     def values(self, metric: str) -> tuple[list[int], list[float]]:
         """Steps and values of a metric where it is finite."""
@@ -60,9 +67,9 @@ class RunResult:
 
     @property
     def diverged_at(self) -> int | None:
-        """The step after which a loss was not finite; None where that did not end the run."""
+        """The step that was not finite; None where that did not end the run."""
         steps = self.series.get("reward/mean", ([], []))[0]
-        return steps[-1] + 1 if "loss is" in self.failed and steps else None
+        return max(steps, default=0) + 1 if self.diverged else None
 
 
 Arms = Mapping[str, Sequence[RunResult]]
@@ -79,7 +86,7 @@ class CellTables:
     tables: Sequence[list[list[str]]]
     """Rows of cells, the first row names the columns."""
     unfinished: str
-    """The runs that were stopped; empty where there are none."""
+    """The runs that did not reach their end, and why; empty where there are none."""
 
 
 def cell_tables(results: Mapping[str, Any]) -> list[CellTables]:
@@ -117,21 +124,23 @@ def study_tables(results: Mapping[str, Any]) -> str:
 
 
 def merge_results(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Several studies as one: a cell or an arm of the same name must be the same in all of them,
-    else it is an `InputError`; of runs that several have, the last counts.
+    """Several studies as one: the endpoint, and a cell or an arm of the same name, must be the same
+    in all of them, else it is an `InputError`; of runs that several have, the last counts.
     """
     merged: dict[str, Any] = {"study": {}, "base": {}, "runs": {}}
+    same: dict[str, Any] = {}
     for part in parts:
-        study = merged["study"]
-        for key, value in part["study"].items():
+        study, own = merged["study"], part["study"]
+        for name, settings in _settings(own).items():
+            if same.setdefault(name, settings) != settings:
+                raise InputError(
+                    f"{own['name']}: {name} is another than in {study['name']}; "
+                    "show them one by one"
+                )
+        for key, value in own.items():
             if key in ("cells", "arms"):
-                known = study.setdefault(key, {})
-                for name, own in value.items():
-                    if known.setdefault(name, own) != own and key == "cells":
-                        raise InputError(
-                            f"{part['study']['name']}: cell {name} has other settings than in "
-                            f"{study['name']}; show them one by one"
-                        )
+                known = study.get(key, {})
+                study[key] = {**known, **value, **known}
             elif key in ("contrasts", "compared"):
                 new = [pair for pair in value if pair not in study.get(key, [])]
                 study[key] = [*study.get(key, []), *new]
@@ -142,32 +151,62 @@ def merge_results(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return merged | {"runs": list(merged["runs"].values())}
 
 
-def runs_by_arm(results: Mapping[str, Any], cell: str) -> dict[str, list[RunResult]]:
-    """The runs of a cell, arm by arm; without arms that have none.
+def _settings(study: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes runs of two studies the same: that of the endpoint, and of each cell and arm."""
+    recipe, overrides = study.get("recipe"), study.get("overrides", [])
+    arms = {
+        f"arm {name}": (arm.get("recipe") or recipe, overrides, arm.get("overrides", []))
+        for name, arm in study["arms"].items()
+    }
+    cells = {f"cell {name}": settings for name, settings in study["cells"].items()}
+    return {"the endpoint": study["endpoint"], **cells, **arms}
 
-    A run that was stopped counts only in an arm without one that finished or failed.
+
+def runs_by_arm(results: Mapping[str, Any], cell: str) -> dict[str, list[RunResult]]:
+    """The runs of a cell, arm by arm, that finished or diverged; without arms that have none.
+
+    A run that was stopped counts only in an arm without one of them, one that failed never.
     """
     arms: dict[str, list[RunResult]] = {}
     for arm in results["study"]["arms"]:
         runs = [run for run in results["runs"] if (run["cell"], run["arm"]) == (cell, arm)]
-        ended = [run for run in runs if run["failed"] or recorded_steps(run) == run["steps"]]
-        arms[arm] = [RunResult(r["seed"], r["failed"], r["series"]) for r in ended or runs]
+        ended = [run for run in runs if outcome(run) in ("finished", "diverged")]
+        arms[arm] = [
+            RunResult(run["seed"], run["failed"], run["series"], outcome(run) == "diverged")
+            for run in ended or runs
+            if outcome(run) != "failed"
+        ]
     return {arm: runs for arm, runs in arms.items() if runs}
+
+
+def outcome(record: Mapping[str, Any]) -> str:
+    """How a run of results.json ended: finished, diverged, failed or unfinished."""
+    failed, diverged = record["failed"], record.get("diverged")
+    if failed and (diverged or (diverged is None and NOT_FINITE.search(failed))):
+        return "diverged"
+    if recorded_steps(record) >= record["steps"]:
+        return "finished"
+    return "failed" if failed else "unfinished"
 
 
 def recorded_steps(record: Mapping[str, Any]) -> int:
     """Steps that a run of results.json did."""
-    return max(record["series"].get("reward/mean", ([0],))[0])
+    return max(record["series"].get("reward/mean", ([],))[0], default=0)
 
 
 def _unfinished(results: Mapping[str, Any], cell: str) -> str:
-    """The runs of a cell that were stopped before their end."""
-    stopped = [
-        f"{run['arm']}/{run['seed']} after {recorded_steps(run)} of {run['steps']} steps"
-        for run in results["runs"]
-        if run["cell"] == cell and not run["failed"] and recorded_steps(run) < run["steps"]
-    ]
-    return f"unfinished: {', '.join(stopped)}" if stopped else ""
+    """The runs of a cell that did not reach their end."""
+    parts = []
+    for word in ("unfinished", "failed", "diverged"):
+        runs = [
+            f"{run['arm']}/{run['seed']} after {recorded_steps(run)} of {run['steps']} steps"
+            + (f" ({run['failed']})" if run["failed"] else "")
+            for run in results["runs"]
+            if run["cell"] == cell and outcome(run) == word
+        ]
+        if runs:
+            parts.append(f"{word}: {', '.join(runs)}")
+    return "; ".join(parts)
 
 
 Measure = Callable[[RunResult], "float | None"]
@@ -185,14 +224,16 @@ OUTCOMES: dict[str, Measure] = {
 
 
 def _ends(arms: Arms, endpoint: str, base: float | None) -> list[list[str]]:
-    """Where each arm ends: mean +- standard error over seeds."""
+    """Where each arm ends: mean +- standard error over seeds, and how many diverged before."""
     rows = [["arm", "seeds", endpoint.rpartition("/")[2], "95 % interval", *OUTCOMES, "broke"]]
     for arm, runs in arms.items():
         found = _values(runs, lambda run: run.at_end(endpoint))
         score = statistics.estimate(list(found.values())) if found else None
         cells = [_mean(_values(runs, measure).values()) for measure in OUTCOMES.values()]
         broke = _broke(runs, endpoint, base)
-        rows.append([arm, str(len(runs)), _cell(score), _interval(score), *cells, broke])
+        diverged = sum(run.diverged for run in runs)
+        seeds = f"{len(runs) - diverged}" + (f" ({diverged} diverged)" if diverged else "")
+        rows.append([arm, seeds, _cell(score), _interval(score), *cells, broke])
     return rows
 
 
@@ -290,13 +331,15 @@ def _paired(
 
 
 def _values(runs: Sequence[RunResult], measure: Measure) -> dict[int, float]:
-    """By seed, of the runs that have it."""
-    found = {run.seed: measure(run) for run in runs}
+    """By seed, of the runs that have it; what was measured before a run diverged is no end of it,
+    or an arm would gain by diverging.
+    """
+    found = {run.seed: measure(run) for run in runs if not run.diverged}
     return {seed: value for seed, value in found.items() if value is not None}
 
 
 def _frontier(arms: Arms, endpoint: str, base: float | None) -> list[list[str]]:
-    """The score at equal exact KL, over the seeds that got there."""
+    """The score at equal exact KL, over the seeds that got there, those that diverged later too."""
     if base is None:
         return []
     names = [f"K = {divergence:g}" for divergence in DIVERGENCES]
@@ -323,7 +366,11 @@ def _broke(runs: Sequence[RunResult], endpoint: str, base: float | None) -> str:
         if divergences or run.diverged_at:
             steps.append(
                 statistics.breakdown_step(
-                    evaluated, scores, divergences, base=base, diverged_at=run.diverged_at
+                    evaluated[: len(divergences)],
+                    scores,
+                    divergences,
+                    base=base,
+                    diverged_at=run.diverged_at,
                 )
             )
     return f"{sum(step is not None for step in steps)}/{len(steps)}"
