@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from stage_rl.config import load_recipe, resolved_json
 from stage_rl.errors import InputError
 from stage_rl.study import run
 from stage_rl.study.plan import load_study
@@ -51,7 +52,9 @@ def test_one_failed_run_does_not_end_the_others_and_the_same_command_goes_on(
     file.write_text(STUDY.format(recipe="shapes_grpo"))
     results = run_study(load_study(file), tmp_path / "out", jobs=2)
     assert "toy/broken/1: " in capsys.readouterr().err
-    (run,) = results["runs"]
+    broken, run = results["runs"]
+    assert (broken["arm"], broken["series"]) == ("broken", {})
+    assert "no such detector" in broken["failed"]
     assert run["series"]["validation/gold"][0] == [1, 2]
     assert results["base"]["toy"].keys() >= {"validation/gold", "validation/structure"}
     assert "grpo" in study_tables(results)
@@ -99,6 +102,103 @@ def write_results(folder, study, records, base=()):
     (folder / "results.json").write_text(json.dumps(results))
 
 
+@pytest.fixture
+def edited(tmp_path, monkeypatch):
+    """Runs a study of one arm with other overrides, training nothing; gives what was started."""
+    monkeypatch.setattr(run, "_score_base", lambda recipe: {"guided": recipe.guidance_scale})
+
+    def edit(*overrides, reuse="", name="mine", ended=()):
+        text = re.sub("  broken: .*", "", STUDY).replace("[[broken, grpo]]", "[]")
+        more = ", ".join(["steps=2", *overrides])
+        text = text.format(recipe="shapes_grpo").replace("steps=2", more)
+        (tmp_path / f"{name}.yaml").write_text(text + reuse)
+        study, started = load_study(tmp_path / f"{name}.yaml"), []
+
+        def run_all(waiting, *_, **__):
+            started.extend(waiting)
+            yield from ((one, why) for one in waiting for why in ended)
+
+        monkeypatch.setattr(run, "_run_all", run_all)
+        return run_study(study, tmp_path / name, jobs=1), started
+
+    return edit
+
+
+def begun(place, study_run, *, steps=2, **status):
+    """The folder of a run that did some steps."""
+    place.mkdir(parents=True)
+    recipe = load_recipe(study_run.recipe, study_run.overrides)
+    (place / "recipe.json").write_text(resolved_json(recipe))
+    (place / "status.json").write_text(json.dumps(status))
+    lines = [json.dumps({"step": step, "reward/mean": 0.5}) + "\n" for step in range(steps)]
+    (place / "metrics.jsonl").write_text("".join(lines))
+
+
+def test_a_study_file_that_was_edited_does_not_rename_finished_runs(edited, tmp_path):
+    _, (first,) = edited("algorithm.beta=0.01")
+    begun(first.folder(tmp_path / "mine"), first)
+    results, started = edited("algorithm.beta=0.01")
+    assert (results["runs"][0]["overrides"], started) == (list(first.overrides), [])
+    # Another spelling of the same settings is no change.
+    assert edited("algorithm.beta=1e-2")[1] == []
+    before = (tmp_path / "mine/results.json").read_text()
+    for change in ("algorithm.beta=0.03", "evaluation.validation_seed=5", "steps=1"):
+        key = change.partition("=")[0]
+        with pytest.raises(InputError, match=rf"toy/grpo/1.*differs in .*{key}"):
+            edited("algorithm.beta=0.01", change)
+    assert (tmp_path / "mine/results.json").read_text() == before
+    # So it is where only the record is left, and where another study has the run.
+    shutil.rmtree(tmp_path / "mine/runs")
+    assert edited("algorithm.beta=1e-2")[1] == []
+    with pytest.raises(InputError, match=r"toy/grpo/1.*differs in algorithm\.beta\)"):
+        edited("algorithm.beta=0.03")
+
+
+def test_a_run_whose_record_is_not_that_of_its_folder_is_not_taken_over(edited, tmp_path):
+    _, (first,) = edited("algorithm.beta=0.01")
+    _, (other,) = edited("algorithm.beta=0.03", name="other")
+    begun(first.folder(tmp_path / "mine"), other)
+    record = {"cell": "toy", "arm": "grpo", "seed": 1, "steps": 2, "failed": "", "series": {}}
+    record |= {"recipe": first.recipe, "overrides": list(first.overrides)}
+    write_results(tmp_path / "mine", load_study(tmp_path / "mine.yaml"), [record])
+    with pytest.raises(InputError, match=r"mine/runs/toy/grpo/1: .*differs in algorithm\.beta\)"):
+        edited("algorithm.beta=0.01", name="third", reuse="reuse: [mine]\n")
+
+
+def test_the_base_is_drawn_again_where_its_settings_were_edited(edited):
+    assert edited()[0]["base"] == {"toy": {"guided": 1.0}}
+    assert edited("rollout.guidance_scale=2.0")[0]["base"] == {"toy": {"guided": 2.0}}
+
+
+def test_a_run_that_did_no_step_may_be_given_other_settings(edited):
+    (found,) = edited("algorithm.beta=0.01", ended=["", "no such file"])[0]["runs"]
+    assert (found["failed"], found["series"]) == ("no such file", {})
+    assert [str(one) for one in edited("algorithm.beta=0.03")[1]] == ["toy/grpo/1"]
+
+
+def test_why_a_run_failed_is_known_until_it_is_started_again(edited, tmp_path):
+    _, (first,) = edited()
+    begun(first.folder(tmp_path / "mine"), first, steps=1, state="failed", error="DivergedError")
+    (found,) = edited(ended=["", "the loss"])[0]["runs"]
+    assert (found["failed"], found["diverged"]) == ("the loss", True)
+    (found,) = edited()[0]["runs"]
+    assert (found["failed"], found["diverged"]) == ("the loss", True)
+    (found,) = edited(ended=[""])[0]["runs"]
+    assert (found["failed"], found.get("diverged")) == ("", None)
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [(None, ["0", "1"]), ("4,5", ["4", "5"]), ("GPU-a, GPU-b", ["GPU-a", "GPU-b"])],
+)
+def test_trainings_get_the_gpus_that_the_study_was_given(monkeypatch, visible, expected):
+    monkeypatch.setattr(run.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert run._gpus() == expected
+
+
 WAITS = """
 import signal, sys, time
 told = []
@@ -126,8 +226,14 @@ def test_a_stop_is_passed_on_once_so_that_a_training_saves(tmp_path, monkeypatch
     monkeypatch.setattr(run, "POLL_S", 0.05)
     waiting = list(load_study("quick").runs())[:2]
     ended = run._run_all(waiting, tmp_path, [None], advance=lambda _: None, signals=signals)
-    assert [(one, why) for one, why in ended] == [(waiting[0], "")]
+    assert list(ended) == [(waiting[0], ""), (waiting[0], "")]  # it starts, and ends
     assert (tmp_path / "told").read_text() == "1"
+
+
+def test_a_training_that_was_killed_says_so_whatever_its_log_ends_with(tmp_path):
+    (tmp_path / "log").write_text("step 20: reward 0.5\nerror: no such file\n")
+    assert run._why(-9, tmp_path / "log") == "killed by signal 9"
+    assert run._why(1, tmp_path / "log") == "error: no such file"
 
 
 def test_a_folder_without_results_is_one_line(tmp_path):

@@ -17,14 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
-from stage_rl.config import load_recipe
+from stage_rl.config import diff_recipes, load_recipe
 from stage_rl.console import progress, stop_signals
 from stage_rl.distributed import pick_device
-from stage_rl.errors import Stopped
+from stage_rl.errors import DivergedError, InputError, Stopped
 from stage_rl.files import read_metrics, replace_text
 from stage_rl.recipe import Recipe
 from stage_rl.rollout.engine import Engine
+from stage_rl.run_records import record_of
 from stage_rl.study.plan import RunKey, Study, StudyRun
 from stage_rl.study.records import read_results
 from stage_rl.study.tables import recorded_steps
@@ -58,20 +60,20 @@ def run_study(study: Study, folder: Path, *, jobs: int | None = None) -> dict[st
     A run that finished in results.json is not repeated, even where its folder is gone; nor one that
     a study of `reuse` has.
     `jobs` None: one for each GPU, or for each processor. Raises `Stopped` after Ctrl-C or SIGTERM,
-    when the trainings have saved.
+    when the trainings have saved, and `InputError` where a run was made with other settings.
     """
+    _refuse_changed(study, folder)
     runs = list(study.runs())
     known = _recorded(study, folder)
     waiting = [run for run in runs if not _finished(run, folder, known.get(run.key))]
     total = sum(_steps(run) for run in waiting)
-    gpus = list(range(torch.cuda.device_count()))
-    slots: list[int | None] = [*gpus] or [None] * (jobs or os.cpu_count() or 1)
+    slots: list[str | None] = [*_gpus()] or [None] * (jobs or os.cpu_count() or 1)
     slots = [slots[index % len(slots)] for index in range(jobs or len(slots))]
     with stop_signals() as signals, progress(f"study {study.name}", total) as advance:
         results = collect(study, folder)
-        results["base"] = _base_scores(study, runs, results["base"])
+        results["base"] = _base_scores(study, folder)
         _write(folder, results)
-        reasons = {}
+        reasons: dict[RunKey, str] = {}
         for run, reason in _run_all(waiting, folder, slots, advance=advance, signals=signals):
             reasons[run.key] = reason
             _write(folder, collect(study, folder, reasons))
@@ -86,16 +88,19 @@ def collect(
     study: Study, folder: Path, reasons: Mapping[RunKey, str] | None = None
 ) -> dict[str, Any]:
     """The results of the runs that there are; earlier ones whose folders are gone stay as they are
-    in FOLDER/results.json.
+    in FOLDER/results.json. `reasons`: why runs failed that were started since, empty for the rest.
     """
-    known = _recorded(study, folder)
+    known, reasons = _recorded(study, folder), reasons or {}
     for run in study.runs():
-        metrics = run.folder(folder) / "metrics.jsonl"
-        if metrics.exists():
-            known[run.key] = _read(run, metrics, (reasons or {}).get(run.key, ""))
+        before: dict[str, Any] = known.get(run.key, {})
+        failed = reasons[run.key] if run.key in reasons else before.get("failed", "")
+        if (run.folder(folder) / "metrics.jsonl").exists() or (failed and not before):
+            known[run.key] = _read(run, folder, failed)
+        elif before:
+            known[run.key] = before | {"failed": failed}
     return {
         "study": study.model_dump(mode="json"),
-        "base": read_results(folder)["base"] if (folder / "results.json").exists() else {},
+        "base": _results(folder)["base"],
         "runs": [known[key] for key in sorted(known)],
     }
 
@@ -118,23 +123,37 @@ def _write(folder: Path, results: dict[str, Any]) -> None:
     replace_text(folder / "results.json", text + "\n")
 
 
-def _base_scores(
-    study: Study, runs: Sequence[StudyRun], known: Mapping[str, dict[str, float]]
-) -> dict[str, dict[str, float]]:
+def _base_scores(study: Study, folder: Path) -> dict[str, dict[str, float]]:
     """What the validation of each cell says of the policy before the first step; drawn once for
-    cells that differ in nothing that it sees.
+    cells that differ in nothing that it sees, and again where the study file has changed that.
     """
-    found, drawn = dict(known), {}
-    for cell in study.cells:
-        if cell in found:
+    before = _results(folder)
+    found, drawn = dict(before["base"]), {}
+    try:
+        seen = _seen_by_validation(Study.model_validate(before["study"]))
+    except (ValidationError, InputError):  # of a former version
+        seen = {}
+    for cell, recipe in _seen_by_validation(study).items():
+        key = _validated(recipe)
+        if cell in found and (cell not in seen or _validated(seen[cell]) == key):
             continue
-        first = next(run for run in runs if run.cell == cell)
-        recipe = load_recipe(first.recipe, first.overrides)
-        key = repr((recipe.policy, recipe.evaluation, recipe.rollout))
         if key not in drawn:
             drawn[key] = _score_base(recipe)
         found[cell] = drawn[key]
     return found
+
+
+def _seen_by_validation(study: Study) -> dict[str, Recipe]:
+    """By cell the recipe of its first run."""
+    first: dict[str, StudyRun] = {}
+    for run in study.runs():
+        first.setdefault(run.cell, run)
+    return {cell: load_recipe(run.recipe, run.overrides) for cell, run in first.items()}
+
+
+def _validated(recipe: Recipe) -> str:
+    """What of a recipe the validation of its base depends on."""
+    return repr((recipe.policy, recipe.evaluation, recipe.rollout))
 
 
 def _score_base(recipe: Recipe) -> dict[str, float]:
@@ -149,19 +168,22 @@ def _score_base(recipe: Recipe) -> dict[str, float]:
 def _run_all(
     waiting: Sequence[StudyRun],
     folder: Path,
-    slots: list[int | None],
+    slots: list[str | None],
     *,
     advance: Any,
     signals: Sequence[int],
 ) -> Iterator[tuple[StudyRun, str]]:
-    """Runs all, each slot one at a time; yields each that ended and why, if it failed."""
+    """Runs all, each slot one at a time; yields each when it starts, with no word, and when it
+    ended, with why if it failed.
+    """
     queue, free = list(waiting), list(slots)
-    running: list[tuple[StudyRun, subprocess.Popen[bytes], int | None, int]] = []
+    running: list[tuple[StudyRun, subprocess.Popen[bytes], str | None, int]] = []
     told = 0  # signals that were passed on: a training that gets a second one does not save
     while running or (queue and not signals):
         while queue and free and not signals:
             run, slot = queue.pop(0), free.pop(0)
             running.append((run, _start(run, folder, slot), slot, _done_steps(run, folder)))
+            yield run, ""
         time.sleep(POLL_S)
         if len(signals) > told:
             told = len(signals)
@@ -176,19 +198,26 @@ def _run_all(
                 still.append((run, process, slot, done))
                 continue
             free.append(slot)
-            failed = _last_line(_log(run, folder)) if code and not signals else ""
+            failed = _why(code, _log(run, folder)) if code and not signals else ""
             if failed:
                 print(f"{run}: {failed}", file=sys.stderr)
             yield run, failed
         running = still
 
 
-def _start(run: StudyRun, folder: Path, gpu: int | None) -> subprocess.Popen[bytes]:
+def _gpus() -> list[str]:
+    """As CUDA_VISIBLE_DEVICES names them: those that this process may use."""
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return [one.strip() for one in named.split(",")][:count] if named else [*map(str, range(count))]
+
+
+def _start(run: StudyRun, folder: Path, gpu: str | None) -> subprocess.Popen[bytes]:
     environment = dict(os.environ)
     if gpu is None:
         environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     else:
-        environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
     place = run.folder(folder)
     place.parent.mkdir(parents=True, exist_ok=True)
     with _log(run, folder).open("ab") as log:
@@ -208,37 +237,92 @@ def _log(run: StudyRun, folder: Path) -> Path:
     return run.folder(folder).with_suffix(".log")
 
 
-def _last_line(log: Path) -> str:
+def _why(code: int, log: Path) -> str:
+    """Why a training failed; the log of one that was killed ends anywhere."""
+    if code < 0:
+        return f"killed by signal {-code}"
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return lines[-1] if lines else "ended without a word"
 
 
 def _recorded(study: Study, folder: Path) -> dict[RunKey, dict[str, Any]]:
     """The runs of FOLDER/results.json, if there is one, and what other studies have of the rest."""
-    known = {(r["cell"], r["arm"], r["seed"]): r for r in _records(folder)}
-    others = {
-        (record["recipe"], *record["overrides"]): record
-        for name in study.reuse
-        for record in _records(folder.parent / name)
-        if not record["failed"]
-    }
-    for run in study.runs():
-        record = others.get((run.recipe, *run.overrides))
-        if record and run.key not in known:
+    known = {(r["cell"], r["arm"], r["seed"]): r for r in _results(folder)["runs"]}
+    for run, (_, record) in _reused(study, folder).items():
+        if run.key not in known:
             known[run.key] = record | {"cell": run.cell, "arm": run.arm}
     return known
 
 
-def _records(folder: Path) -> list[dict[str, Any]]:
-    return read_results(folder)["runs"] if (folder / "results.json").exists() else []
+def _reused(study: Study, folder: Path) -> dict[StudyRun, tuple[Path, dict[str, Any]]]:
+    """Of the runs that studies of `reuse` have: the run's folder there, and its record."""
+    found = {}
+    for other in (folder.parent / name for name in study.reuse):
+        for record in _results(other)["runs"]:
+            if not record["failed"]:
+                place = other / "runs" / record["cell"] / record["arm"] / str(record["seed"])
+                found[_asked(record)] = (place, record)
+    return {run: found[asked] for run in study.runs() if (asked := _asked(run._asdict())) in found}
+
+
+def _asked(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """Recipe and overrides of a run."""
+    return (record.get("recipe", ""), *record.get("overrides", ()))
+
+
+def _results(folder: Path) -> dict[str, Any]:
+    """FOLDER/results.json, empty where there is none."""
+    if (folder / "results.json").exists():
+        return read_results(folder)
+    return {"study": {}, "base": {}, "runs": []}
+
+
+def _refuse_changed(study: Study, folder: Path) -> None:
+    """An InputError where a run was made with other settings than the study has now: its numbers
+    would stand under settings that they were not made with.
+    """
+    known = {(r["cell"], r["arm"], r["seed"]): r for r in _results(folder)["runs"]}
+    reused = _reused(study, folder)
+    for run in study.runs():
+        places = [(run.folder(folder), known.get(run.key))]
+        if run in reused and run.key not in known:
+            places.append(reused[run])
+        for place, record in places:
+            if differing := _differing(run, place, record):
+                raise InputError(
+                    f"{place}: was made with other settings than {run} of {study.name} has now "
+                    f"(differs in {', '.join(differing)}); write the former settings, or give the "
+                    "arm another name, or the study another folder"
+                )
+
+
+def _differing(run: StudyRun, place: Path, record: Mapping[str, Any] | None) -> list[str]:
+    """The keys of a recipe in which a run was made otherwise, by its folder or else its record."""
+    recipe = load_recipe(run.recipe, run.overrides)
+    done = record if record and recorded_steps(record) else None
+    same = done is None or _asked(done) == _asked(run._asdict())
+    try:
+        if (place / "metrics.jsonl").exists() and (place / "recipe.json").exists():
+            before = load_recipe(place / "recipe.json")
+        elif same:
+            return []
+        else:
+            source, *overrides = _asked(done or {})
+            before = load_recipe(source, overrides)
+    except InputError:  # of a former version
+        return [] if same else ["recipe or overrides"]
+    return [
+        key
+        for key in diff_recipes(before, recipe)
+        if not recipe.may_change(key) or key.partition(".")[0] in ("steps", "evaluation")
+    ]
 
 
 def _finished(run: StudyRun, folder: Path, record: Mapping[str, Any] | None) -> bool:
     steps = _steps(run)
     if run.folder(folder).exists() or record is None:
         return _done_steps(run, folder) >= steps
-    same = (record["recipe"], record["overrides"]) == (run.recipe, list(run.overrides))
-    return same and not record["failed"] and recorded_steps(record) >= steps
+    return not record["failed"] and recorded_steps(record) >= steps
 
 
 def _steps(run: StudyRun) -> int:
@@ -250,10 +334,13 @@ def _done_steps(run: StudyRun, folder: Path) -> int:
     return len(metrics.read_bytes().splitlines()) if metrics.exists() else 0
 
 
-def _read(run: StudyRun, metrics: Path, failed: str) -> dict[str, Any]:
+def _read(run: StudyRun, folder: Path, failed: str) -> dict[str, Any]:
     """One run as plain values."""
-    series = read_series(metrics)
-    kept = {n: s for n, s in series.items() if n in SERIES or n.startswith("validation/")}
+    place = run.folder(folder)
+    status = record_of(place / "status.json")
+    failed = "" if status.get("state") == "finished" else failed
+    diverged = {"diverged": status["error"] == DivergedError.__name__} if "error" in status else {}
+    series = read_series(place / "metrics.jsonl")
     return {
         "cell": run.cell,
         "arm": run.arm,
@@ -262,5 +349,6 @@ def _read(run: StudyRun, metrics: Path, failed: str) -> dict[str, Any]:
         "overrides": list(run.overrides),
         "steps": _steps(run),
         "failed": failed,
-        "series": kept,
+        **(diverged if failed else {}),
+        "series": {n: s for n, s in series.items() if n in SERIES or n.startswith("validation/")},
     }
