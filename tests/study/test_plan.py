@@ -2,7 +2,9 @@
 
 import pytest
 
+from stage_rl.config import load_recipe
 from stage_rl.errors import StageError
+from stage_rl.evaluation.request import recipe_request
 from stage_rl.study.plan import built_in_studies, load_study
 
 STUDY = """
@@ -69,3 +71,17 @@ def test_a_fault_is_one_line_before_anything_runs(study_file, before, after, mes
 def test_a_study_that_is_not_there_is_named():
     with pytest.raises(StageError, match="did you mean 'pilot'"):
         load_study("pilott")
+
+
+@pytest.mark.parametrize("name", built_in_studies())
+def test_all_runs_of_a_cell_are_validated_alike(name):
+    seen = {}
+    for run in load_study(name).runs():
+        if (run.cell, run.arm) not in seen:
+            recipe = load_recipe(run.recipe, run.overrides)
+            scale = recipe.guidance_scale
+            seen[run.cell, run.arm] = recipe_request(
+                recipe.evaluation, guidance_scale=scale, validation=True
+            )
+    for cell in {cell for cell, _ in seen}:
+        assert len({repr(request) for key, request in seen.items() if key[0] == cell}) == 1
