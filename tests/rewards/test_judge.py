@@ -161,9 +161,6 @@ def test_a_missing_field_names_reward_and_field():
         required_fields = ("tag",)
 
         def build(self, device):
-            return number
-
-        def build(self, device):
             raise AssertionError
 
     reward = NeedsTag(name="needs_tag")
