@@ -84,8 +84,5 @@ def _claim(out: Path, about: Mapping[str, Any]) -> None:
         raise InputError(
             f"{out}: is not empty and not the folder of an evaluation; name another --out"
         )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{out}: cannot be made ({error.strerror}); name another --out") from error
+    out.mkdir(parents=True, exist_ok=True)
     replace_text(file, json.dumps(about, indent=1) + "\n")
