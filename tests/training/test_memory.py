@@ -1,9 +1,5 @@
 """The memory plan at full size, what a run that does not fit is told, and the dry run."""
 
-import platform
-import subprocess
-import sys
-
 import pytest
 
 from stage_rl.config import load_recipe
@@ -13,7 +9,6 @@ from stage_rl.training.memory import (
     GB,
     Work,
     check_memory,
-    keep_freed_memory,
     layer_bytes,
     plan_of,
     predict,
@@ -203,33 +198,3 @@ def test_the_report_names_what_would_be_downloaded(monkeypatch, tmp_path):
     several = report(load_recipe("janus_pro_7b_geneval"), 80.0, num_processes=8)
     (head,) = (line for line in several if line.startswith("Memory of one GPU"))
     assert "for each of 8 processes" in head
-
-
-# Four buffers of 8 MB, taken and freed twenty times: 2,000 pages each of 4 KB.
-FAULTS = """
-import resource
-import numpy
-from stage_rl.training.memory import keep_freed_memory
-if {keep}:
-    assert keep_freed_memory()
-for _ in range(20):
-    buffers = [numpy.ones(1_000_000) for _ in range(4)]
-    del buffers
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-"""
-
-
-def faults(keep):
-    command = [sys.executable, "-c", FAULTS.format(keep=keep)]
-    return int(subprocess.run(command, check=True, capture_output=True).stdout)
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="no GNU C library")
-def test_memory_taken_again_is_not_cleared_again():
-    # Cleared each time, the buffers cost up to 20 x 4 x 2,000 faults, kept 4 x 2,000.
-    assert faults(True) < faults(False) - 20_000
-
-
-def test_where_the_library_has_no_such_setting_nothing_happens(monkeypatch):
-    monkeypatch.setattr(sys, "platform", "darwin")
-    assert not keep_freed_memory()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from stage_rl.allocator import keep_freed_memory
 from stage_rl.errors import InputError
 from stage_rl.openmp import sleep_beside_others
 from stage_rl.policies.base import Policy, Prefix, TokenLayout
@@ -76,8 +77,10 @@ class Engine:
         if cache_dtype not in CACHE_DTYPES:
             known = ", ".join(CACHE_DTYPES)
             raise InputError(f"cache_dtype: unknown '{cache_dtype}'; write one of: {known}")
-        if dtype == "mixed" and policy.device.type == "cpu":
-            _warn_of_slow_bf16()
+        if policy.device.type == "cpu":
+            keep_freed_memory()
+            if dtype == "mixed":
+                _warn_of_slow_bf16()
         self.policy, self.dtype, self.cache_dtype = policy, dtype, cache_dtype
         self.max_images = max_images
         """Images of one pass; None: what the memory of a GPU holds, 64 on a CPU."""

@@ -10,11 +10,9 @@ A token of the formulas is one position of one row: N completions of S = prompt 
 
 from __future__ import annotations
 
-import ctypes
 import fnmatch
 import json
 import math
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -571,22 +569,3 @@ def _table(plan: Plan) -> list[str]:
         cells = (f"{column.get(part, 0) / GB:>11.1f}" for column in columns)
         rows.append(f"  {part:<18}" + "".join(cells))
     return rows
-
-
-# Memory that the C library keeps for the next step.
-
-
-def keep_freed_memory() -> bool:
-    """Stops the C library from giving freed memory back at once; whether it can.
-
-    A step on a CPU frees and takes the same tensors again and again. Each time, the system would
-    have to clear their pages anew, which takes time. Only the GNU library can be told.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None:
-        return False
-    # Names and values of malloc.h in the GNU C library. Blocks of up to 32 MiB, the most that it
-    # allows, come from the heap, which is cut where more than 1 GiB of it is free.
-    trim_threshold, mmap_threshold = -1, -3
-    kept = mallopt(mmap_threshold, 32 * 2**20), mallopt(trim_threshold, 2**30)
-    return all(kept)

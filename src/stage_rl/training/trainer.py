@@ -38,12 +38,7 @@ from stage_rl.training.checkpoint import (
     trained_parameters,
 )
 from stage_rl.training.measure import MicroBatch, Precision, micro_batches
-from stage_rl.training.memory import (
-    check_memory,
-    for_one_process,
-    gpu_memory_gb,
-    keep_freed_memory,
-)
+from stage_rl.training.memory import check_memory, for_one_process, gpu_memory_gb
 from stage_rl.training.optim import build_optimizer
 from stage_rl.training.parallelize import prepare_blocks, shard
 from stage_rl.training.reference import build_reference
@@ -71,8 +66,6 @@ def build_trainer(
     """
     let_segments_grow()
     device = pick_device(recipe.training.device, key="training.device")
-    if device.type == "cpu":
-        keep_freed_memory()
     check_memory(recipe, gpu_memory_gb(recipe), num_processes=world.size)
     say(f"policy: {recipe.policy.kind} {getattr(recipe.policy, 'path', '')} on {device}")
     policy = recipe.policy.build(device)
