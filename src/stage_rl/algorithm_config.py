@@ -255,6 +255,10 @@ IDLE = (
 switches the whole off, as an ablation does (`entropy.mode: none`, `reweight: none`, `beta: 0`)."""
 
 
+LIKE_CLIP = ("gspo", "gspo_token", "gmpo", "cispo", "sapo")
+"""Losses with the gradient of `clip` in the only update on a rollout."""
+
+
 def idle_settings(settings: AlgorithmConfig) -> Iterator[tuple[str, str]]:
     """Keys of the objective that were changed to no effect, and what to write instead."""
     preset = PRESETS[settings.preset]

@@ -293,7 +293,7 @@ def evaluate_run(recipe: Recipe, folder: Path) -> str:
     assert saved is not None
     # The run may have more steps than this recipe asks for.
     head = f"after {saved.state.step} steps; "
-    asked = asked_of(evaluation, recipe.guidance_scale)
+    asked = asked_of(evaluation)
     if kept.exists() and _asked_before(folder, asked) == asked:
         text = kept.read_text(encoding="utf-8")
         if text.startswith(head):
@@ -309,7 +309,6 @@ def evaluate_run(recipe: Recipe, folder: Path) -> str:
             recipe.policy.build(device),
             load(folder, device),
             evaluation=evaluation,
-            guidance_scale=recipe.guidance_scale,
             out=folder,
         )
     text = f"{head}{table}\nimages: {folder / 'before_after.png'}"
@@ -322,7 +321,7 @@ def _asked_before(folder: Path, asked: Mapping[str, Any]) -> Mapping[str, Any]:
     file = folder / "evaluation.json"
     if not file.exists():
         return asked
-    return json.loads(file.read_text(encoding="utf-8")).get("asked", asked)
+    return {**asked, **json.loads(file.read_text(encoding="utf-8")).get("asked", {})}
 
 
 def export(

@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from stage_rl.algorithm_config import AlgorithmConfig, idle_settings
+from stage_rl.algorithm_config import LIKE_CLIP, AlgorithmConfig, idle_settings
 from stage_rl.errors import RecipeError
 from stage_rl.policies.base import PolicyConfig, resolve_guidance
 from stage_rl.prompts.files import PromptsConfig
@@ -162,6 +162,8 @@ class EvaluationConfig(Settings):
     prompts; 0: none is made."""
     guidance_scale: Guidance | None = None
     """Guidance while evaluating; null: that of the rollout."""
+    top_k: NonNegativeInt | None = None
+    """Draw from so many likeliest tokens while evaluating, 0: from all; null: as the rollout."""
     seed: Seed = 0
     """Seed of the random streams, the same for both policies."""
     every: NonNegativeInt = 0
@@ -327,6 +329,17 @@ class Recipe(Settings):
     def guidance_scale(self) -> float:
         """That of the rollout: the family's where the recipe names none."""
         return resolve_guidance(self.policy.policy_class, self.rollout.guidance_scale)
+
+    @property
+    def notes(self) -> list[str]:
+        """What makes sense, but may not be what its author expects."""
+        loss, once = self.algorithm.loss_kind, self.optimizer.updates_per_rollout == 1
+        if loss not in LIKE_CLIP or not once:
+            return []
+        return [
+            f"algorithm.loss: with one update per rollout {loss} has the gradient of clip; write "
+            "optimizer.updates_per_rollout=2 or more to tell them apart"
+        ]
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

@@ -36,6 +36,15 @@ def test_a_dry_run_prints_the_resolved_recipe(tiny_recipe, tmp_path, stage):
     assert resolved_json(load_recipe(tmp_path / "printed.yaml")) == resolved_json(recipe)
 
 
+def test_losses_that_are_one_with_a_single_update_are_named(tiny_recipe, stage):
+    note = "algorithm.loss: with one update per rollout cispo has the gradient of clip; write opt"
+    assert note in stage("train", tiny_recipe, "algorithm.loss=cispo", "--dry-run").stderr
+    for other in ("algorithm.loss=clip", "optimizer.updates_per_rollout=2"):
+        done = stage("train", tiny_recipe, "algorithm.loss=cispo", other, "--dry-run")
+        assert done.exit_code == 0
+        assert "has the gradient of clip" not in done.stderr
+
+
 def test_a_dry_run_of_janus_pro_says_what_it_needs_and_is_a_recipe_still(stage, tmp_path):
     done = stage("train", "janus_pro_7b_geneval", "training.device=cpu", "--dry-run")
     assert done.exit_code == 0, done.output

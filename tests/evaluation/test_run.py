@@ -435,7 +435,7 @@ def test_a_secret_is_read_where_it_is_used_and_written_as_a_reference(
     scorers = f"{{bright: {{kind: '{PLAIN}', password: '${{oc.env:PASSWORD}}'}}}}"
     evaluation = evaluation_of(load_recipe("shapes_smoke", [f"evaluation.scorers={scorers}"]))
     assert evaluation is not None
-    asked = asked_of(evaluation, 1.0)
+    asked = asked_of(evaluation)
     assert asked["scorers"]["bright"]["password"] == "${oc.env:PASSWORD}"
     known = scorers_of(find_suite("diversity"), evaluation.scorers, smoke=True)
     assert known["bright"][1].password == "hunter2"

@@ -103,10 +103,8 @@ def test_measures_that_were_cut_off_are_taken_again(few, tiny_shapes, tmp_path):
 
 
 def test_a_run_gets_its_figures_and_its_grid(few, tiny_shapes, tmp_path):
-    settings = EvaluationConfig(images_per_task=1, guidance_scale=None, seed=1)
-    run_it = functools.partial(
-        *(compare_policies, tiny_shapes, tiny_shapes), evaluation=settings, guidance_scale=1.0
-    )
+    settings = EvaluationConfig(images_per_task=1, guidance_scale=1.0, seed=1)
+    run_it = functools.partial(compare_policies, tiny_shapes, tiny_shapes, evaluation=settings)
     title = run_it(out=tmp_path).splitlines()[0]
     assert title.endswith("1 images per task, guidance 1, seed 1, mixed")
     figures = json.loads((tmp_path / "evaluation.json").read_text())

@@ -142,9 +142,9 @@ def test_shapes_validation_draws_with_the_engine_it_is_given(tiny_shapes):
     from stage_rl.recipe import EvaluationConfig
     from stage_rl.rollout.engine import Engine
 
-    settings = EvaluationConfig(every=1, validation_images_per_task=1)
+    settings = EvaluationConfig(every=1, validation_images_per_task=1, guidance_scale=1.0)
     engine = Engine(tiny_shapes)
-    numbers = monitor.validation_scores(engine, settings, guidance_scale=1.0)
+    numbers = monitor.validation_scores(engine, settings)
     assert numbers["validation/score"] == numbers["validation/gold"]
     assert {"validation/detector", "validation/retention"} <= set(numbers)
 

@@ -40,6 +40,8 @@ def train(
 
     settings = config.load_recipe(recipe, overrides or ())
     started = launched()
+    for note in settings.notes if started.rank == 0 else ():
+        say_aside(note)
     if dry_run:
         check_run(settings)
         if started.rank == 0:

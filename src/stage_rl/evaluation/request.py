@@ -59,13 +59,9 @@ class Request:
 
 
 def recipe_request(
-    evaluation: EvaluationConfig, *, guidance_scale: float, validation: bool = False, **more: Any
+    evaluation: EvaluationConfig, *, validation: bool = False, **more: Any
 ) -> Request:
-    """What a recipe asks for after its last step, or as validation while it trains.
-
-    `guidance_scale` is that of the rollout, for an evaluation that names none.
-    """
-    own = evaluation.guidance_scale
+    """What a recipe asks for after its last step, or as validation while it trains."""
     number, seed = evaluation.images_per_task, evaluation.seed
     if validation:
         number, seed = evaluation.validation_images_per_task, evaluation.validation_seed
@@ -73,26 +69,31 @@ def recipe_request(
         data=evaluation.data_folder,
         scorers=evaluation.scorers,
         images_per_task=number,
-        guidance_scale=guidance_scale if own is None else own,
+        guidance_scale=evaluation.guidance_scale,
+        top_k=evaluation.top_k,
         seed=seed,
         **more,
     )
 
 
 def evaluation_of(recipe: Recipe) -> EvaluationConfig | None:
-    """What a recipe evaluates, its rewards with references to the environment, which are read
-    where they are used and written as they are.
+    """What a recipe evaluates: drawn as in the rollout where it does not say, its rewards with
+    references to the environment, which are read where they are used and written as they are.
     """
-    if recipe.evaluation is None:
+    own = recipe.evaluation
+    if own is None:
         return None
-    shown = values_to_show(recipe)["evaluation"]["scorers"]
-    return recipe.evaluation.model_copy(update={"scorers": shown})
+    changes = {
+        "scorers": values_to_show(recipe)["evaluation"]["scorers"],
+        "guidance_scale": recipe.guidance_scale
+        if own.guidance_scale is None
+        else own.guidance_scale,
+        "top_k": recipe.rollout.top_k if own.top_k is None else own.top_k,
+    }
+    return own.model_copy(update=changes)
 
 
-def asked_of(evaluation: EvaluationConfig, guidance_scale: float) -> dict[str, Any]:
+def asked_of(evaluation: EvaluationConfig) -> dict[str, Any]:
     """What decides the comparison of `compare_policies`, as plain values."""
-    kept = {"benchmark", "scorers", "images_per_task", "guidance_scale", "seed"}
-    settings = evaluation.model_dump(mode="json", include=kept)
-    if settings["guidance_scale"] is None:
-        settings["guidance_scale"] = guidance_scale
-    return settings
+    kept = {"benchmark", "scorers", "images_per_task", "guidance_scale", "top_k", "seed"}
+    return evaluation.model_dump(mode="json", include=kept)

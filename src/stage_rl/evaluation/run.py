@@ -174,7 +174,7 @@ def check_evaluation(evaluation: EvaluationConfig) -> None:
     A `StageError` says what.
     """
     suite = find_suite(evaluation.benchmark)
-    request = recipe_request(evaluation, guidance_scale=1.0, validation=True)
+    request = recipe_request(evaluation, validation=True)
     check_names([suite], request.scorers)
     if not _job(suite, request).scorers:
         raise InputError("evaluation.scorers: leaves every reward out; keep one")
@@ -185,15 +185,13 @@ def compare_policies(
     after: Policy,
     *,
     evaluation: EvaluationConfig,
-    guidance_scale: float,
     out: Path,
 ) -> str:
     """Judges a run's policy before and after on the same streams; the printed comparison.
 
-    Writes evaluation.json, before_after.png and before_after.json to `out`. `guidance_scale` is
-    that of the rollout, for an evaluation that names none.
+    Writes evaluation.json, before_after.png and before_after.json to `out`.
     """
-    request = recipe_request(evaluation, guidance_scale=guidance_scale)
+    request = recipe_request(evaluation)
     job = _job(find_suite(evaluation.benchmark), request)
     with TemporaryDirectory() as kept:
         runs = [
@@ -203,7 +201,7 @@ def compare_policies(
         comparison = Comparison(*(run.results_of(job) for run in runs))
         pairs = list(zip(*(run.drawn(job) for run in runs), strict=True))
         tasks = [job.suite.task_of(one.prompt) for one, _ in pairs]
-        figures = {"asked": asked_of(evaluation, guidance_scale), **comparison.to_json()}
+        figures = {"asked": asked_of(evaluation), **comparison.to_json()}
         replace_text(out / "evaluation.json", json.dumps(figures, allow_nan=False))
         write_before_after(out, comparison, pairs, tasks)
     return comparison.table()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from stage_rl.algorithm import equal_reward_groups, exact_kl, token_entropy
 from stage_rl.errors import DivergedError
-from stage_rl.evaluation.request import recipe_request
+from stage_rl.evaluation.request import evaluation_of, recipe_request
 from stage_rl.evaluation.results import OVERALL
 from stage_rl.evaluation.run import run_suite
 from stage_rl.policies.base import Policy
@@ -45,7 +45,7 @@ class Monitor:
 
     def __init__(self, recipe: Recipe, saved: Progress | None):
         counters = saved.counters if saved else {}
-        self._evaluation, self._last = recipe.evaluation, recipe.steps
+        self._evaluation, self._last = evaluation_of(recipe), recipe.steps
         self._liveness = Liveness(recipe.liveness, counters)
         self._tripwires = Tripwires(recipe.tripwires, counters)
         self.best: Best | None = None
@@ -69,13 +69,11 @@ class Monitor:
         """
         settings, done = self._evaluation, result.number + 1
         if settings and settings.every and (done % settings.every == 0 or done == self._last):
-            engine, guidance_scale = trainer.engine, trainer.sampling.guidance_scale
+            engine = trainer.engine
             engine.reload()
             held = engine.cache_bytes
             try:
-                numbers = validation_scores(
-                    engine, settings, guidance_scale=guidance_scale, signals=signals
-                )
+                numbers = validation_scores(engine, settings, signals=signals)
             except RewardsPendingError:
                 numbers = {}
             if engine.cache_bytes > held:  # the other passes of a step need that memory
@@ -123,34 +121,27 @@ class Monitor:
 
 def validation_hash8(recipe: Recipe) -> str:
     """Eight hexadecimal digits for what decides the score of a validation; empty without one."""
-    evaluation = recipe.evaluation
+    evaluation = evaluation_of(recipe)
     if evaluation is None or not evaluation.every:
         return ""
     left_out = {"every", "data", "seed", "images_per_task"}
+    if not evaluation.top_k:  # so that checkpoints from before there was such a key agree
+        left_out.add("top_k")
     values = evaluation.model_dump(mode="json", exclude=left_out)
-    if evaluation.guidance_scale is None:
-        values["guidance_scale"] = recipe.guidance_scale
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def validation_scores(
-    engine: Engine,
-    settings: EvaluationConfig,
-    *,
-    guidance_scale: float,
-    signals: Sequence[int] = (),
+    engine: Engine, settings: EvaluationConfig, *, signals: Sequence[int] = ()
 ) -> dict[str, float]:
     """The benchmark in small with the weights of the engine's last reload: every measure's overall
     mean as validation/NAME.
 
     validation/score is the measure that decides, the first one the benchmark prints by task; its
     mean in each task is validation/NAME/TASK.
-    `guidance_scale` is that of the rollout, for an evaluation that names none. After one of
-    `signals` a reward that gives no answer is a `RewardsPendingError`.
+    After one of `signals` a reward that gives no answer is a `RewardsPendingError`.
     """
-    request = recipe_request(
-        settings, guidance_scale=guidance_scale, validation=True, dtype=engine.dtype
-    )
+    request = recipe_request(settings, validation=True, dtype=engine.dtype)
     results = run_suite(
         engine.policy, settings.benchmark, request, engine=engine, silent=True, signals=signals
     )
