@@ -113,7 +113,7 @@ def test_the_card_says_what_was_done(run, tmp_path, tiny_janus_folder):
     # The base is a folder here, which is no model of the hub.
     assert "base_model" not in head
     assert f"Trained from `{tiny_janus_folder}` for 2 steps" in card
-    assert "advantages weighted by the similarity of opposed tokens (5 to 8)" in card
+    assert "advantages weighted by the similarity of opposed tokens (equations 5 to 8)" in card
     assert "| Brightness | loop_parts:Brightness | 1 |" in card
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     first, last = (f"{record['reward/mean']:.4g}" for record in records)
@@ -124,6 +124,23 @@ def test_the_card_says_what_was_done(run, tmp_path, tiny_janus_folder):
     (tmp_path / "again.yaml").write_text(written)
     again = load_recipe(tmp_path / "again.yaml")
     assert resolved_json(again) == resolved_json(load_recipe(run / "recipe.json"))
+
+
+def test_the_card_of_another_rule_does_not_call_it_stage(run):
+    recipe = json.loads((run / "recipe.json").read_text())
+    recipe["algorithm"] |= {
+        "credit": {"kind": "critical", "daw": "none"},
+        "loss": "gspo_token",
+        "entropy": {"mode": "none"},
+    }
+    (run / "recipe.json").write_text(json.dumps(recipe))
+    card = export_module.model_card(run, 2, layout="transformers", adapter=False)
+    method = card.split("## Method\n\n")[1].split("\n")[0]
+    assert method.startswith(
+        "Group-relative policy optimisation. Preset `default`: token credit "
+        "`critical (daw: none)`, loss `gspo_token`, advantages `sum`, KL estimator `k3`, "
+        "importance sampling `none`; beta "
+    )
 
 
 def test_a_card_shows_what_the_environment_gave_as_a_reference(run, monkeypatch):

@@ -15,6 +15,7 @@ import yaml
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
+from stage_rl.algorithm_config import AlgorithmConfig
 from stage_rl.config import load_recipe, resolved_json, values_to_show
 from stage_rl.errors import InputError, StageError
 from stage_rl.files import read_metrics, writing
@@ -180,25 +181,45 @@ def _front_matter(base: str, policy: PolicyConfig, *, adapter: bool) -> str:
 
 def _method(recipe: Recipe) -> str:
     algorithm, rollout, optimizer = recipe.algorithm, recipe.rollout, recipe.optimizer
-    parts = ["Group-relative policy optimisation (equations 2 to 4 of the paper)"]
-    if algorithm.reweights_advantages:
-        parts.append("advantages weighted by the similarity of opposed tokens (5 to 8)")
-    if algorithm.weights_kl:
-        parts.append("a KL weight from the same similarity (3.2)")
-    entropy_forms = {
-        "reward": "an entropy reward (11, 12)",
-        "constant": "a constant for the best samples (12 with an entropy reward of 1)",
-        "loss": "an entropy loss (13, 14)",
+    kinds = {
+        "token credit": algorithm.credit,
+        "loss": algorithm.loss,
+        "advantages": algorithm.advantage,
+        "KL estimator": algorithm.kl.estimator,
+        "importance sampling": algorithm.importance_sampling,
     }
-    if algorithm.entropy.mode in entropy_forms:
-        parts.append(entropy_forms[algorithm.entropy.mode])
-    method = " with ".join(filter(None, (parts[0], " and ".join(parts[1:]))))
     return (
-        f"{method}. "
-        f"Preset `{algorithm.preset}`, beta {algorithm.beta:g}; {rollout.prompts_per_step} prompts "
+        f"{_objective(algorithm)}. Preset `{algorithm.preset}`: "
+        f"{', '.join(f'{name} `{_written(kind)}`' for name, kind in kinds.items())}; "
+        f"beta {algorithm.beta:g}; {rollout.prompts_per_step} prompts "
         f"x {rollout.group_size} images a step, guidance {recipe.guidance_scale:g}; learning rate "
         f"{optimizer.lr:g} ({optimizer.schedule}), seed {recipe.seed}."
     )
+
+
+def _objective(algorithm: AlgorithmConfig) -> str:
+    """What is added to the objective, with the equations of the paper where it is the paper's."""
+    parts = []
+    if algorithm.credit == "stage" and algorithm.reweights_advantages:
+        parts.append("advantages weighted by the similarity of opposed tokens (equations 5 to 8)")
+    if algorithm.credit == "stage" and algorithm.weights_kl:
+        parts.append("a KL weight from the same similarity (section 3.2)")
+    entropy_forms = {
+        "reward": "an entropy reward (equations 11, 12)",
+        "constant": "a constant for the best samples (12 with an entropy reward of 1)",
+        "loss": "an entropy loss (equations 13, 14)",
+    }
+    if algorithm.entropy.mode in entropy_forms:
+        parts.append(entropy_forms[algorithm.entropy.mode])
+    return " with ".join(filter(None, ("Group-relative policy optimisation", " and ".join(parts))))
+
+
+def _written(kind: str | Mapping[str, Any]) -> str:
+    """The name of a function, with its parameters where it has some."""
+    if isinstance(kind, str):
+        return kind
+    parameters = [f"{name}: {value}" for name, value in kind.items() if name != "kind"]
+    return f"{kind['kind']} ({', '.join(parameters)})"
 
 
 def _data(prompts: Mapping[str, Any]) -> str:
