@@ -7,6 +7,7 @@ which this module alone reads. Without them there is one rank, and a value is it
 from __future__ import annotations
 
 import dataclasses
+import gc
 import io
 import json
 import math
@@ -251,6 +252,13 @@ def pick_device(name: str | torch.device | None = None, *, key: str = "device") 
     if device.type == "cuda" and (device.index or 0) >= count:
         raise InputError(f"{key}: there is no '{name}'; the last GPU here is cuda:{count - 1}")
     return device
+
+
+def release_unused() -> None:
+    """Gives back the memory of a GPU that no tensor is in, so that others can take it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _take_gpu(world: World) -> None:

@@ -71,23 +71,40 @@ def test_without_a_gpu_it_is_refused(tmp_path):
 
 
 def test_each_part_leaves_a_record_and_a_check_that_fails_does_not_end_it(tmp_path, monkeypatch):
-    def fails():
-        raise torch.OutOfMemoryError("CUDA out of memory\nTried to allocate 2 GiB")
+    class CompilationError(Exception):
+        """As Triton has it: no RuntimeError."""
 
-    checks = {"bad": fails, "good": lambda: BenchResult("1 ms", True, {"ms": 1.0}, ("table",))}
+    def fails(error):
+        raise error
+
+    too_large = torch.OutOfMemoryError("CUDA out of memory\nTried to allocate 2 GiB")
+    kept = []
+
+    def looks():
+        kept.append(json.loads((tmp_path / "gpu-rollout.json").read_text())["headline"])
+        raise CompilationError("at 7:4")
+
+    checks = {
+        "bad": lambda: fails(too_large),
+        "worse": looks,
+        "good": lambda: BenchResult("1 ms", True, {"ms": 1.0}, ("table",)),
+    }
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H200")
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    # Nothing on a GPU works after an illegal access.
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: fails(RuntimeError("illegal access")))
     monkeypatch.setattr(acceptance, "PARTS", {"rollout": lambda _: checks, "step-7b": lambda _: {}})
     result = acceptance.run(part="rollout", folder=str(tmp_path))
     assert result.headline == "0 of 1 hold, not: rollout"
     record = json.loads((tmp_path / "gpu-rollout.json").read_text())
-    assert record["headline"] == "1 of 2 hold, not: bad"
+    assert record["headline"] == "1 of 3 hold, not: bad, worse"
     assert record["measures"] == {"good_ms": 1.0}
     assert record["table"] == [
         "bad: failed: OutOfMemoryError: CUDA out of memory Tried to allocate 2 GiB; MISSED",
+        *("", "worse: failed: CompilationError: at 7:4; MISSED"),
         *("", "table", "good: 1 ms; holds"),
     ]
+    assert kept == ["0 of 1 hold, not: bad"]
     assert record["machine"]["gpu"] == "H200"
     assert not (tmp_path / "gpu-step-7b.json").exists()
 

@@ -75,6 +75,7 @@ def test_passes_of_any_size_draw_the_same(policy):
         )
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_no_token_waits_for_the_gpu(policy):
     engine = Engine(policy, cuda_graph=False)
     drawn(engine)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gc
-
 import torch
 from pydantic import PositiveInt
 
 from stage_rl.bench.base import BenchResult, Group, flat, medians_in_turn, table
 from stage_rl.bench.models import recipe_of
 from stage_rl.bench.step import PHASES, trainer_form
+from stage_rl.distributed import release_unused
 from stage_rl.recipe import Recipe
 from stage_rl.training.trainer import build_trainer
 
@@ -61,9 +60,7 @@ def _per_image(recipe: Recipe, rounds: int) -> dict[str, float]:
     seconds = medians_in_turn({"trainer": trainer_form(trainer)}, rounds)["trainer"]
     num_tokens = trainer.policy.layout.num_tokens
     del trainer
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    release_unused()
     num_images = recipe.rollout.prompts_per_step * recipe.rollout.group_size
     times = {f"{part}_ms": seconds[PHASES[part]] / num_images * 1e3 for part in PARTS}
     return {"tokens": num_tokens, **times}

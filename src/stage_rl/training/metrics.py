@@ -220,7 +220,8 @@ class Timer:
         held, with _reserved_gib.
         """
         if self._on_gpu:
-            torch.cuda.synchronize()
+            # Not those of the rewards, which run beside the other phases.
+            torch.cuda.current_stream().synchronize()
             phase = name.removesuffix("_s")
             peaks = {"": torch.cuda.max_memory_allocated()}
             peaks["_reserved"] = torch.cuda.max_memory_reserved()

@@ -6,10 +6,10 @@ its reason, and the others go on.
 
 from __future__ import annotations
 
-import gc
 import json
-import subprocess
+import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +21,8 @@ from stage_rl.bench.gpu.correctness import correctness
 from stage_rl.bench.gpu.drawing import drawing
 from stage_rl.bench.gpu.learning import step_7b, train_1b
 from stage_rl.bench.record import FOLDER, record_of
-from stage_rl.errors import InputError, StageError
+from stage_rl.distributed import release_unused
+from stage_rl.errors import InputError
 from stage_rl.files import replace_text
 from stage_rl.policies.loading import one_line
 
@@ -32,8 +33,6 @@ PARTS: Mapping[str, Callable[[Sizes], Checks]] = {
     "train-1b": train_1b,
     "step-7b": step_7b,
 }
-FAILURES = (StageError, RuntimeError, AssertionError, subprocess.SubprocessError, ImportError)
-"""What a check may end in; torch reports errors of a GPU and want of its memory as RuntimeError."""
 
 
 def run(
@@ -41,8 +40,8 @@ def run(
     part: Literal["all", "correctness", "rollout", "train-1b", "step-7b"] = "all",
     folder: str = FOLDER,
 ) -> BenchResult:
-    """Runs the checks of a part, or of all, and writes a record of each part into `folder` as soon
-    as it is done: gpu-PART.json, for `stage bench show`.
+    """Runs the checks of a part, or of all, and writes a record of each part into `folder` after
+    each of its checks: gpu-PART.json, for `stage bench show`.
 
     The models have the published sizes and random weights, drawn on the GPU.
     """
@@ -52,22 +51,34 @@ def run(
     chosen = PARTS if part == "all" else {part: PARTS[part]}
     results = {}
     for name, checks in chosen.items():
-        results[name] = run_checks(checks(Sizes()))
-        record = record_of("gpu", BAR, {"part": name}, results[name])
-        replace_text(Path(folder) / f"gpu-{name}.json", json.dumps(record, indent=2) + "\n")
+
+        def keep(result: BenchResult, part: str = name) -> None:
+            record = record_of("gpu", BAR, {"part": part}, result)
+            replace_text(Path(folder) / f"gpu-{part}.json", json.dumps(record, indent=2) + "\n")
+
+        results[name] = run_checks(checks(Sizes()), keep)
     return combined(results)
 
 
-def run_checks(checks: Checks) -> BenchResult:
-    """All checks of a part, one after the other, as one result; measures are CHECK_NAME."""
+def run_checks(
+    checks: Checks, keep: Callable[[BenchResult], None] = lambda result: None
+) -> BenchResult:
+    """All checks of a part, one after the other, as one result; measures are CHECK_NAME.
+
+    `keep` gets the result so far after each. What a check raises is its result, and its traceback
+    is printed: compilers of kernels, torch and drivers have errors of their own.
+    """
     results = {}
     for name, check in checks.items():
         try:
             results[name] = check()
-        except FAILURES as error:
+        except Exception as error:
+            traceback.print_exc()
             failure = f"failed: {type(error).__name__}: {one_line(error)}"
             results[name] = BenchResult(failure, False, {})
-        _free()
+        keep(combined(results))
+        with suppress(RuntimeError):  # after an illegal access everything on the GPU fails
+            release_unused()
     return combined(results)
 
 
@@ -83,10 +94,3 @@ def combined(results: Mapping[str, BenchResult]) -> BenchResult:
     headline = f"{len(results) - len(missed)} of {len(results)} hold"
     headline += f", not: {', '.join(missed)}" if missed else ""
     return BenchResult(headline, not missed, measures, tuple(lines[:-1]))
-
-
-def _free() -> None:
-    """Gives back what a check took, so that the next has the whole GPU."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

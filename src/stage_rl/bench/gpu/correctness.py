@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 
@@ -58,6 +60,7 @@ def gpu_tests(sizes: Sizes) -> BenchResult:
     if not sizes.tests.is_dir() or find_spec("pytest") is None:
         return BenchResult("no tests beside the package, or no pytest; run a checkout", None, {})
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu"]
+    command += ["-W", "default"]  # drivers and libraries of a GPU have warnings of their own
     done = subprocess.run(
         [*command, sizes.tests.name],
         cwd=sizes.tests.parent,
@@ -101,7 +104,11 @@ def two_lengths(sizes: Sizes) -> BenchResult:
 
 
 def repeated(sizes: Sizes) -> BenchResult:
-    """Two trainings of one seed: tokens and rewards of the steps."""
+    """Two trainings of one seed: tokens of the steps.
+
+    The backward pass of attention adds up in any order unless torch is told otherwise, and one
+    token that rounding changes changes the rest of its image.
+    """
     found: list[list[Tensor]] = []
     for _ in range(2):
         recipe = recipe_of(
@@ -111,9 +118,21 @@ def repeated(sizes: Sizes) -> BenchResult:
             group_size=sizes.group_size,
         )
         trainer = build_trainer(recipe, recipe.prompts.build())
-        steps = [train_step(trainer, step) for step in range(STEPS)]
+        with _deterministic():
+            steps = [train_step(trainer, step) for step in range(STEPS)]
         found.append([one.rollout.tokens_NT.cpu() for one in steps])
     return _same("two trainings", *found)
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Deterministic algorithms of torch where there are some."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def _drawn(sizes: Sizes, engine: Engine, prompts: list[Prompt]) -> Tensor:
