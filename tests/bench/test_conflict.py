@@ -7,6 +7,7 @@ from stage_rl.bench.signal import conflict
 from stage_rl.bench.signal.conflict import Tokens, report, slopes
 from stage_rl.config import load_recipe
 from stage_rl.errors import InputError
+from stage_rl.training.loop import train
 from stage_rl.training.measure import micro_batches
 from stage_rl.training.trainer import build_trainer
 
@@ -65,6 +66,19 @@ def test_a_slope_is_the_derivative_of_the_log_probability_by_the_last_state():
         assert (found_NTW[image, place] @ step_W).item() == pytest.approx(
             difference.item() / 0.02, rel=0.02, abs=2e-3
         )
+
+
+def test_a_trained_policy_is_looked_at_beside_the_reference_of_its_run(tmp_path):
+    pairs = f"{SMALL} rollout.prompts_per_step=4 rollout.group_size=2"  # often both wrong
+    settings = f"{pairs} steps=1 optimizer.warmup_steps=0 optimizer.lr=1e-3 evaluation=null"
+    settings += f" run.dir={tmp_path / 'run'}"
+    run = train(load_recipe("shapes_strict", settings.split()))
+    at_first = conflict.run(steps=1, overrides=pairs)
+    found = conflict.run(trained=f"{run}@1", steps=1)
+    # Policy and reference are one before the first step: differences of entropy make nothing.
+    assert at_first.measures["equal_group_advantage"] == 0 < found.measures["equal_group_advantage"]
+    with pytest.raises(InputError, match="--trained: shapes is no run; write the folder of one"):
+        conflict.run(trained="shapes")
 
 
 def test_it_runs_on_a_recipe_and_needs_a_mask():

@@ -21,6 +21,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from stage_rl.algorithm import equal_reward_groups
+from stage_rl.api import find_source
 from stage_rl.bench.base import BenchResult, flat, table
 from stage_rl.bench.signal.gradient_signal import without_update
 from stage_rl.config import load_recipe
@@ -57,15 +58,27 @@ class Tokens(NamedTuple):
 
 
 def run(
-    *, recipe: str = "shapes_strict", steps: PositiveInt = 4, overrides: str = ""
+    *,
+    recipe: str = "shapes_strict",
+    trained: str = "",
+    steps: PositiveInt = 4,
+    overrides: str = "",
 ) -> BenchResult:
     """Draws and judges a recipe's first steps at the weights it begins with, and learns nothing.
 
-    `overrides` are settings as `stage train` takes them, with spaces between;
-    `policy.path=FOLDER` is an exported policy.
+    `trained`: RUN or RUN@STEP, its recipe and the policy that it had then, beside its reference.
+    `overrides` are settings as `stage train` takes them, with spaces between.
     """
+    checkpoint = None
+    if trained:
+        source = find_source(trained)
+        if source.run is None:
+            raise InputError(f"--trained: {trained} is no run; write the folder of one")
+        recipe, checkpoint = str(source.run / "recipe.json"), source.checkpoint
     loaded = load_recipe(recipe, ["probe.every=0", "run.log_images_every=0", *overrides.split()])
     trainer = build_trainer(loaded, loaded.prompts.build())
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
     parts = [_look(trainer, without_update(trainer, step)) for step in range(steps)]
     return report(Tokens(*(torch.cat(values) for values in zip(*parts, strict=True))))
 
