@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import json
+import os
 import shutil
 import sys
 from types import ModuleType, SimpleNamespace
@@ -22,9 +23,10 @@ from stage_rl.config import load_recipe
 from stage_rl.errors import InputError, WeightsError
 from stage_rl.policies import text_encoder
 from stage_rl.policies.llamagen import LlamaGenConfig, write_folder
-from stage_rl.policies.loading import policy_config
+from stage_rl.policies.loading import find, policy_config
 from stage_rl.training.loop import train
 from stage_rl.training.memory import plan_of
+from stage_rl.training.trainer import build_trainer
 from stage_rl.types import Prompt
 
 REFERENCE = dict(np.load(DATA / "reference.npz"))
@@ -121,6 +123,7 @@ def test_features_are_made_once_and_a_number_of_them_is_kept(tiny_llamagen, monk
     [
         (" ", "prompt 7: is empty"),
         ("a </s> star", "holds the special token '</s>'"),
+        ("a </S> star", "holds the special token '</s>'"),  # which lower case makes of it
         ("a red star and " * 3, "13 tokens, but the model reads at most 12"),
     ],
 )
@@ -198,6 +201,10 @@ def test_published_names_and_folders_need_no_config(folder):
     config = policy_config(str(folder))
     assert isinstance(config, LlamaGenConfig)
     assert config.sizes(None).grid_side == 16
+    # The one transformer that there is says the size; of two the smaller is taken.
+    for name, side in (("t2i_XL_stage2_512.pt", 32), ("t2i_XL_stage1_256.pt", 16)):
+        (folder / name).touch()
+        assert config.sizes(find(str(folder))).grid_side == side
     assert LlamaGenConfig(image_size=512).sizes(None).grid_side == 32
 
 
@@ -253,6 +260,26 @@ probe: {{every: 2, num_prompts: 2, images_per_prompt: 1}}
 run: {{dir: {tmp_path}/run, save_every: 1}}
 """)
     return lambda *overrides: load_recipe(file, overrides)
+
+
+def test_the_prompts_of_a_run_are_checked_without_encoding_them(recipe, monkeypatch):
+    calls = []
+    monkeypatch.setattr(text_encoder.TextEncoder, "_encode", lambda *given: calls.append(given))
+    settings = recipe("probe.every=0")
+    build_trainer(settings, settings.prompts.build())
+    assert not calls
+    with pytest.raises(InputError, match=r"prompt 1 .* 13 tokens, but the model reads at most 12"):
+        build_trainer(settings, (Prompt("a star"), Prompt("a red star and " * 3, 1)))
+
+
+def test_an_export_finds_its_text_encoder_from_any_folder(
+    tiny_llamagen_folder, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tiny_llamagen_folder.parent)
+    encoder = json.loads((tiny_llamagen_folder / "config.json").read_text())["text_encoder"]
+    policy = build(tiny_llamagen_folder, text_encoder=os.path.relpath(encoder))
+    write_folder(tmp_path, policy.module.state_dict(), policy.sizes)
+    assert json.loads((tmp_path / "config.json").read_text())["text_encoder"] == encoder
 
 
 def test_it_trains_and_exports_what_it_trained(recipe, tmp_path, tiny_llamagen):

@@ -252,6 +252,14 @@ class Policy(nn.Module):
         An empty or over-long prompt is an `InputError`.
         """
 
+    @torch.no_grad()
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Finds prompts that `encode` refuses; a family that encodes at some cost does it for less.
+
+        A prompt that the model cannot take is an `InputError`.
+        """
+        self.encode(prompts)
+
     @abstractmethod
     def embed(self, tokens_NU: Tensor) -> Tensor:
         """Image and control tokens as decoder inputs, embeds_NUD."""

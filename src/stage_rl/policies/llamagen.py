@@ -203,6 +203,11 @@ class LlamaGenPolicy(Policy):
     def frozen_modules(self) -> Mapping[str, nn.Module]:
         return {"text_encoder": self.processor.model}
 
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Tokenizes them, which is all that can go wrong."""
+        for prompt in prompts:
+            self.processor.token_ids(prompt)
+
     def encode(self, prompts: Sequence[Prompt]) -> Prefix:
         """The projected features of the prompts, with a gradient where the projection trains.
 
@@ -274,7 +279,8 @@ model.load_state_dict(torch.load(weights)["model"])""",
     """Folder or hub id of the published files (`t2i_XL_stage1_256.pt` or `t2i_XL_stage2_512.pt`,
     and `vq_ds16_t2i.pt`), or of an export, which has a config.json beside them."""
     image_size: PositiveInt | None = None
-    """Pixels, 256 or 512 of the published ones; null: that of config.json, else 256."""
+    """Pixels, 256 or 512 of the published ones; null: that of config.json, else of the one
+    published file in the folder, else 256."""
     text_encoder: str | None = None
     """Folder or hub id of the T5 encoder; null: that of config.json, else google/flan-t5-xl."""
     text_encoder_dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -289,6 +295,11 @@ model.load_state_dict(torch.load(weights)["model"])""",
                 described = json.loads(file.read_text(encoding="utf-8"))
                 kind = described.pop("model_type", None)
                 require(self.path, {"model_type": (kind, "llamagen")})
+        elif source is not None and Path(self.path).expanduser().is_dir():
+            # What a cache of the hub holds depends on what was loaded before.
+            files = TRANSFORMER_FILES.items()
+            there = [size for size, name in files if (source.folder / name).is_file()]
+            described = {"image_size": there[0]} if len(there) == 1 else {}
         own = {"image_size": self.image_size, "text_encoder": self.text_encoder}
         if self.image_size and "image_size" in described:
             require(self.path, {"image_size": (described["image_size"], self.image_size)})
@@ -421,8 +432,8 @@ def read_folder(source: Source, sizes: LlamaGenSizes, *, dtype: torch.dtype) -> 
         if not file.is_file():
             raise WeightsError(
                 f"{source.name}: lacks {name}; put the published {TOKENIZER_FILE} and "
-                f"{' or '.join(TRANSFORMER_FILES.values())} into the folder, or write "
-                "policy.image_size for the other one"
+                f"{' or '.join(TRANSFORMER_FILES.values())} into a folder, one of the two, or "
+                "write policy.image_size for the other one"
             )
         tensors = {n: t for n, t in read_file(file, under=KEYS).items() if n not in UNUSED}
         names = joined_tensors(wanted, rename)
@@ -450,6 +461,9 @@ def write_folder(folder: Path, state: Mapping[str, Tensor], sizes: LlamaGenSizes
         tensors = {n: t.detach().cpu().clone() for n, t in tensors.items()}
         torch.save({"model": tensors}, folder / name)
     described = {"model_type": "llamagen", **sizes.model_dump(mode="json")}
+    local = Path(sizes.text_encoder).expanduser()
+    if local.is_dir():  # so that it is found from any folder
+        described["text_encoder"] = str(local.absolute())
     text = json.dumps(described, indent=2)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 

@@ -6,6 +6,7 @@ Shape suffixes: L tokens of a prompt, F width of the features.
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,27 +54,37 @@ class TextEncoder:
 
         A prompt that is empty, over-long or holds a special token is an `InputError`.
         """
-        check_text(prompt, self.tokenizer)
-        # As captions were cleaned for training, but for what that takes from web pages.
-        text = prompt.text.lower().strip()
+        text = _cleaned(prompt.text)
         if text not in self._kept:
-            self._kept[text] = self._encode(prompt, text)
+            self._kept[text] = self._encode(self.token_ids(prompt))
             if len(self._kept) > MAX_KEPT:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(text)
         return self._kept[text]
 
-    @torch.no_grad()
-    def _encode(self, prompt: Prompt, text: str) -> Tensor:
-        # Also where the file of the tokenizer asks for them.
+    def token_ids(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt, end of text last; see `features`."""
+        text = _cleaned(prompt.text)
+        check_text(replace(prompt, text=text), self.tokenizer)
+        check_text(prompt, self.tokenizer)
+        # No padding or truncation, also where the file of the tokenizer asks for them.
         ids = self.tokenizer(text, padding=False, truncation=False).input_ids
         if len(ids) > self.max_tokens:
             raise InputError(
                 f"{prompt.place} ('{prompt.text[:40]}...'): {len(ids)} tokens, but the "
                 f"model reads at most {self.max_tokens}; write a shorter one"
             )
+        return ids
+
+    @torch.no_grad()
+    def _encode(self, ids: list[int]) -> Tensor:
         ids_1L = torch.tensor([ids], device=self.model.device)
         return self.model(input_ids=ids_1L).last_hidden_state[0].cpu()
+
+
+def _cleaned(text: str) -> str:
+    """As captions were cleaned for training, but for what that takes from web pages."""
+    return text.lower().strip()
 
 
 def load_text_encoder(

@@ -94,7 +94,7 @@ def build_trainer(
         prompts=prompts,
         policy=policy,
         reference=reference,
-        engine=_engine(policy, recipe),
+        engine=build_engine(policy, recipe),
         rewards=RewardFunctions(rewards),
         credit=resolve_function("credit", recipe.algorithm.credit),
         loss=resolve_function("loss", recipe.algorithm.loss),
@@ -230,7 +230,7 @@ class Trainer:
     @cached_property
     def probe(self) -> MicroBatch:
         """This rank's samples of the reference the run began with, drawn on first use."""
-        settings, engine = self.recipe.probe, _engine(self.reference, self.recipe)
+        settings, engine = self.recipe.probe, build_engine(self.reference, self.recipe)
         drawn = self.sample(
             engine,
             self.world.share(self.prompts[: settings.num_prompts]),
@@ -273,7 +273,8 @@ class Trainer:
             _ = self.probe
 
 
-def _engine(policy: Policy, recipe: Recipe) -> Engine:
+def build_engine(policy: Policy, recipe: Recipe) -> Engine:
+    """The sampler of a recipe."""
     settings = recipe.rollout
     return Engine(
         policy,
@@ -316,10 +317,9 @@ def _check_trained(policy: Policy, settings: PolicyConfig) -> None:
         )
 
 
-@torch.no_grad()
 def _check_prompts(policy: Policy, prompts: Sequence[Prompt], chunk: int = 64) -> None:
     """Finds a prompt that the model cannot take before the first step; a text is tried once."""
     # Backwards, so that the first prompt of a text is the one that is named.
     distinct = [*{prompt.text: prompt for prompt in reversed(prompts)}.values()][::-1]
     for first in range(0, len(distinct), chunk):
-        policy.encode(distinct[first : first + chunk])
+        policy.check(distinct[first : first + chunk])
