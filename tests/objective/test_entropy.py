@@ -40,6 +40,13 @@ def test_the_papers_bonus_spreads_what_the_low_tokens_lose():
 
 
 @pytest.mark.parametrize("form", ["release", "paper"])
+def test_an_image_of_advantage_0_gets_no_bonus_and_the_others_what_they_would_without_it(form):
+    best, worst = advantages(form, [1.0, -0.5])
+    between = [[1.0, 0.0, -0.5], [0.0] * 10]
+    assert advantages(form, between[0]) == [best.expected, between[1], worst.expected]
+
+
+@pytest.mark.parametrize("form", ["release", "paper"])
 def test_without_advantages_there_is_no_bonus(form):
     assert advantages(form, [0.0, 0.0]) == [[0] * 10] * 2
 

@@ -43,7 +43,8 @@ def entropy_bonus(
     the most uncertain half gets a bonus for its entropy.
 
     `release` (minebetter/EG-GRPO) caps the bonus of a token at 0.3 of its advantage. `paper`: what
-    the fifth loses, times `kappa`, is spread over the half by entropy; sums are over the group.
+    the fifth loses, times `kappa`, is spread over the half by entropy; sums are over the group. An
+    image of advantage 0 gets nothing in either.
     """
     refuse_token_mask(inputs, "entropy_bonus")
     entropy_PGT = inputs.entropy_PGT / math.log(inputs.vocab)
@@ -56,7 +57,7 @@ def entropy_bonus(
         high_PGT = entropy_PGT > median_PG1
         bonus_PGT = high_PGT * torch.minimum(BONUS * size_PG1, BONUS * entropy_PGT)
     else:
-        high_PGT = entropy_PGT >= median_PG1
+        high_PGT = (entropy_PGT >= median_PG1) & (size_PG1 > 0)
         paid_PGT = high_PGT * entropy_PGT
         lost_P, spread_P = (value.sum((1, 2)) for value in (size_PG1 * low_PGT, paid_PGT))
         factor_P = kappa * lost_P / spread_P.clamp_min(torch.finfo(spread_P.dtype).tiny)
