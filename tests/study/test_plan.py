@@ -4,7 +4,7 @@ import pytest
 
 from stage_rl.config import load_recipe
 from stage_rl.errors import StageError
-from stage_rl.evaluation.request import recipe_request
+from stage_rl.evaluation.request import evaluation_of, recipe_request
 from stage_rl.study.plan import built_in_studies, load_study
 
 STUDY = """
@@ -79,9 +79,6 @@ def test_all_runs_of_a_cell_are_validated_alike(name):
     for run in load_study(name).runs():
         if (run.cell, run.arm) not in seen:
             recipe = load_recipe(run.recipe, run.overrides)
-            scale = recipe.guidance_scale
-            seen[run.cell, run.arm] = recipe_request(
-                recipe.evaluation, guidance_scale=scale, validation=True
-            )
+            seen[run.cell, run.arm] = recipe_request(evaluation_of(recipe), validation=True)
     for cell in {cell for cell, _ in seen}:
         assert len({repr(request) for key, request in seen.items() if key[0] == cell}) == 1

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -214,7 +215,7 @@ open(sys.argv[1], "w").write(str(len(told)))
 def test_a_stop_is_passed_on_once_so_that_a_training_saves(tmp_path, monkeypatch):
     signals = []
 
-    def start(_run, folder, _gpu):
+    def start(_run, folder, _gpu, _threads):
         command = [sys.executable, "-c", WAITS, str(folder / "told")]
         process = subprocess.Popen(command)
         while not (folder / "told.ready").exists():
@@ -228,6 +229,25 @@ def test_a_stop_is_passed_on_once_so_that_a_training_saves(tmp_path, monkeypatch
     ended = run._run_all(waiting, tmp_path, [None], advance=lambda _: None, signals=signals)
     assert list(ended) == [(waiting[0], ""), (waiting[0], "")]  # it starts, and ends
     assert (tmp_path / "told").read_text() == "1"
+
+
+def test_a_gpu_on_which_nothing_starts_is_left_out(tmp_path, monkeypatch, capsys):
+    on = []
+
+    def start(_run, _folder, gpu, threads):
+        on.append(gpu)
+        # On GPU 1 at once; what fails on GPU 0 fails later, and more is tried there.
+        codes = iter([*([None] * (0 if gpu == "1" else 5)), 1])
+        return SimpleNamespace(poll=lambda: next(codes))
+
+    monkeypatch.setattr(run, "_start", start)
+    monkeypatch.setattr(run, "_why", lambda *_: "no memory")
+    monkeypatch.setattr(run, "POLL_S", 0.0)
+    waiting = list(load_study("quick").runs())[:6]
+    ended = list(run._run_all(waiting, tmp_path, ["0", "1"], advance=int, signals=[]))
+    assert [one for one, failed in ended if failed] != []
+    assert sorted(on) == ["0"] * 4 + ["1"] * 2
+    assert capsys.readouterr().err.count("GPU 1: left out, its last trainings did no step") == 1
 
 
 def test_a_training_that_was_killed_says_so_whatever_its_log_ends_with(tmp_path):

@@ -73,10 +73,20 @@ def test_contrasts_are_paired_by_seed_and_arms_without_runs_are_left_out():
 
 
 def test_arms_are_compared_at_equal_divergence():
-    text = study_tables(RESULTS)
-    assert "K = 0.1" in text
-    # sqrt(0.01) = 0.1 is the first evaluation: 0.32 for both seeds.
-    assert line_of(text, "grpo", "0.320")[1:5] == ["0.320", "+-", "0.000", "(2)"]
+    weak = [a_run("weak", seed, [0.3] * 5, [0.01] * 5) for seed in (1, 2)]
+    arms = RESULTS["study"]["arms"] | {"weak": {}}
+    study = RESULTS["study"] | {"arms": arms, "lines": [["weak", "grpo"], ["never", "grpo"]]}
+    runs = [*RESULTS["runs"], *weak]
+    # At K = 0.25 the line ends where grpo does, with 0.1 and 0.4.
+    text = study_tables(RESULTS | {"study": study, "runs": runs})
+    above = text[text.index("above the line weak - grpo") :]
+    assert line_of(above, "stage ", "not known")[:4] == ["stage", "2", "+0.090", "+-"]
+    # At K = 0.09 it is half of the way from 0.3 to them.
+    near = [a_run("stage", seed, [0.3] * 5, [0.09] * 5) for seed in (1, 2)]
+    text = study_tables(RESULTS | {"study": study, "runs": [*RESULTS["runs"][:2], *weak, *near]})
+    above = text[text.index("above the line weak - grpo") :]
+    # 0.3 - 0.2 and 0.3 - 0.35
+    assert line_of(above, "stage ", "not known")[1:5] == ["2", "+0.025", "+-", "0.075"]
 
 
 def test_what_a_run_ends_with_is_compared_without_a_test():

@@ -63,10 +63,13 @@ class Study(Settings):
     """Pairs of arms that are tested, Holm-corrected within a cell: (new, old)."""
     compared: tuple[Annotated[list[Name], Field(min_length=2, max_length=2)], ...] = ()
     """Other pairs whose differences are shown, without a test."""
+    lines: tuple[Annotated[list[Name], Field(min_length=2, max_length=2)], ...] = ()
+    """Pairs of arms that are one method at two strengths. The line between their ends over the root
+    of K is what the other arms' endpoint is compared with at equal divergence."""
 
     @model_validator(mode="after")
     def _known_names(self) -> Self:
-        for key in ("contrasts", "compared"):
+        for key in ("contrasts", "compared", "lines"):
             for number, pair in enumerate(getattr(self, key)):
                 for arm in pair:
                     if arm not in self.arms:

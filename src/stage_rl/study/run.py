@@ -12,7 +12,9 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +23,22 @@ from pydantic import ValidationError
 
 from stage_rl.config import diff_recipes, load_recipe
 from stage_rl.console import progress, stop_signals
-from stage_rl.distributed import pick_device
+from stage_rl.distributed import pick_device, release_unused
 from stage_rl.errors import DivergedError, InputError, Stopped
+from stage_rl.evaluation.request import evaluation_of
 from stage_rl.files import read_metrics, replace_text
+from stage_rl.openmp import num_cores
 from stage_rl.recipe import Recipe
-from stage_rl.rollout.engine import Engine
 from stage_rl.run_records import record_of
 from stage_rl.study.plan import RunKey, Study, StudyRun
 from stage_rl.study.records import read_results
 from stage_rl.study.tables import recorded_steps
 from stage_rl.training.monitor import validation_scores
+from stage_rl.training.trainer import build_engine
 
 POLL_S = 1.0
+MOST_IN_VAIN = 2
+"""Trainings in a row that fail on a GPU before their first step, until it is left out."""
 SERIES = (
     "reward/mean",
     "reward/std",
@@ -67,7 +73,7 @@ def run_study(study: Study, folder: Path, *, jobs: int | None = None) -> dict[st
     known = _recorded(study, folder)
     waiting = [run for run in runs if not _finished(run, folder, known.get(run.key))]
     total = sum(_steps(run) for run in waiting)
-    slots: list[str | None] = [*_gpus()] or [None] * (jobs or os.cpu_count() or 1)
+    slots: list[str | None] = [*_gpus()] or [None] * (jobs or num_cores())
     slots = [slots[index % len(slots)] for index in range(jobs or len(slots))]
     with stop_signals() as signals, progress(f"study {study.name}", total) as advance:
         results = collect(study, folder)
@@ -139,6 +145,7 @@ def _base_scores(study: Study, folder: Path) -> dict[str, dict[str, float]]:
             continue
         if key not in drawn:
             drawn[key] = _score_base(recipe)
+            release_unused()  # the first GPU is a training's
         found[cell] = drawn[key]
     return found
 
@@ -157,12 +164,44 @@ def _validated(recipe: Recipe) -> str:
 
 
 def _score_base(recipe: Recipe) -> dict[str, float]:
-    if recipe.evaluation is None:
+    evaluation = evaluation_of(recipe)
+    if evaluation is None:
         return {}
     policy = recipe.policy.build(pick_device(recipe.training.device, key="training.device"))
-    engine = Engine(policy, dtype=recipe.rollout.dtype, max_images=recipe.rollout.max_images)
-    guidance_scale = recipe.guidance_scale
-    return validation_scores(engine, recipe.evaluation, guidance_scale=guidance_scale)
+    return validation_scores(build_engine(policy, recipe), evaluation)
+
+
+@dataclass
+class _Training:
+    """A run that is under way."""
+
+    run: StudyRun
+    process: subprocess.Popen[bytes]
+    slot: str | None
+    """Its GPU; None: a processor."""
+    first: int
+    """Steps that were done when it started."""
+    done: int
+
+
+class _Slots:
+    """The GPUs, or as None the processors, that no training has. A GPU on which trainings end one
+    after the other before their first step gets no more, while there is another.
+    """
+
+    def __init__(self, slots: Sequence[str | None]) -> None:
+        self.slots = list(slots)
+        self._used = {*slots}
+        self._in_vain = Counter[str | None]()
+
+    def give_back(self, slot: str | None, *, in_vain: bool) -> None:
+        """Takes it back from a training that did no step, or did some."""
+        self._in_vain[slot] = self._in_vain[slot] + 1 if in_vain else 0
+        if self._in_vain[slot] == MOST_IN_VAIN and len(self._used) > 1:
+            self._used.remove(slot)
+            print(f"GPU {slot}: left out, its last trainings did no step", file=sys.stderr)
+        if slot in self._used:
+            self.slots.append(slot)
 
 
 def _run_all(
@@ -176,33 +215,34 @@ def _run_all(
     """Runs all, each slot one at a time; yields each when it starts, with no word, and when it
     ended, with why if it failed.
     """
-    queue, free = list(waiting), list(slots)
-    running: list[tuple[StudyRun, subprocess.Popen[bytes], str | None, int]] = []
+    queue, free = list(waiting), _Slots(slots)
+    threads = max(num_cores() // len(slots), 1)
+    running: list[_Training] = []
     told = 0  # signals that were passed on: a training that gets a second one does not save
     while running or (queue and not signals):
-        while queue and free and not signals:
-            run, slot = queue.pop(0), free.pop(0)
-            running.append((run, _start(run, folder, slot), slot, _done_steps(run, folder)))
+        while queue and free.slots and not signals:
+            run, slot = queue.pop(0), free.slots.pop(0)
+            done = _done_steps(run, folder)
+            running.append(_Training(run, _start(run, folder, slot, threads), slot, done, done))
             yield run, ""
         time.sleep(POLL_S)
         if len(signals) > told:
             told = len(signals)
-            for _, process, _, _ in running:
-                process.terminate()
-        still = []
-        for run, process, slot, seen in running:
-            code, done = process.poll(), _done_steps(run, folder)
-            if done > seen:
-                advance(done - seen)
+            for training in running:
+                training.process.terminate()
+        for training in list(running):
+            code, done = training.process.poll(), _done_steps(training.run, folder)
+            if done > training.done:
+                advance(done - training.done)
+                training.done = done
             if code is None:
-                still.append((run, process, slot, done))
                 continue
-            free.append(slot)
-            failed = _why(code, _log(run, folder)) if code and not signals else ""
+            running.remove(training)
+            failed = _why(code, _log(training.run, folder)) if code and not signals else ""
             if failed:
-                print(f"{run}: {failed}", file=sys.stderr)
-            yield run, failed
-        running = still
+                print(f"{training.run}: {failed}", file=sys.stderr)
+            free.give_back(training.slot, in_vain=bool(failed) and done == training.first)
+            yield training.run, failed
 
 
 def _gpus() -> list[str]:
@@ -212,8 +252,8 @@ def _gpus() -> list[str]:
     return [one.strip() for one in named.split(",")][:count] if named else [*map(str, range(count))]
 
 
-def _start(run: StudyRun, folder: Path, gpu: str | None) -> subprocess.Popen[bytes]:
-    environment = dict(os.environ)
+def _start(run: StudyRun, folder: Path, gpu: str | None, threads: int) -> subprocess.Popen[bytes]:
+    environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
     if gpu is None:
         environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     else:

@@ -29,13 +29,16 @@ class Estimate(NamedTuple):
     """None for a single seed."""
     interval: tuple[float, float] | None
     """95 %: Student's t below eight seeds, from there on by bias-corrected and accelerated
-    bootstrap; None for fewer than three."""
+    bootstrap, expanded for few values; None for fewer than three."""
     num_seeds: int
 
 
 def estimate(values_N: ArrayLike, *, draws: int = 9999, seed: int = 0) -> Estimate:
     """Mean, standard error and interval, Student's or BCa (Efron 1987), of values that are finite;
     without `draws` no interval.
+
+    Drawn from ten values, means spread by sqrt(9 / 10) of what they should and have the tails of a
+    normal distribution: BCa reads the percentiles that make up for both (Hesterberg 2015, 3.4).
     """
     values_N = np.asarray(values_N, float)
     assert values_N.ndim == 1, values_N.shape
@@ -50,8 +53,14 @@ def estimate(values_N: ArrayLike, *, draws: int = 9999, seed: int = 0) -> Estima
     if count < FEWEST_FOR_BOOTSTRAP:
         half = float(stats.t.ppf(0.975, count - 1)) * error
         return Estimate(mean, error, (mean - half, mean + half), count)
+    expanded = math.sqrt(count / (count - 1)) * stats.t.ppf(0.975, count - 1)
     result = stats.bootstrap(
-        (values_N,), np.mean, n_resamples=draws, method="BCa", rng=np.random.default_rng(seed)
+        (values_N,),
+        np.mean,
+        n_resamples=draws,
+        confidence_level=1 - 2 * float(stats.norm.sf(expanded)),
+        method="BCa",
+        rng=np.random.default_rng(seed),
     )
     low, high = result.confidence_interval
     return Estimate(mean, error, (float(low), float(high)), count)
@@ -89,7 +98,7 @@ def at_divergence(
     divergence_S: ArrayLike, score_S: ArrayLike, targets: Sequence[float]
 ) -> list[float | None]:
     """The score where a run first reached each divergence K, linear in sqrt(K) between evaluations;
-    None where it never did. The first entries are those of the base policy.
+    None where it never did.
     """
     root_S = np.sqrt(np.maximum.accumulate(np.asarray(divergence_S, float)))
     score_S = np.asarray(score_S, float)
@@ -105,13 +114,22 @@ def at_divergence(
     ]
 
 
-def frontier_area(divergence_S: ArrayLike, score_S: ArrayLike, limit: float) -> float | None:
-    """Mean score over sqrt(K) from 0 to sqrt(limit); None where a run stayed below the limit."""
-    grid = np.linspace(0, math.sqrt(limit), 101)
-    scores = at_divergence(divergence_S, score_S, list(grid**2))
-    if any(score is None for score in scores):
+class End(NamedTuple):
+    """Where a run ends."""
+
+    divergence: float
+    """K, nats a token."""
+    score: float
+
+
+def above_line(end: End, one: End, other: End) -> float | None:
+    """How far a score lies above the line through two others at its divergence, linear in sqrt(K),
+    also beyond the two; None where these have the same divergence.
+    """
+    root, low, high = (math.sqrt(max(some.divergence, 0.0)) for some in (end, one, other))
+    if low == high:
         return None
-    return float(np.trapezoid(np.array(scores, float), grid) / grid[-1])
+    return end.score - one.score - (root - low) / (high - low) * (other.score - one.score)
 
 
 def breakdown_step(

@@ -15,9 +15,6 @@ from stage_rl.console import aligned
 from stage_rl.errors import InputError
 from stage_rl.study import statistics
 
-DIVERGENCES = (0.01, 0.03, 0.1, 0.3)
-"""Nats a token at which the frontier is read."""
-AREA_LIMIT = 0.1
 LAST_SHARE = 0.2
 """Of the evaluations that the endpoint is the mean of."""
 KL, DRIFT = "probe/kl", "probe/entropy_drift"
@@ -105,7 +102,7 @@ def cell_tables(results: Mapping[str, Any]) -> list[CellTables]:
             _entropy_reward(arms),
             _contrasts(arms, endpoint, pairs),
             _differences(arms, endpoint, [*pairs, *study.get("compared", ())]),
-            _frontier(arms, endpoint, base),
+            *(_at_equal_divergence(arms, endpoint, pair) for pair in study.get("lines", ())),
         )
         settings = " ".join(study["cells"][cell])
         shown = [rows for rows in tables if rows]
@@ -141,7 +138,7 @@ def merge_results(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             if key in ("cells", "arms"):
                 known = study.get(key, {})
                 study[key] = {**known, **value, **known}
-            elif key in ("contrasts", "compared"):
+            elif key in ("contrasts", "compared", "lines"):
                 new = [pair for pair in value if pair not in study.get(key, [])]
                 study[key] = [*study.get(key, []), *new]
             else:
@@ -338,23 +335,36 @@ def _values(runs: Sequence[RunResult], measure: Measure) -> dict[int, float]:
     return {seed: value for seed, value in found.items() if value is not None}
 
 
-def _frontier(arms: Arms, endpoint: str, base: float | None) -> list[list[str]]:
-    """The score at equal exact KL, over the seeds that got there, those that diverged later too."""
-    if base is None:
+def _at_equal_divergence(arms: Arms, endpoint: str, pair: Sequence[str]) -> list[list[str]]:
+    """How far the other arms end above the line through the ends of a pair, by seed; no p."""
+    ends = {arm: _last(runs, endpoint) for arm, runs in arms.items()}
+    if not ends.keys() >= {*pair}:
         return []
-    names = [f"K = {divergence:g}" for divergence in DIVERGENCES]
-    rows = [["at equal KL", *names, f"area to {AREA_LIMIT:g}"]]
-    for arm, runs in arms.items():
-        curves = []
-        for run in runs:
-            _, scores, divergences = run.curve(endpoint)
-            if divergences:
-                curves.append(([0.0, *divergences], [base, *scores]))
-        reached = [statistics.at_divergence(k, scores, DIVERGENCES) for k, scores in curves]
-        columns = [_mean(column, count=True) for column in zip(*reached, strict=True)]
-        areas = (statistics.frontier_area(k, scores, AREA_LIMIT) for k, scores in curves)
-        rows.append([arm, *(columns or [""] * len(names)), _mean(areas, count=True)])
-    return rows
+    one, other = (ends.pop(arm) for arm in pair)
+    rows = [[f"above the line {' - '.join(pair)}", "seeds", "mean", "95 % interval"]]
+    for arm, own in ends.items():
+        found = (
+            statistics.above_line(own[seed], one[seed], other[seed])
+            for seed in sorted(own.keys() & one.keys() & other.keys())
+        )
+        above = [value for value in found if value is not None]
+        if above:
+            score = statistics.estimate(above)
+            rows.append(
+                [arm, str(len(above)), _cell(score, signed=True), _interval(score, signed=True)]
+            )
+    return rows if len(rows) > 1 else []
+
+
+def _last(runs: Sequence[RunResult], endpoint: str) -> dict[int, statistics.End]:
+    """By seed where it ends."""
+    divergences, scores = (
+        _values(runs, lambda run, name=name: run.at_end(name)) for name in (KL, endpoint)
+    )
+    return {
+        seed: statistics.End(divergences[seed], scores[seed])
+        for seed in divergences.keys() & scores.keys()
+    }
 
 
 def _broke(runs: Sequence[RunResult], endpoint: str, base: float | None) -> str:
