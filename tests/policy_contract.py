@@ -30,6 +30,7 @@ def check(policy: Policy, short: Prompt, long: Prompt) -> None:
     tokens_have_codes_and_images(policy, short)
     the_engine_gets_the_embeddings_of_all_tokens(policy)
     a_control_token_changes_what_follows_it(policy, short)
+    prompts_are_checked_as_they_are_encoded(policy, short)
 
 
 @torch.no_grad()
@@ -154,3 +155,10 @@ def a_control_token_changes_what_follows_it(policy: Policy, prompt: Prompt) -> N
         assert torch.equal(after_NTD[:, ~behind_T], before_NTD[:, ~behind_T])
         moved_T = (after_NTD - before_NTD).abs().amax((0, 2)).cpu()
         assert (moved_T[behind_T] > 1e-4).all()
+
+
+def prompts_are_checked_as_they_are_encoded(policy: Policy, prompt: Prompt) -> None:
+    policy.check([prompt])
+    for read in (policy.check, policy.encode):
+        with pytest.raises(InputError, match="is empty"):
+            read([prompt, Prompt(" ", 7)])

@@ -294,7 +294,8 @@ def evaluate_run(recipe: Recipe, folder: Path) -> str:
     # The run may have more steps than this recipe asks for.
     head = f"after {saved.state.step} steps; "
     asked = asked_of(evaluation)
-    if kept.exists() and _asked_before(folder, asked) == asked:
+    before = _asked_before(folder, asked, top_k=recipe.policy.policy_class.default_top_k)
+    if kept.exists() and before == asked:
         text = kept.read_text(encoding="utf-8")
         if text.startswith(head):
             return text
@@ -316,12 +317,15 @@ def evaluate_run(recipe: Recipe, folder: Path) -> str:
     return text
 
 
-def _asked_before(folder: Path, asked: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What the comparison in a run folder was asked for; those of former versions do not say."""
+def _asked_before(folder: Path, asked: Mapping[str, Any], *, top_k: int) -> Mapping[str, Any]:
+    """What the comparison in a run folder was asked for. Those of former versions do not say, or
+    not from how many tokens they drew: as their family does, `top_k`.
+    """
     file = folder / "evaluation.json"
     if not file.exists():
         return asked
-    return {**asked, **json.loads(file.read_text(encoding="utf-8")).get("asked", {})}
+    before = json.loads(file.read_text(encoding="utf-8")).get("asked")
+    return asked if before is None else {"top_k": top_k, **before}
 
 
 def export(

@@ -46,6 +46,7 @@ def test_every_built_in_study_loads(name):
     ("before", "after", "message"),
     [
         ("[[stage, grpo]]", "[[stage, gppo]]", "no arm is named 'gppo'"),
+        ("[[stage, grpo]]", "[[stage, stage]]", "is 'stage' twice; write two arms"),
         ("cells: [hot]", "cells: [warm]", "no cell is named 'warm'"),
         ("algorithm.reweight=both", "algorithm.reweigh=both", "did you mean 'reweight'"),
         ("recipe: shapes_grpo", "recipe: shapes_gppo", "shapes_gppo"),

@@ -231,23 +231,35 @@ def test_a_stop_is_passed_on_once_so_that_a_training_saves(tmp_path, monkeypatch
     assert (tmp_path / "told").read_text() == "1"
 
 
-def test_a_gpu_on_which_nothing_starts_is_left_out(tmp_path, monkeypatch, capsys):
+def tried_on(slots, tmp_path, monkeypatch, *, bad):
+    """The GPUs that six runs are started on, of which the bad ones fail at once."""
     on = []
 
-    def start(_run, _folder, gpu, threads):
+    def start(_run, _folder, gpu, _threads):
         on.append(gpu)
-        # On GPU 1 at once; what fails on GPU 0 fails later, and more is tried there.
-        codes = iter([*([None] * (0 if gpu == "1" else 5)), 1])
+        codes = iter([1] if gpu in bad else [None] * 5 + [0])
         return SimpleNamespace(poll=lambda: next(codes))
 
     monkeypatch.setattr(run, "_start", start)
     monkeypatch.setattr(run, "_why", lambda *_: "no memory")
     monkeypatch.setattr(run, "POLL_S", 0.0)
     waiting = list(load_study("quick").runs())[:6]
-    ended = list(run._run_all(waiting, tmp_path, ["0", "1"], advance=int, signals=[]))
-    assert [one for one, failed in ended if failed] != []
+    ended = list(run._run_all(waiting, tmp_path, slots, advance=int, signals=[]))
+    assert len(ended) == 12
+    assert sum(failed == "no memory" for _, failed in ended) == sum(gpu in bad for gpu in on)
+    return on
+
+
+@pytest.mark.parametrize("slots", [["0", "1"], ["0", "1", "0", "1"]])
+def test_a_gpu_on_which_nothing_starts_does_not_try_all(slots, tmp_path, monkeypatch, capsys):
+    on = tried_on(slots, tmp_path, monkeypatch, bad=["1"])
     assert sorted(on) == ["0"] * 4 + ["1"] * 2
-    assert capsys.readouterr().err.count("GPU 1: left out, its last trainings did no step") == 1
+    assert "GPU 1: its last trainings failed before their first step" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("slots", [["0"], ["0", "1"], [None]])
+def test_runs_that_fail_everywhere_are_all_tried(slots, tmp_path, monkeypatch):
+    assert len(tried_on(slots, tmp_path, monkeypatch, bad=slots)) == 6
 
 
 def test_a_training_that_was_killed_says_so_whatever_its_log_ends_with(tmp_path):
@@ -273,6 +285,7 @@ UNEVEN = {"reward/mean": [[1, 2], [0.5]]}
         ("[" * 100_000, "recursion limit"),
         ("not JSON", "Invalid JSON"),
         ('{"study": {"cells": {}, "arms": []}, "base": {}, "runs": []}', "study.arms: "),
+        ('{"study": {"cells": {}, "arms": {}, "lines": [["a"]]}, "base": {}, "runs": []}', "lines"),
         (json.dumps({"runs": [A_RUN | {"seed": "1"}]}), r"runs\.0\.seed: "),
         (json.dumps({"runs": [A_RUN | {"series": UNEVEN}]}), "2 steps and 1 values"),
     ],

@@ -3,7 +3,8 @@
 import pytest
 
 from stage_rl.errors import InputError
-from stage_rl.study.tables import merge_results, study_tables
+from stage_rl.study.statistics import End
+from stage_rl.study.tables import RunResult, merge_results, study_tables
 
 STEPS = [25, 50, 75, 100, 125]
 
@@ -76,17 +77,42 @@ def test_arms_are_compared_at_equal_divergence():
     weak = [a_run("weak", seed, [0.3] * 5, [0.01] * 5) for seed in (1, 2)]
     arms = RESULTS["study"]["arms"] | {"weak": {}}
     study = RESULTS["study"] | {"arms": arms, "lines": [["weak", "grpo"], ["never", "grpo"]]}
-    runs = [*RESULTS["runs"], *weak]
+    runs = [*RESULTS["runs"][:3], *weak]
+    runs.append(a_run("stage", 2, [0.38] * 5, [0.01, 0.04, 0.09, 0.16, 0.25]))
     # At K = 0.25 the line ends where grpo does, with 0.1 and 0.4.
     text = study_tables(RESULTS | {"study": study, "runs": runs})
     above = text[text.index("above the line weak - grpo") :]
-    assert line_of(above, "stage ", "not known")[:4] == ["stage", "2", "+0.090", "+-"]
+    assert line_of(above, "stage ", "not known")[:5] == ["stage", "2", "2", "+0.090", "+-"]
     # At K = 0.09 it is half of the way from 0.3 to them.
     near = [a_run("stage", seed, [0.3] * 5, [0.09] * 5) for seed in (1, 2)]
     text = study_tables(RESULTS | {"study": study, "runs": [*RESULTS["runs"][:2], *weak, *near]})
     above = text[text.index("above the line weak - grpo") :]
     # 0.3 - 0.2 and 0.3 - 0.35
-    assert line_of(above, "stage ", "not known")[1:5] == ["2", "+0.025", "+-", "0.075"]
+    assert line_of(above, "stage ", "not known")[1:6] == ["2", "2", "+0.025", "+-", "0.075"]
+
+
+def test_a_run_ends_with_a_score_and_the_divergence_of_the_same_evaluations():
+    series = {
+        "validation/gold": ([40, 80], [0.3, 0.4]),
+        # After step 71, which no evaluation is of, it was elsewhere.
+        "probe/kl": ([40, 71, 80], [0.01, 9.0, 0.04]),
+    }
+    assert RunResult(1, "", series).end("validation/gold") == End(0.04, 0.4)
+    assert RunResult(1, "", {}).end("validation/gold") is None
+
+
+def test_how_many_end_between_the_two_is_shown():
+    arms = RESULTS["study"]["arms"] | {"weak": {}}
+    study = RESULTS["study"] | {"arms": arms, "lines": [["weak", "grpo"]]}
+    runs = [
+        *(a_run("weak", seed, [0.3] * 5, [0.01] * 5) for seed in (1, 2)),
+        *(a_run("grpo", seed, [0.4] * 5, [0.04] * 5) for seed in (1, 2)),
+        a_run("stage", 1, [0.3] * 5, [0.02] * 5),
+        a_run("stage", 2, [0.3] * 5, [0.05] * 5),
+    ]
+    text = study_tables(RESULTS | {"study": study, "runs": runs})
+    above = text[text.index("above the line weak - grpo") :]
+    assert line_of(above, "stage ", "not known")[:3] == ["stage", "2", "1"]
 
 
 def test_what_a_run_ends_with_is_compared_without_a_test():

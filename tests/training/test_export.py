@@ -113,7 +113,7 @@ def test_the_card_says_what_was_done(run, tmp_path, tiny_janus_folder):
     # The base is a folder here, which is no model of the hub.
     assert "base_model" not in head
     assert f"Trained from `{tiny_janus_folder}` for 2 steps" in card
-    assert "advantages weighted by the similarity of opposed tokens (equations 5 to 8)" in card
+    assert "advantages weighted by the similarity of opposed tokens (5 to 8)" in card
     assert "| Brightness | loop_parts:Brightness | 1 |" in card
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     first, last = (f"{record['reward/mean']:.4g}" for record in records)

@@ -71,6 +71,9 @@ class Study(Settings):
     def _known_names(self) -> Self:
         for key in ("contrasts", "compared", "lines"):
             for number, pair in enumerate(getattr(self, key)):
+                if pair[0] == pair[1]:
+                    text = f"is '{pair[0]}' twice; write two arms"
+                    raise validation_error(f"{key}.{number}", text)
                 for arm in pair:
                     if arm not in self.arms:
                         raise validation_error(

@@ -38,6 +38,7 @@ class StudyRecord(_Open):
     endpoint: str = "validation/gold"
     contrasts: list[tuple[str, str]] = []
     compared: list[tuple[str, str]] = []
+    lines: list[tuple[str, str]] = []
 
 
 class RunRecord(_Open):

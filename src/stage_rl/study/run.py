@@ -38,7 +38,7 @@ from stage_rl.training.trainer import build_engine
 
 POLL_S = 1.0
 MOST_IN_VAIN = 2
-"""Trainings in a row that fail on a GPU before their first step, until it is left out."""
+"""Trainings in a row that fail on a GPU before their first step, until it gets no more."""
 SERIES = (
     "reward/mean",
     "reward/std",
@@ -185,23 +185,31 @@ class _Training:
 
 
 class _Slots:
-    """The GPUs, or as None the processors, that no training has. A GPU on which trainings end one
-    after the other before their first step gets no more, while there is another.
+    """The GPUs, or as None the processors, that no training has. A GPU on which trainings fail one
+    after the other before their first step waits until no other is busy, or it would try them all.
     """
 
     def __init__(self, slots: Sequence[str | None]) -> None:
-        self.slots = list(slots)
-        self._used = {*slots}
+        self.free = list(slots)
+        self._waiting: list[str | None] = []
         self._in_vain = Counter[str | None]()
 
+    def any(self, *, idle: bool) -> bool:
+        """Whether there is one; `idle`: nothing runs."""
+        if not self.free and idle:
+            self.free, self._waiting = self._waiting, []
+            self._in_vain.clear()
+        return bool(self.free)
+
     def give_back(self, slot: str | None, *, in_vain: bool) -> None:
-        """Takes it back from a training that did no step, or did some."""
+        """Takes it back from a training that failed before its first step, or did not."""
+        self.free.append(slot)
         self._in_vain[slot] = self._in_vain[slot] + 1 if in_vain else 0
-        if self._in_vain[slot] == MOST_IN_VAIN and len(self._used) > 1:
-            self._used.remove(slot)
-            print(f"GPU {slot}: left out, its last trainings did no step", file=sys.stderr)
-        if slot in self._used:
-            self.slots.append(slot)
+        if slot is not None and self._in_vain[slot] >= MOST_IN_VAIN:
+            self._waiting += [one for one in self.free if one == slot]
+            self.free = [one for one in self.free if one != slot]
+            text = "its last trainings failed before their first step; it waits for the others"
+            print(f"GPU {slot}: {text}", file=sys.stderr)
 
 
 def _run_all(
@@ -215,13 +223,13 @@ def _run_all(
     """Runs all, each slot one at a time; yields each when it starts, with no word, and when it
     ended, with why if it failed.
     """
-    queue, free = list(waiting), _Slots(slots)
+    queue, places = list(waiting), _Slots(slots)
     threads = max(num_cores() // len(slots), 1)
     running: list[_Training] = []
     told = 0  # signals that were passed on: a training that gets a second one does not save
     while running or (queue and not signals):
-        while queue and free.slots and not signals:
-            run, slot = queue.pop(0), free.slots.pop(0)
+        while queue and not signals and places.any(idle=not running):
+            run, slot = queue.pop(0), places.free.pop(0)
             done = _done_steps(run, folder)
             running.append(_Training(run, _start(run, folder, slot, threads), slot, done, done))
             yield run, ""
@@ -241,7 +249,7 @@ def _run_all(
             failed = _why(code, _log(training.run, folder)) if code and not signals else ""
             if failed:
                 print(f"{training.run}: {failed}", file=sys.stderr)
-            free.give_back(training.slot, in_vain=bool(failed) and done == training.first)
+            places.give_back(training.slot, in_vain=bool(failed) and done == training.first)
             yield training.run, failed
 
 

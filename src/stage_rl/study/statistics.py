@@ -38,7 +38,7 @@ def estimate(values_N: ArrayLike, *, draws: int = 9999, seed: int = 0) -> Estima
     without `draws` no interval.
 
     Drawn from ten values, means spread by sqrt(9 / 10) of what they should and have the tails of a
-    normal distribution: BCa reads the percentiles that make up for both (Hesterberg 2015, 3.4).
+    normal distribution: BCa reads the percentiles that make up for both (Hesterberg 2015).
     """
     values_N = np.asarray(values_N, float)
     assert values_N.ndim == 1, values_N.shape
@@ -130,6 +130,12 @@ def above_line(end: End, one: End, other: End) -> float | None:
     if low == high:
         return None
     return end.score - one.score - (root - low) / (high - low) * (other.score - one.score)
+
+
+def is_between(end: End, one: End, other: End) -> bool:
+    """Whether its divergence is between those of two others, so that their line is not drawn on."""
+    low, high = sorted((one.divergence, other.divergence))
+    return low <= end.divergence <= high
 
 
 def breakdown_step(

@@ -57,6 +57,14 @@ class RunResult:
         probed, divergence = self.values(KL)
         return steps, scores, list(np.interp(steps, probed, divergence)) if probed else []
 
+    def end(self, metric: str) -> statistics.End | None:
+        """A score at the end, and the divergence there: means over the same evaluations."""
+        _, scores, divergences = self.curve(metric)
+        count = math.ceil(len(divergences) * LAST_SHARE)
+        if not count:
+            return None
+        return statistics.End(*(float(np.mean(one[-count:])) for one in (divergences, scores)))
+
     def wander(self) -> float | None:
         """How much the entropy drift wanders beyond where it ends."""
         drift = self.values(DRIFT)[1]
@@ -336,35 +344,31 @@ def _values(runs: Sequence[RunResult], measure: Measure) -> dict[int, float]:
 
 
 def _at_equal_divergence(arms: Arms, endpoint: str, pair: Sequence[str]) -> list[list[str]]:
-    """How far the other arms end above the line through the ends of a pair, by seed; no p."""
+    """How far the other arms end above the line through the ends of a pair, by seed, and how many
+    of them end between the two; no p.
+    """
     ends = {arm: _last(runs, endpoint) for arm, runs in arms.items()}
     if not ends.keys() >= {*pair}:
         return []
     one, other = (ends.pop(arm) for arm in pair)
-    rows = [[f"above the line {' - '.join(pair)}", "seeds", "mean", "95 % interval"]]
+    head = f"above the line {' - '.join(pair)}"
+    rows = [[head, "seeds", "between", "mean", "95 % interval"]]
     for arm, own in ends.items():
-        found = (
-            statistics.above_line(own[seed], one[seed], other[seed])
-            for seed in sorted(own.keys() & one.keys() & other.keys())
-        )
+        seeds = sorted(own.keys() & one.keys() & other.keys())
+        found = [statistics.above_line(own[seed], one[seed], other[seed]) for seed in seeds]
         above = [value for value in found if value is not None]
         if above:
             score = statistics.estimate(above)
-            rows.append(
-                [arm, str(len(above)), _cell(score, signed=True), _interval(score, signed=True)]
-            )
+            between = sum(statistics.is_between(own[s], one[s], other[s]) for s in seeds)
+            cells = [str(between), _cell(score, signed=True), _interval(score, signed=True)]
+            rows.append([arm, str(len(above)), *cells])
     return rows if len(rows) > 1 else []
 
 
 def _last(runs: Sequence[RunResult], endpoint: str) -> dict[int, statistics.End]:
-    """By seed where it ends."""
-    divergences, scores = (
-        _values(runs, lambda run, name=name: run.at_end(name)) for name in (KL, endpoint)
-    )
-    return {
-        seed: statistics.End(divergences[seed], scores[seed])
-        for seed in divergences.keys() & scores.keys()
-    }
+    """By seed where it ends; see `_values`."""
+    found = {run.seed: run.end(endpoint) for run in runs if not run.diverged}
+    return {seed: end for seed, end in found.items() if end is not None}
 
 
 def _broke(runs: Sequence[RunResult], endpoint: str, base: float | None) -> str:

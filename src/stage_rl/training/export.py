@@ -153,7 +153,7 @@ def model_card(run: Path, step: int, *, layout: str, adapter: bool) -> str:
         f"{'An adapter for' if adapter else 'Trained from'} `{base}` for {step} steps with "
         "[stage-rl](https://arxiv.org/abs/2509.25027). The weights keep the licence of their base.",
         f"## {'Draw' if 'GUIDANCE' in written else 'Load'}\n\n```python\n{code}\n```",
-        f"## Method\n\n{_method(recipe)}",
+        f"## Method\n\n{_method(recipe, shown['algorithm'])}",
         f"## Data\n\n{_data(shown['prompts'])}",
         f"## Rewards\n\n{_rewards(recipe)}",
         f"## Figures\n\n{_figures(run / 'metrics.jsonl', step)}",
@@ -179,11 +179,12 @@ def _front_matter(base: str, policy: PolicyConfig, *, adapter: bool) -> str:
     return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---"
 
 
-def _method(recipe: Recipe) -> str:
+def _method(recipe: Recipe, shown: Mapping[str, Any]) -> str:
+    """`shown`: the section algorithm without what the environment gave."""
     algorithm, rollout, optimizer = recipe.algorithm, recipe.rollout, recipe.optimizer
     kinds = {
-        "token credit": algorithm.credit,
-        "loss": algorithm.loss,
+        "token credit": shown["credit"],
+        "loss": shown["loss"],
         "advantages": algorithm.advantage,
         "KL estimator": algorithm.kl.estimator,
         "importance sampling": algorithm.importance_sampling,
@@ -198,20 +199,21 @@ def _method(recipe: Recipe) -> str:
 
 
 def _objective(algorithm: AlgorithmConfig) -> str:
-    """What is added to the objective, with the equations of the paper where it is the paper's."""
+    """What of STAGE is in the objective, by the paper's equations."""
     parts = []
     if algorithm.credit == "stage" and algorithm.reweights_advantages:
-        parts.append("advantages weighted by the similarity of opposed tokens (equations 5 to 8)")
+        parts.append("advantages weighted by the similarity of opposed tokens (5 to 8)")
     if algorithm.credit == "stage" and algorithm.weights_kl:
         parts.append("a KL weight from the same similarity (section 3.2)")
     entropy_forms = {
-        "reward": "an entropy reward (equations 11, 12)",
+        "reward": "an entropy reward (11, 12)",
         "constant": "a constant for the best samples (12 with an entropy reward of 1)",
-        "loss": "an entropy loss (equations 13, 14)",
+        "loss": "an entropy loss (13, 14)",
     }
     if algorithm.entropy.mode in entropy_forms:
         parts.append(entropy_forms[algorithm.entropy.mode])
-    return " with ".join(filter(None, ("Group-relative policy optimisation", " and ".join(parts))))
+    named = f" with {' and '.join(parts)}, equations of the paper" if parts else ""
+    return f"Group-relative policy optimisation{named}"
 
 
 def _written(kind: str | Mapping[str, Any]) -> str:

@@ -121,13 +121,15 @@ class Monitor:
 
 def validation_hash8(recipe: Recipe) -> str:
     """Eight hexadecimal digits for what decides the score of a validation; empty without one."""
-    evaluation = evaluation_of(recipe)
-    if evaluation is None or not evaluation.every:
+    written, drawn = recipe.evaluation, evaluation_of(recipe)
+    if written is None or drawn is None or not written.every:
         return ""
-    left_out = {"every", "data", "seed", "images_per_task"}
-    if not evaluation.top_k:  # so that checkpoints from before there was such a key agree
-        left_out.add("top_k")
-    values = evaluation.model_dump(mode="json", exclude=left_out)
+    left_out = {"every", "data", "seed", "images_per_task", "top_k"}
+    values = written.model_dump(mode="json", exclude=left_out)
+    values["guidance_scale"] = drawn.guidance_scale
+    # Former versions drew as the family does, and had no such key.
+    if drawn.top_k != recipe.policy.policy_class.default_top_k:
+        values["top_k"] = drawn.top_k
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 

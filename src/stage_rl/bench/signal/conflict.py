@@ -66,7 +66,8 @@ def run(
 ) -> BenchResult:
     """Draws and judges a recipe's first steps at the weights it begins with, and learns nothing.
 
-    `trained`: RUN or RUN@STEP, its recipe and the policy that it had then, beside its reference.
+    `trained`: RUN or RUN@STEP in place of a recipe: its own, with the policy that it had then
+    beside its reference.
     `overrides` are settings as `stage train` takes them, with spaces between.
     """
     checkpoint = None
@@ -86,7 +87,7 @@ def run(
 def _look(trainer: Trainer, step: Step) -> Tokens:
     learned = step.learned
     if learned is None or "mask/mean" not in learned.credit.metrics:
-        raise InputError("--recipe: its credit has no mask; name one of algorithm.credit=stage")
+        raise InputError("its credit has no mask; name a recipe or a run of algorithm.credit=stage")
     (batch,) = micro_batches(step.rollout, None, trainer.policy.device)
     advantages_PG = learned.credit.advantages_PG
     slopes_PGTW = slopes(trainer, batch).unflatten(0, (-1, batch.group_size))
