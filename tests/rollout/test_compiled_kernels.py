@@ -22,10 +22,11 @@ HEADS = {"BLOCK": 32, "WIDTH": 128, "PADDED": 128}
 CASES = [
     (
         kernels._attend,
-        {"query": "*fp32", **cache, "positions": "*i64", "out": "*fp32", "sums": "*fp32",
+        {"query": "*fp32", **cache, "positions": "*i64",
+         "prompt_lengths": "*i64", "prompt_rows": "*i64", "out": "*fp32", "sums": "*fp32",
          "scale": "fp32", "heads_of_row": "i32", "num_lanes": "i32"},
         {"QUERIES": 1, "PARTS": 4, "TILE": form.tile, "STAGES": form.stages,
-         "MASKED": form.masked, "SCALED": "fp8" in cache["keys"], **HEADS},
+         "MASKED": form.masked, "SHARED": form.shared, "SCALED": "fp8" in cache["keys"], **HEADS},
     )
     for form in kernels.FORMS.values() for cache in CACHES
 ] + [

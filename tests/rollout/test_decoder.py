@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from transformers import Qwen2Config, Qwen2Model, Qwen3Config, Qwen3Model
 
 from stage_rl.policies.trunk import trunk_weights
-from stage_rl.rollout.attention import Backend
+from stage_rl.rollout.attention import Backend, SharedPrompts
 from stage_rl.rollout.decoder import Decoder
 
 SIZE = {
@@ -53,12 +53,18 @@ def test_prefill_and_steps_agree_with_transformers(trunk, head_dim, has):
         inputs_1SD[:, :36], torch.tensor([36]), coords_SA[:36], cache, group_size=2
     )
     assert_close(state_1D, theirs_1SD[:, 35], atol=1e-5, rtol=1e-5)
+    prompts = SharedPrompts(torch.tensor([36, 36]), torch.tensor([0, 0]))
     for position in range(36, 40):
         inputs_RD, positions_R = (
             inputs_1SD[:, position].repeat(2, 1),
             torch.tensor([position, position]),
         )
         states_RD = decoder.step(
-            inputs_RD, positions_R, positions_R[:, None], cache, num_live=position + 1
+            inputs_RD,
+            positions_R,
+            positions_R[:, None],
+            cache,
+            prompts=prompts,
+            num_live=position + 1,
         )
         assert_close(states_RD, theirs_1SD[:, position].repeat(2, 1), atol=1e-5, rtol=1e-5)

@@ -20,6 +20,7 @@ from stage_rl.rollout.attention import (
     HeadNorms,
     Heads,
     KeyValueCache,
+    SharedPrompts,
     apply_rotary,
     length_mask,
 )
@@ -61,6 +62,12 @@ def filled_cache(shape: CacheShape, num_rows: int, num_slots: int) -> KeyValueCa
     return cache
 
 
+def own_prompts(num_rows: int) -> SharedPrompts:
+    """Of rows that share nothing."""
+    row_R = torch.arange(num_rows, device=DEVICE)
+    return SharedPrompts(torch.ones_like(row_R), row_R)
+
+
 # Row r of many has r + 1 live positions: within a tile of 64, across tiles and blocks of 32, to the
 # end. Grouped queries have a head dimension that is no power of two.
 ALL_LENGTHS = tuple(range(130))
@@ -87,7 +94,8 @@ def test_attention_is_that_of_torch(heads, queries, width, last, dtype, options)
     cache = filled_cache(CacheShape(1, heads, width, dtype), len(last), num_slots)
     positions_R = torch.tensor(last, device=DEVICE)
     query = torch.randn(len(last), heads, queries, width, device=DEVICE)
-    ours = decode_attention(query, cache.keys[0], cache.values[0], positions_R, **options)
+    prompts = own_prompts(len(last))
+    ours = decode_attention(query, cache.keys[0], cache.values[0], positions_R, prompts, **options)
     bias = length_mask(positions_R, num_slots)
     theirs = eager_attention(query, cache.keys[0], cache.values[0], bias)
     assert_close(ours, theirs, atol=NEAR[dtype], rtol=0)
@@ -103,11 +111,41 @@ def test_attention_over_a_cache_in_fp8_is_that_over_its_numbers(options):
     cache = KeyValueCache.empty(CacheShape(1, 2, 16, FP8), 4, 100, DEVICE)
     cache.fill(0, *torch.randn(2, 4, 2, 100, 16, device=DEVICE), 1)
     query = torch.randn(4, 2, 3, 16, device=DEVICE)
-    scales = (cache.key_scales[0], cache.value_scales[0])
+    keys, values, *scales = (part[0] for part in cache.parts)
     ours = decode_attention(
-        query, cache.keys[0], cache.values[0], positions_R, scales=scales, **options
+        query, keys, values, positions_R, own_prompts(4), scales=scales, **options
     )
     theirs = eager_attention(query, *cache.read(0), length_mask(positions_R, 100))
+    assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+@kernels
+@pytest.mark.parametrize("num_parts", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, FP8])
+def test_the_rows_of_a_group_read_one_copy_of_their_prompt(dtype, num_parts):
+    from stage_rl.rollout.kernels import decode_attention
+
+    torch.manual_seed(0)
+    # Groups of 3: a prompt within a block of 32, and one across blocks and a tile.
+    lengths, first = [5] * 3 + [70] * 3, [0] * 3 + [3] * 3
+    whole, spoiled = (
+        KeyValueCache.empty(CacheShape(1, 2, 16, dtype), 6, 100, DEVICE) for _ in range(2)
+    )
+    keys_values = torch.randn(2, 6, 2, 100, 16, device=DEVICE)
+    for row in range(6):
+        keys_values[:, row, :, : lengths[row]] = keys_values[:, first[row], :, : lengths[row]]
+    whole.fill(0, *keys_values, 1)
+    for row in {0, 1, 2, 3, 4, 5} - set(first):  # their copies must not be read
+        keys_values[:, row, :, : lengths[row]] = torch.nan
+    spoiled.fill(0, *keys_values, 1)
+    prompts = SharedPrompts(*torch.tensor([lengths, first], device=DEVICE))
+    positions_R = prompts.lengths_R + torch.tensor([0, 20, 29] * 2, device=DEVICE)
+    query = torch.randn(6, 2, 3, 16, device=DEVICE)
+    keys, values, *scales = (part[0] for part in spoiled.parts if part)
+    ours = decode_attention(
+        query, keys, values, positions_R, prompts, num_parts=num_parts, form="shared", scales=scales
+    )
+    theirs = eager_attention(query, *whole.read(0), length_mask(positions_R, 100))
     assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
@@ -146,8 +184,9 @@ def test_rotated_queries_and_the_cache_are_those_of_torch(normed, axes, dtype):
     caches.append(copy.deepcopy(caches[0]))
     positions_R = torch.tensor([0, 31, 40], device=DEVICE)
     qkv_RC = torch.randn(3, 8 * 12, device=DEVICE)
+    prompts = own_prompts(3)
     ours, theirs = (
-        backend.attention(heads, cache, positions_R, coords_RA, 41)(0, qkv_RC, norms)
+        backend.attention(heads, cache, positions_R, coords_RA, prompts, 41)(0, qkv_RC, norms)
         for backend, cache in zip((TritonBackend(), Backend()), caches, strict=True)
     )
     cos_R1E, sin_R1E = heads.rotation(coords_RA)
@@ -248,16 +287,21 @@ def test_what_is_drawn_from_logits_that_are_not_finite_says_so():
 
 @kernels
 @pytest.mark.parametrize(
-    ("family", "guidance_scale"),
+    ("family", "guidance_scale", "form"),
     [
-        ("tiny_janus", 1.0),
-        ("tiny_llamagen", 1.0),
-        pytest.param("tiny_llamagen", 3.0, marks=pytest.mark.slow),
-        pytest.param("tiny_emu3", 3.0, marks=pytest.mark.slow),
+        ("tiny_janus", 1.0, "shared"),
+        ("tiny_llamagen", 1.0, "masked"),
+        pytest.param("tiny_llamagen", 3.0, "shared", marks=pytest.mark.slow),
+        pytest.param("tiny_emu3", 3.0, "masked", marks=pytest.mark.slow),
     ],
 )
-def test_an_engine_of_kernels_draws_the_tokens_of_torch(request, family, guidance_scale):
+def test_an_engine_of_kernels_draws_the_tokens_of_torch(
+    request, monkeypatch, family, guidance_scale, form
+):
     """With guidance of two lengths of prompts; emu3 has end-of-line tokens and heads in groups."""
+    from stage_rl.rollout import kernels
+
+    monkeypatch.setattr(kernels, "FORM", form)
     policy = request.getfixturevalue(family)
     policy.module.to(DEVICE)
     texts = ("a photo of two blue circle", "a star")[: 1 if guidance_scale == 1 else 2]
@@ -266,7 +310,7 @@ def test_an_engine_of_kernels_draws_the_tokens_of_torch(request, family, guidanc
         return rollout(
             Engine(policy, **options),
             [Prompt(text, index) for index, text in enumerate(texts)],
-            group_size=1,
+            group_size=1 + (form == "shared"),
             sampling=Sampling(guidance_scale=guidance_scale),
             seed=0,
             step=0,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -199,6 +200,14 @@ class HeadNorms:
     k_norm_E: Tensor | None
 
 
+class SharedPrompts(NamedTuple):
+    """Where the keys and values of each row's prompt may be read: every row of a group has them."""
+
+    lengths_R: Tensor
+    rows_R: Tensor
+    """The first row of the group."""
+
+
 Attend = Callable[[int, Tensor, HeadNorms], Tensor]
 """(layer, qkv_RC, norms) -> what the heads read, side by side; writes the new keys and values."""
 
@@ -244,12 +253,14 @@ class Backend:
         cache: KeyValueCache,
         positions_R: Tensor,
         coords_RA: Tensor,
+        prompts: SharedPrompts,
         num_live: int,
     ) -> Attend:
         """The attention of one step, the same for every layer.
 
         A row attends up to its own position and rotates by its coordinates; `num_live`
-        bounds the largest position plus 1, where the backend needs a bound.
+        bounds the largest position plus 1, where the backend needs a bound. `prompts` are read in
+        their own row here.
         """
         cos, sin = heads.rotation(coords_RA)
         index, mask = cache.flat_index(positions_R), length_mask(positions_R, num_live)

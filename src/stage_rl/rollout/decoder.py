@@ -25,6 +25,7 @@ from stage_rl.rollout.attention import (
     HeadNorms,
     Heads,
     KeyValueCache,
+    SharedPrompts,
     apply_rotary,
 )
 
@@ -180,10 +181,13 @@ class Decoder:
         coords_RA: Tensor,
         cache: KeyValueCache,
         *,
+        prompts: SharedPrompts,
         num_live: int,
     ) -> Tensor:
         """One token per row at its own position and coordinates, states_RD; `Backend.attention`."""
-        attend = self.backend.attention(self.heads, cache, positions_R, coords_RA, num_live)
+        attend = self.backend.attention(
+            self.heads, cache, positions_R, coords_RA, prompts, num_live
+        )
         return self._run(embeds_RD.clone(), attend, self.backend)
 
     def logits(self, states_RD: Tensor, out_RV: Tensor | None = None) -> Tensor:

@@ -21,7 +21,7 @@ from stage_rl.allocator import keep_freed_memory
 from stage_rl.errors import InputError
 from stage_rl.openmp import sleep_beside_others
 from stage_rl.policies.base import Policy, Prefix, TokenLayout
-from stage_rl.rollout.attention import Backend, KeyValueCache
+from stage_rl.rollout.attention import Backend, KeyValueCache, SharedPrompts
 from stage_rl.rollout.decoder import CACHE_DTYPES, LINEAR_DTYPES, Decoder
 from stage_rl.rollout.sampling import Sampling
 
@@ -153,11 +153,7 @@ class Engine:
             group_size=group_size,
         )
         logits_BV = self.decoder.logits(states_BD)
-        state.begin(
-            _to_device(uniforms_NT, embeds_BLD.device),
-            logits_BV.repeat_interleave(group_size, 0),
-            lengths_B.repeat_interleave(group_size),
-        )
+        state.begin(_to_device(uniforms_NT, embeds_BLD.device), logits_BV, lengths_B)
         for column in range(columns.num_columns - 1):
             state.advance(longest + column + 1)
         state.draw()
@@ -345,7 +341,8 @@ class DecodeState:
     `advance` are one and the same work, which a CUDA graph can replay. Control columns draw too,
     into a column behind the last that nobody reads.
 
-    Shape suffixes: R rows (N conditional, then with guidance N unconditional), U columns, A axes.
+    Shape suffixes: B prompts of the prefill, R rows (N conditional, then with guidance N
+    unconditional), U columns, A axes.
     """
 
     def __init__(
@@ -367,17 +364,28 @@ class DecodeState:
         self._column = torch.zeros(1, dtype=torch.long, device=device)
         self._positions_R = torch.zeros(cache.num_rows, dtype=torch.long, device=device)
         self._origins_R = torch.zeros_like(self._positions_R)
+        self._prompts = SharedPrompts(*torch.zeros_like(self._positions_R).expand(2, -1).clone())
         vocabulary = len(decoder.head_layers[-1][0])
         self.logits_RV = torch.empty((cache.num_rows, vocabulary), device=device)
 
-    def begin(self, uniforms_NT: Tensor, logits_RV: Tensor, lengths_R: Tensor) -> None:
-        """Takes what a prefill left: the logits of the first column, and each row's prompt."""
+    def begin(
+        self, uniforms_NT: Tensor, logits_BV: Tensor, lengths_B: Tensor, *, column: int = 0
+    ) -> None:
+        """Takes what a prefill left: the logits of the first column, and the prompts' lengths.
+
+        A later `column` stands in the middle of an image, for measuring.
+        """
+        group_size = len(self.logits_RV) // len(logits_BV)
+        lengths_R = lengths_B.repeat_interleave(group_size)
+        row_R = torch.arange(len(lengths_R), device=lengths_R.device)
         self._uniforms[:, :-1].copy_(uniforms_NT)
-        self.logits_RV.copy_(logits_RV)
-        self._positions_R.copy_(lengths_R)
+        self.logits_RV.copy_(logits_BV.repeat_interleave(group_size, 0))
+        self._positions_R.copy_(lengths_R + column)
         if not self._columns.absolute:
             self._origins_R.copy_(lengths_R)
-        self._column.zero_()
+        self._prompts.lengths_R.copy_(lengths_R)
+        self._prompts.rows_R.copy_(row_R - row_R % group_size)
+        self._column.fill_(column)
 
     def advance(self, num_live: int) -> None:
         """Draws the next token of every image and runs the decoder on it.
@@ -391,6 +399,7 @@ class DecodeState:
             self._positions_R,
             self._origins_R[:, None] + coords_1A,
             self.cache,
+            prompts=self._prompts,
             num_live=num_live,
         )
         self._decoder.logits(states_RD, self.logits_RV)

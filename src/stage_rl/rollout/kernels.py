@@ -29,6 +29,7 @@ from stage_rl.rollout.attention import (
     HeadNorms,
     Heads,
     KeyValueCache,
+    SharedPrompts,
 )
 from stage_rl.rollout.draw_kernel import draw_tokens
 from stage_rl.rollout.sampling import Drawn, Sampling
@@ -88,6 +89,7 @@ class TritonBackend(Backend):
         cache: KeyValueCache,
         positions_R: Tensor,
         coords_RA: Tensor,
+        prompts: SharedPrompts,
         num_live: int,
     ) -> Attend:
         def attend(layer: int, qkv_RC: Tensor, norms: HeadNorms) -> Tensor:
@@ -97,7 +99,10 @@ class TritonBackend(Backend):
             )
             query_RKJE = query_RHE.view(len(qkv_RC), heads.num_kv_heads, -1, heads.head_dim)
             keys, values, *scales = held
-            return decode_attention(query_RKJE, keys, values, positions_R, scales=scales).flatten(1)
+            mixed_RKJE = decode_attention(
+                query_RKJE, keys, values, positions_R, prompts, scales=scales
+            )
+            return mixed_RKJE.flatten(1)
 
         return attend
 
@@ -264,10 +269,18 @@ class AttentionForm(NamedTuple):
     """Tiles that are on their way from memory at one time."""
     masked: bool
     """Whether dead positions of the last tile are left out; else a tile is whole blocks."""
+    shared: bool = False
+    """Whether the rows of a group read one copy of their prompt, which then stays in the L2
+    cache."""
 
 
-FORMS = {"masked": AttentionForm(64, 2, True), "blocks": AttentionForm(32, 3, False)}
-"""Registers against loads under way; `stage bench decode-attention` times both."""
+FORMS = {
+    "masked": AttentionForm(64, 2, True),
+    "blocks": AttentionForm(32, 3, False),
+    "shared": AttentionForm(64, 2, True, shared=True),
+}
+"""Registers against loads under way, and fewer bytes against longer addresses; `stage bench
+decode-attention` times them all."""
 FORM = "masked"
 
 PROGRAMS = 1024
@@ -281,20 +294,21 @@ def decode_attention(
     keys_WRKUE: Tensor,
     values_WRKUE: Tensor,
     positions_R: Tensor,
+    prompts: SharedPrompts,
     *,
     num_parts: int | None = None,
-    form: str = FORM,
+    form: str | None = None,
     scales: Sequence[Tensor] = (),
 ) -> Tensor:
     """Attention of one token per row up to its own position, RKJE, fp32.
 
     One program per row and query head reads the live positions with an online softmax; where those
     are few, `num_parts` programs share a sequence (None: as many as keep a GPU busy). `scales`,
-    WRKU, are those of keys and values in fp8.
+    WRKU, are those of keys and values in fp8. Every form gives the same numbers.
     """
     num_rows, num_kv_heads, num_queries, head_dim = query_RKJE.shape
     num_heads = num_rows * num_kv_heads * num_queries
-    num_parts, chosen = num_parts or parts_of(num_heads), FORMS[form]
+    num_parts, chosen = num_parts or parts_of(num_heads), FORMS[form or FORM]
     out_ZHE = torch.empty((num_parts, num_heads, head_dim), device=query_RKJE.device)
     sum_ZH = torch.empty((num_parts, num_heads), device=query_RKJE.device)
     kernel: Any = _attend[num_heads, num_parts]
@@ -303,6 +317,7 @@ def decode_attention(
         keys_WRKUE,
         values_WRKUE,
         positions_R,
+        *prompts,
         *(scales or (out_ZHE, out_ZHE)),
         out_ZHE,
         sum_ZH,
@@ -314,6 +329,7 @@ def decode_attention(
         TILE=chosen.tile,
         STAGES=chosen.stages,
         MASKED=chosen.masked,
+        SHARED=chosen.shared,
         WIDTH=head_dim,
         PADDED=triton.next_power_of_2(head_dim),
         PARTS=num_parts,
@@ -344,6 +360,8 @@ def _attend(
     keys,
     values,
     positions,
+    prompt_lengths,
+    prompt_rows,
     key_scales,
     value_scales,
     out,
@@ -356,18 +374,23 @@ def _attend(
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
     MASKED: tl.constexpr,
+    SHARED: tl.constexpr,
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
     PARTS: tl.constexpr,
     SCALED: tl.constexpr,
 ):
     head, part = tl.program_id(0), tl.program_id(1)
-    length = tl.load(positions + head // heads_of_row).to(tl.int32) + 1
+    row = head // heads_of_row
+    length = tl.load(positions + row).to(tl.int32) + 1
     # Whole tiles for each part; the last parts of a short sequence may have none.
     positions_of_part = tl.cdiv(tl.cdiv(length, TILE), PARTS) * TILE
     first = part * positions_of_part
     last = tl.minimum(length, first + positions_of_part)
     lane = head // QUERIES
+    prompt_length = tl.load(prompt_lengths + row).to(tl.int32) if SHARED else 0
+    rows_before = row - tl.load(prompt_rows + row).to(tl.int32) if SHARED else 0
+    prompt_lane = lane - rows_before * (heads_of_row // QUERIES)
     column = tl.arange(0, PADDED)
     inside = column < WIDTH
     vector = tl.load(query + head * WIDTH + column, mask=inside, other=0.0) * scale
@@ -378,7 +401,8 @@ def _attend(
     for start in tl.range(first, last, TILE, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
         position = start + tl.arange(0, TILE)
         live = position < last
-        place = ((position // BLOCK).to(tl.int64) * num_lanes + lane) * BLOCK + position % BLOCK
+        read = tl.where(position < prompt_length, prompt_lane, lane) if SHARED else lane
+        place = ((position // BLOCK).to(tl.int64) * num_lanes + read) * BLOCK + position % BLOCK
         address = place[:, None] * WIDTH + column[None, :]
         if MASKED:
             wanted = live[:, None] & inside[None, :]

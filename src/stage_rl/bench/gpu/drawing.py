@@ -105,7 +105,7 @@ def middle_step(sizes: Sizes, model: str) -> tuple[Callable[[], None], Engine, i
     engine_form(engine, prompts, sizes.group_size, sampling)()
     (state,) = engine.states
     drawn = policy.layout.num_tokens // 2
-    lengths_R = engine.passes[0].lengths_B.repeat_interleave(sizes.group_size)
+    lengths_B = engine.passes[0].lengths_B
     uniforms_NT = image_uniforms(
         seed=0,
         step=0,
@@ -113,8 +113,9 @@ def middle_step(sizes: Sizes, model: str) -> tuple[Callable[[], None], Engine, i
         group_size=sizes.group_size,
         num_tokens=policy.layout.num_tokens,
     )
-    num_live = int(lengths_R.max()) + drawn
-    state.begin(uniforms_NT, state.logits_RV.clone(), lengths_R + drawn)
+    num_live = int(lengths_B.max()) + drawn
+    logits_BV = state.logits_RV[:: sizes.group_size].clone()
+    state.begin(uniforms_NT, logits_BV, lengths_B, column=drawn)
     # A captured step reads what is live; the bound is for a CPU, whose cache grows.
     bound = num_live + policy.layout.num_tokens // 4
     return torch.no_grad()(partial(state.advance, bound)), engine, num_live
