@@ -171,6 +171,15 @@ def test_the_base_is_drawn_again_where_its_settings_were_edited(edited):
     assert edited("rollout.guidance_scale=2.0")[0]["base"] == {"toy": {"guided": 2.0}}
 
 
+def test_the_base_of_another_study_is_taken_over_where_it_was_seen_alike(edited, monkeypatch):
+    edited("algorithm.beta=0.01")
+    monkeypatch.setattr(run, "_score_base", lambda recipe: {"drawn": recipe.guidance_scale})
+    again = {"name": "third", "reuse": "reuse: [mine]\n"}
+    assert edited("algorithm.beta=0.03", **again)[0]["base"] == {"toy": {"guided": 1.0}}
+    other = {"name": "fourth", "reuse": "reuse: [mine]\n"}
+    assert edited("rollout.guidance_scale=2.0", **other)[0]["base"] == {"toy": {"drawn": 2.0}}
+
+
 def test_a_run_that_did_no_step_may_be_given_other_settings(edited):
     (found,) = edited("algorithm.beta=0.01", ended=["", "no such file"])[0]["runs"]
     assert (found["failed"], found["series"]) == ("no such file", {})

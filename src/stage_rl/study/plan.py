@@ -58,7 +58,7 @@ class Study(Settings):
     """Metric whose mean over the last fifth of the evaluations is tested."""
     reuse: tuple[Name, ...] = ()
     """Studies in folders beside this one's whose finished runs are taken over where recipe,
-    overrides and seed are the same, and not repeated."""
+    overrides and seed are the same, and not repeated; so are the scores of the base."""
     contrasts: tuple[Annotated[list[Name], Field(min_length=2, max_length=2)], ...] = ()
     """Pairs of arms that are tested, Holm-corrected within a cell: (new, old)."""
     compared: tuple[Annotated[list[Name], Field(min_length=2, max_length=2)], ...] = ()

@@ -132,13 +132,17 @@ def _write(folder: Path, results: dict[str, Any]) -> None:
 def _base_scores(study: Study, folder: Path) -> dict[str, dict[str, float]]:
     """What the validation of each cell says of the policy before the first step; drawn once for
     cells that differ in nothing that it sees, and again where the study file has changed that.
+    Like runs it is taken over from a study of `reuse`.
     """
     before = _results(folder)
-    found, drawn = dict(before["base"]), {}
-    try:
-        seen = _seen_by_validation(Study.model_validate(before["study"]))
-    except (ValidationError, InputError):  # of a former version
-        seen = {}
+    found, seen = dict(before["base"]), _seen_before(before)
+    drawn: dict[str, dict[str, float]] = {}
+    for other in (_results(folder.parent / name) for name in study.reuse):
+        there = _seen_before(other)
+        drawn |= {
+            _validated(there[cell]): other["base"][cell]
+            for cell in there.keys() & other["base"].keys()
+        }
     for cell, recipe in _seen_by_validation(study).items():
         key = _validated(recipe)
         if cell in found and (cell not in seen or _validated(seen[cell]) == key):
@@ -148,6 +152,14 @@ def _base_scores(study: Study, folder: Path) -> dict[str, dict[str, float]]:
             release_unused()  # the first GPU is a training's
         found[cell] = drawn[key]
     return found
+
+
+def _seen_before(results: dict[str, Any]) -> dict[str, Recipe]:
+    """By cell what the validation of a base saw; empty where that cannot be read any more."""
+    try:
+        return _seen_by_validation(Study.model_validate(results["study"]))
+    except (ValidationError, InputError):  # of a former version, or there is none
+        return {}
 
 
 def _seen_by_validation(study: Study) -> dict[str, Recipe]:
