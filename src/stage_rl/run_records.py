@@ -45,6 +45,7 @@ class Environment(_Open):
     """environment.json."""
 
     python: str
+    processor: str = ""
     packages: dict[str, str]
     devices: list[str]
 

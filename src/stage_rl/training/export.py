@@ -275,5 +275,5 @@ def _environment(file: Path) -> str:
     if not made:
         return "Not known."
     packages = ", ".join(f"{name} {version}" for name, version in made["packages"].items())
-    devices = ", ".join(dict.fromkeys(made["devices"])) or "CPU"
+    devices = ", ".join(dict.fromkeys(made["devices"])) or made.get("processor") or "CPU"
     return f"Python {made['python']}, {packages}; {devices}."
