@@ -116,24 +116,15 @@ def evaluate(
         _list(data, parse_overrides(settings or ()))
         return
     asked = [name for name in benchmark or () if name in UNDERSTANDING]
-    if asked and (model is None or len(asked) < len(benchmark or ())):
-        raise InputError(f"--benchmark {asked[0]}: takes a MODEL, and no others beside it")
-    if asked and smoke:
-        raise InputError(f"--smoke: {asked[0]} asks about pictures of its own; leave it out")
+    if asked:
+        _check_questions(asked, benchmark or (), model, smoke=smoke)
     if smoke and images is None:
         model = model or "shapes"
     names = benchmark or [SHAPES]
     if smoke and "all" in names and images is None:
         names = [SHAPES, *names]
     _check(names, model, images=images, against=against)
-    given = [name for name in DRAWING if _is_given(context, name)]
-    if images is not None and given:
-        option = given[0].replace("_", "-")
-        raise InputError(f"--{option}: with --images nothing is drawn; leave it out")
-    if images_per_task and images_per_prompt and SHAPES not in names:
-        raise InputError("--images-per-task: --images-per-prompt is given too; leave one out")
-    if images_per_prompt and names == [SHAPES]:
-        raise InputError(f"--images-per-prompt: {SHAPES} does not take it; leave it out")
+    _check_drawing(context, names)
     request = Request(
         out=out,
         data=data,
@@ -168,12 +159,6 @@ def evaluate(
     write_json(json_file, figures if len(figures) > 1 else next(iter(figures.values())))
 
 
-def _is_given(context: typer.Context, name: str) -> bool:
-    """Whether an option was written, be it with the value that it has without."""
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
-
-
 def _list(data: Path | None, overrides: Overrides) -> None:
     from stage_rl.evaluation.needs import needs_table
     from stage_rl.evaluation.suites import find_suites
@@ -193,3 +178,33 @@ def _check(
         raise InputError(
             "--against: compares models on the same random streams; leave out --images"
         )
+
+
+def _check_questions(
+    asked: Sequence[str], benchmark: Sequence[str], model: str | None, *, smoke: bool
+) -> None:
+    """Raises InputError where questions about images are asked of none, or beside drawing."""
+    if model is None or len(asked) < len(benchmark):
+        raise InputError(f"--benchmark {asked[0]}: takes a MODEL, and no others beside it")
+    if smoke:
+        raise InputError(f"--smoke: {asked[0]} asks about pictures of its own; leave it out")
+
+
+def _check_drawing(context: typer.Context, names: Sequence[str]) -> None:
+    """Raises InputError for an option of drawing that the images or benchmarks do not take."""
+    options = context.params
+    given = [name for name in DRAWING if _is_given(context, name)]
+    if options["images"] is not None and given:
+        option = given[0].replace("_", "-")
+        raise InputError(f"--{option}: with --images nothing is drawn; leave it out")
+    per_task, per_prompt = options["images_per_task"], options["images_per_prompt"]
+    if per_task and per_prompt and SHAPES not in names:
+        raise InputError("--images-per-task: --images-per-prompt is given too; leave one out")
+    if per_prompt and list(names) == [SHAPES]:
+        raise InputError(f"--images-per-prompt: {SHAPES} does not take it; leave it out")
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option was written, be it with the value that it has without."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"

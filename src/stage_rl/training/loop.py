@@ -50,8 +50,8 @@ from stage_rl.training.resample import resample
 from stage_rl.training.run import RunFolder, check_run, open_run
 from stage_rl.training.trackers import OnStep, check_trackers, tracked
 from stage_rl.training.trainer import Trainer, build_trainer, check_ranks
-from stage_rl.training.update import learn, measure_to_learn
-from stage_rl.types import Prompt
+from stage_rl.training.update import Update, learn, measure_to_learn
+from stage_rl.types import Prompt, Rewards, Rollout
 
 
 def train(recipe: Recipe, *, on_step: OnStep | None = None) -> Path:
@@ -169,7 +169,7 @@ def train_steps(
 def train_step(trainer: Trainer, step: int, signals: Sequence[int] = ()) -> Step:
     """One pass of the loop; a `RewardsPendingError` where a signal came and no rewards come."""
     recipe, world, timer = trainer.recipe, trainer.world, Timer()
-    policy, precision, numbers = trainer.policy, trainer.precision, {}
+    policy, precision = trainer.policy, trainer.precision
 
     # Sample: G images of every prompt, from copies of the weights as they are now.
     trainer.engine.reload()
@@ -181,19 +181,9 @@ def train_step(trainer: Trainer, step: int, signals: Sequence[int] = ()) -> Step
         fixed = trainer.draw_fixed()
         timer.record("log_s")
 
-    # Judge: on a thread of their own, so that the rewards hide behind the passes that measure. Only
-    # where groups of equal rewards are drawn again they come first.
-    pending = trainer.rewards.submit(rollout)
+    # Judge: on a thread of their own, so that the rewards hide behind the passes that measure.
+    rollout, pending, numbers = judge(trainer, rollout, step=step, signals=signals)
     if recipe.rollout.resample_equal_groups:
-        rollout, rewards, numbers = resample(
-            trainer,
-            rollout,
-            result_of(pending, signals=signals),
-            step=step,
-            score=lambda drawn: result_of(trainer.rewards.submit(drawn), signals=signals),
-        )
-        pending = Future()
-        pending.set_result(rewards)
         timer.record("resample_s")
 
     # Measure: log-probability and entropy of each token under the reference, then the policy.
@@ -235,15 +225,7 @@ def train_step(trainer: Trainer, step: int, signals: Sequence[int] = ()) -> Step
     if learned:
         numbers |= learning_metrics(learned, reference, world)
         numbers |= trained_mismatch(learned.measured, rollout, recipe.algorithm)
-        numbers |= rates(
-            DecoderSize.of(trainer.engine.decoder),
-            stats,
-            timer.timings,
-            num_images=len(rollout.tokens_NT),
-            scoring=precision.scoring,
-            num_updates=update.num_updates,
-            peak_tflop_per_s=peak_bf16(policy.device) if precision.mixed else None,
-        )
+        numbers |= _rates(trainer, stats, timer, update, num_images=len(rollout.tokens_NT))
     if _is_due(recipe.probe.every, step, recipe.steps):
         numbers |= measure_drift(policy, trainer.reference, trainer.probe, precision)
         timer.record("probe_s")
@@ -255,6 +237,43 @@ def train_step(trainer: Trainer, step: int, signals: Sequence[int] = ()) -> Step
     numbers |= reward_metrics(rewards) | {"optimizer/lr": update.rate}
     result = Step(step, rollout, rewards, reference, learned, numbers, timer, fixed)
     return result.of_all_ranks(world) if logged else result
+
+
+def judge(
+    trainer: Trainer, rollout: Rollout, *, step: int, signals: Sequence[int]
+) -> tuple[Rollout, Future[Rewards], dict[str, float]]:
+    """Hands a rollout to the rewards; returns it, their verdict to come, and metrics.
+
+    Where groups of equal rewards are drawn again the verdict has come, and the rollout is another.
+    """
+    pending = trainer.rewards.submit(rollout)
+    if not trainer.recipe.rollout.resample_equal_groups:
+        return rollout, pending, {}
+    rollout, rewards, numbers = resample(
+        trainer,
+        rollout,
+        result_of(pending, signals=signals),
+        step=step,
+        score=lambda drawn: result_of(trainer.rewards.submit(drawn), signals=signals),
+    )
+    pending = Future()
+    pending.set_result(rewards)
+    return rollout, pending, numbers
+
+
+def _rates(
+    trainer: Trainer, stats: RolloutStats, timer: Timer, update: Update, *, num_images: int
+) -> dict[str, float]:
+    precision = trainer.precision
+    return rates(
+        DecoderSize.of(trainer.engine.decoder),
+        stats,
+        timer.timings,
+        num_images=num_images,
+        scoring=precision.scoring,
+        num_updates=update.num_updates,
+        peak_tflop_per_s=peak_bf16(trainer.policy.device) if precision.mixed else None,
+    )
 
 
 def record(trainer: Trainer, run: RunFolder, result: Step) -> dict[str, float]:
