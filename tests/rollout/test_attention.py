@@ -6,7 +6,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 
 from stage_rl.rollout import attention
-from stage_rl.rollout.attention import CacheShape, KeyValueCache, decode_attention, length_mask
+from stage_rl.rollout.attention import (
+    CacheShape,
+    KeyValueCache,
+    decode_attention,
+    length_mask,
+    matmul_attention,
+)
 
 CPU = torch.device("cpu")
 ROWS, HEADS, QUERIES, LENGTH, HEAD_DIM = 3, 2, 2, 75, 8
@@ -49,8 +55,9 @@ def test_a_prefill_fills_the_rows_of_its_group(monkeypatch):
     assert torch.equal(cache.values[0][1, 2, :, :2], values[1, :, 4:6])
 
 
+@pytest.mark.parametrize("attend", [decode_attention, matmul_attention])
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
-def test_a_cache_in_one_block_attends_like_one_of_many(dtype, atol):
+def test_a_cache_in_one_block_attends_like_one_of_many(dtype, atol, attend):
     torch.manual_seed(0)
     new_2SRKE = torch.randn(2, 40, ROWS, HEADS, HEAD_DIM)
     shape, query = CacheShape(1, HEADS, HEAD_DIM), torch.randn(ROWS, HEADS, QUERIES, HEAD_DIM)
@@ -65,6 +72,7 @@ def test_a_cache_in_one_block_attends_like_one_of_many(dtype, atol):
             cache.append(0, keys, values, cache.flat_index(position_R))
     mask = length_mask(position_R, 40)
     theirs = decode_attention(query, many.keys[0], many.values[0], mask)
-    ours = decode_attention(query.to(dtype), one.keys[0], one.values[0], mask.to(dtype))
+    kind = dtype if attend == decode_attention else torch.float32
+    ours = attend(query.to(kind), one.keys[0], one.values[0], mask.to(kind))
     assert ours.dtype == dtype
     assert_close(ours.float(), theirs, atol=atol, rtol=0)
