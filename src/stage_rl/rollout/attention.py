@@ -340,7 +340,7 @@ def matmul_attention(
     """`decode_attention` of queries and a mask in fp32, by batched matmuls in the cache's dtype.
 
     What takes time is to read the keys, so a query comes in two columns: itself in bf16, and what
-    is left of it. That makes up for scores that come out in bf16.
+    is left of it. Its rounding, which the fused form has, goes; the scores are rounded instead.
     """
     rows_and_heads, dtype = query_RKJE.shape[:2], keys_WRKUE.dtype
     keys_NSE, values_NSE = (
