@@ -163,6 +163,11 @@ def figures(said):
     return [number for one in said for number in (one.score, *one.box)]
 
 
+def names(said):
+    """The words of detections; a score has none."""
+    return [] if isinstance(said, Score) else [(one.label, one.color) for one in said]
+
+
 @pytest.mark.parametrize(
     "kind", ["mask2former", "grounding_dino", "clip_score", "git", "yes_no", "compbench_attributes"]
 )
@@ -238,25 +243,26 @@ LAYOUTS = {
 @pytest.mark.parametrize("kind", LAYOUTS)
 def test_a_published_layout_says_what_the_whole_model_says(kind, tmp_path, build):
     lacks, holds = LAYOUTS[kind]
-    module, *words = tiny_models.MODELS[kind]()
+    module, *processors = tiny_models.MODELS[kind]()
     # What the file lacks is not what the library would draw, and still plays no part.
     ignored = [t for name, t in module.state_dict().items() if re.search(lacks, name)]
     assert bool(ignored) is (lacks != r"^$")
     with torch.no_grad():
         for tensor in ignored:
             tensor.add_(1.5)
-    for part in (module, *words):
+    for part in (module, *processors):
         part.save_pretrained(tmp_path)
 
     def read():
         images = noise(2, 64, 64)
         if kind == "depth":
             settings = DepthConfig(depth=str(tmp_path), depth_side=32)
-            return settings.load_depth(CPU)(images).reshape(2, -1).tolist()
+            return settings.load_depth(CPU)(images).reshape(2, -1).tolist(), []
         scorer = {"blip": "compbench_attributes", "clip": "clip_score"}.get(kind, kind)
-        return [figures(said) for said in build(scorer, path=str(tmp_path))(images, PROMPTS[:2])]
+        said = build(scorer, path=str(tmp_path))(images, PROMPTS[:2])
+        return list(map(figures, said)), list(map(names, said))
 
-    whole = read()
+    whole, words = read()
     assert whole[0] != whole[1]
 
     def publish(tensors):
@@ -266,7 +272,7 @@ def test_a_published_layout_says_what_the_whole_model_says(kind, tmp_path, build
 
     change(tmp_path, publish)
     # Where a tensor lies in the file decides its alignment, and that the last digit.
-    assert read() == [pytest.approx(one, rel=1e-5) for one in whole]
+    assert read() == ([pytest.approx(one, rel=1e-5) for one in whole], words)
     change(tmp_path, lambda tensors: tensors.update({"more.weight": torch.zeros(1)}))
     with pytest.raises(WeightsError, match=r"unexpected: more\.weight; write a complete"):
         read()

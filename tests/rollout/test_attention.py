@@ -76,3 +76,14 @@ def test_a_cache_in_one_block_attends_like_one_of_many(dtype, atol, attend):
     ours = attend(query.to(kind), one.keys[0], one.values[0], mask.to(kind))
     assert ours.dtype == dtype
     assert_close(ours.float(), theirs, atol=atol, rtol=0)
+
+
+def test_what_bf16_leaves_of_a_query_still_counts():
+    # bf16 holds 256 and not 257, and 256 - 256 says nothing of the first key: 257 - 256 does.
+    query = torch.tensor([[257.0, -256.0, 0, 0], [-257.0, 256.0, 0, 0]]).view(1, 1, 2, 4)
+    keys = torch.tensor([[1.0, 1.0, 0, 0], [0, 0, 0, 0]]).view(1, 1, 1, 2, 4).bfloat16()
+    values = torch.eye(2, 4).view(1, 1, 1, 2, 4).bfloat16()
+    ours = matmul_attention(query, keys, values, torch.zeros(1, 1, 2))
+    # softmax(1 / sqrt(4), 0), and of the second query with the other sign
+    wanted = torch.tensor([[0.6225, 0.3775, 0, 0], [0.3775, 0.6225, 0, 0]])
+    assert_close(ours[0, 0].float(), wanted, atol=2**-9, rtol=0)

@@ -178,7 +178,11 @@ def test_a_reload_takes_the_new_weights_into_the_same_memory(tiny_janus):
     assert not torch.equal(tokens(engine), before)
 
 
-def test_mixed_precision_stays_close_to_the_training_module(tiny_janus):
+@pytest.mark.parametrize("name", ["decode_attention", "matmul_attention"])
+def test_mixed_precision_stays_close_to_the_training_module(tiny_janus, monkeypatch, name):
+    reads, read = [], getattr(attention, name)
+    monkeypatch.setattr(attention, name, lambda *inputs: reads.append(0) or read(*inputs))
+    monkeypatch.setattr(attention, "_matmuls_are_faster", lambda: name == "matmul_attention")
     drawn = rollout(
         Engine(tiny_janus, dtype="mixed"),
         PROMPTS,
@@ -194,6 +198,7 @@ def test_mixed_precision_stays_close_to_the_training_module(tiny_janus):
     gap = (drawn.logprobs_NT - exact_NT).abs().mean()
     # This model is far sharper than a trained one; exactly equal would mean bf16 was not used.
     assert 1e-5 < gap < 0.1
+    assert reads
 
 
 @pytest.mark.parametrize(
