@@ -7,11 +7,11 @@ from torch.testing import assert_close
 
 from stage_rl.rollout import attention
 from stage_rl.rollout.attention import (
+    LAYOUTS,
     CacheShape,
     KeyValueCache,
     decode_attention,
     length_mask,
-    matmul_attention,
 )
 
 CPU = torch.device("cpu")
@@ -42,27 +42,33 @@ def test_each_row_attends_to_its_own_slots_across_blocks(block, monkeypatch):
         assert_close(ours[row], theirs, atol=1e-6, rtol=1e-5)
 
 
-def test_a_prefill_fills_the_rows_of_its_group(monkeypatch):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_prefill_fills_the_rows_of_its_group(monkeypatch, layout):
     monkeypatch.setattr(attention, "BLOCK", 4)
     keys, values = torch.randn(2, 2, 1, 6, 3)
-    cache = KeyValueCache.empty(CacheShape(1, 1, 3), 4, 9, CPU)
+    large = KeyValueCache.empty(CacheShape(1, 1, 3), 7, 9, CPU, layout=layout)
+    cache = large.rows(4)
+    assert cache.keys[0].data_ptr() == large.keys[0].data_ptr()
     cache.fill(0, keys, values, 2)
     # Blocks WRKUE side by side: 3 blocks of 4 positions for 9 positions.
     positions_RKSE = torch.cat(list(cache.keys[0]), dim=2)
     assert positions_RKSE.shape == (4, 1, 12, 3)
     assert torch.equal(positions_RKSE[:, :, :6], keys[[0, 0, 1, 1]])
     assert positions_RKSE[:, :, 6:].eq(0).all()
-    assert torch.equal(cache.values[0][1, 2, :, :2], values[1, :, 4:6])
+    values_RKSE = torch.cat(list(cache.values[0]), dim=2)
+    assert torch.equal(values_RKSE[2, :, 4:6], values[1, :, 4:6])
+    # Which axis is the innermost: the width, or of transposed keys the positions.
+    innermost = 3 if layout == "transposed" else 4
+    assert cache.keys[0].stride(innermost) == cache.values[0].stride(4) == 1
 
 
-@pytest.mark.parametrize("attend", [decode_attention, matmul_attention])
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
-def test_a_cache_in_one_block_attends_like_one_of_many(dtype, atol, attend):
+def test_a_cache_in_one_block_attends_like_one_of_many(dtype, atol):
     torch.manual_seed(0)
     new_2SRKE = torch.randn(2, 40, ROWS, HEADS, HEAD_DIM)
     shape, query = CacheShape(1, HEADS, HEAD_DIM), torch.randn(ROWS, HEADS, QUERIES, HEAD_DIM)
     many = KeyValueCache.empty(shape, ROWS, 40, CPU)
-    one = KeyValueCache.empty(replace(shape, dtype=dtype), ROWS, 40, CPU, one_block=True)
+    one = KeyValueCache.empty(replace(shape, dtype=dtype), ROWS, 40, CPU, layout="rows")
     # 40 positions need two blocks of 32.
     assert many.keys[0].shape == (2, ROWS, HEADS, 32, HEAD_DIM)
     assert one.keys[0].shape == (1, ROWS, HEADS, 64, HEAD_DIM)
@@ -72,18 +78,6 @@ def test_a_cache_in_one_block_attends_like_one_of_many(dtype, atol, attend):
             cache.append(0, keys, values, cache.flat_index(position_R))
     mask = length_mask(position_R, 40)
     theirs = decode_attention(query, many.keys[0], many.values[0], mask)
-    kind = dtype if attend == decode_attention else torch.float32
-    ours = attend(query.to(kind), one.keys[0], one.values[0], mask.to(kind))
+    ours = decode_attention(query.to(dtype), one.keys[0], one.values[0], mask.to(dtype))
     assert ours.dtype == dtype
     assert_close(ours.float(), theirs, atol=atol, rtol=0)
-
-
-def test_what_bf16_leaves_of_a_query_still_counts():
-    # bf16 holds 256 and not 257, and 256 - 256 says nothing of the first key: 257 - 256 does.
-    query = torch.tensor([[257.0, -256.0, 0, 0], [-257.0, 256.0, 0, 0]]).view(1, 1, 2, 4)
-    keys = torch.tensor([[1.0, 1.0, 0, 0], [0, 0, 0, 0]]).view(1, 1, 1, 2, 4).bfloat16()
-    values = torch.eye(2, 4).view(1, 1, 1, 2, 4).bfloat16()
-    ours = matmul_attention(query, keys, values, torch.zeros(1, 1, 2))
-    # softmax(1 / sqrt(4), 0), and of the second query with the other sign
-    wanted = torch.tensor([[0.6225, 0.3775, 0, 0], [0.3775, 0.6225, 0, 0]])
-    assert_close(ours[0, 0].float(), wanted, atol=2**-9, rtol=0)

@@ -29,8 +29,10 @@ def tokens(engine, prompts=PROMPTS, *, group_size=2, **sampling):
     return drawn.tokens_NT
 
 
-def test_greedy_tokens_are_those_of_transformers_generate(tiny_janus):
-    ours = tokens(Engine(tiny_janus), group_size=1, guidance_scale=5.0, temperature=0.0)
+@pytest.mark.parametrize("backend", ["eager", "numba"])
+def test_greedy_tokens_are_those_of_transformers_generate(tiny_janus, backend):
+    engine = Engine(tiny_janus, backend=backend)
+    ours = tokens(engine, group_size=1, guidance_scale=5.0, temperature=0.0)
     for row, prompt in enumerate(PROMPTS):
         ids = torch.tensor([tiny_janus.prompt_ids(prompt)])
         theirs = tiny_janus.module.generate(
@@ -131,10 +133,11 @@ def test_one_trace_of_a_step_draws_all_tokens(tiny_janus, monkeypatch):
 
     monkeypatch.setattr(engine, "CUDAGraph", Traced)
     for sampling in ({}, {"guidance_scale": 1.0}, {"top_k": 9, "top_p": 0.8}, {"temperature": 0.0}):
-        static = Engine(tiny_janus, cuda_graph=True)
+        static = Engine(tiny_janus, backend="eager", cuda_graph=True)
         # The second pass replays a trace of the first.
         drawn = [tokens(static, PROMPTS[:1], **sampling) for _ in range(2)]
-        assert torch.equal(drawn[0], tokens(Engine(tiny_janus), PROMPTS[:1], **sampling))
+        plain = Engine(tiny_janus, backend="eager")
+        assert torch.equal(drawn[0], tokens(plain, PROMPTS[:1], **sampling))
         assert torch.equal(drawn[0], drawn[1])
 
 
@@ -178,13 +181,10 @@ def test_a_reload_takes_the_new_weights_into_the_same_memory(tiny_janus):
     assert not torch.equal(tokens(engine), before)
 
 
-@pytest.mark.parametrize("name", ["decode_attention", "matmul_attention"])
-def test_mixed_precision_stays_close_to_the_training_module(tiny_janus, monkeypatch, name):
-    reads, read = [], getattr(attention, name)
-    monkeypatch.setattr(attention, name, lambda *inputs: reads.append(0) or read(*inputs))
-    monkeypatch.setattr(attention, "_matmuls_are_faster", lambda: name == "matmul_attention")
+@pytest.mark.parametrize("backend", ["eager", "numba"])
+def test_mixed_precision_stays_close_to_the_training_module(tiny_janus, backend):
     drawn = rollout(
-        Engine(tiny_janus, dtype="mixed"),
+        Engine(tiny_janus, dtype="mixed", backend=backend),
         PROMPTS,
         group_size=4,
         sampling=Sampling(guidance_scale=3.0),
@@ -198,7 +198,6 @@ def test_mixed_precision_stays_close_to_the_training_module(tiny_janus, monkeypa
     gap = (drawn.logprobs_NT - exact_NT).abs().mean()
     # This model is far sharper than a trained one; exactly equal would mean bf16 was not used.
     assert 1e-5 < gap < 0.1
-    assert reads
 
 
 @pytest.mark.parametrize(
@@ -219,5 +218,34 @@ def test_mixed_precision_on_a_cpu_without_bf16_is_warned_of_once(
 
 
 def test_an_unknown_backend_is_an_error(tiny_janus):
-    with pytest.raises(InputError, match="unknown 'cuda'; write one of: eager, triton"):
+    with pytest.raises(InputError, match="unknown 'cuda'; write one of: eager, numba, triton"):
         Engine(tiny_janus, backend="cuda")
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "layer", "cache_dtype", "backend"),
+    [
+        ({"avx512_bf16": True}, "json", "auto", "NumbaBackend"),
+        ({"avx512_bf16": True}, "json", "fp8", "Backend"),
+        ({"avx512_bf16": True, "amx_bf16": True}, "json", "auto", "Backend"),
+        ({"avx512_bf16": True}, "no.such.module", "auto", "Backend"),
+        ({}, "json", "auto", "Backend"),
+    ],
+)
+def test_a_cpu_takes_numba_where_it_is_there_and_faster(
+    monkeypatch, caplog, capabilities, layer, cache_dtype, backend
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    monkeypatch.setattr(engine, "OPENMP_OF_NUMBA", layer)
+    engine._numba_is_faster.cache_clear()
+    caplog.set_level("INFO")
+    picked = engine._pick_backend(None, torch.device("cpu"), cache_dtype)
+    engine._numba_is_faster.cache_clear()
+    assert type(picked).__name__ == backend
+    assert [m for m in caplog.messages if "stage-rl[cpu]" in m] == caplog.messages
+    assert bool(caplog.messages) is (layer != "json")
+
+
+def test_numba_has_no_cache_in_fp8(tiny_janus):
+    with pytest.raises(InputError, match="cache_dtype: numba has no fp8; write"):
+        Engine(tiny_janus, backend="numba", cache_dtype="fp8")

@@ -1,6 +1,7 @@
 """The key-value cache, and the steps of a decode between its matmuls.
 
-`Backend` is torch's own operations, on any device; `kernels` has the GPU's form.
+`Backend` is torch's own operations, on any device; `kernels` has the GPU's form, `numba_kernels` a
+CPU's.
 
 Shape suffixes: B rows of the prefill (unique prompts), R rows of the decode, M rows x positions,
 D model width, F width of the MLP, H query heads, K key-value heads, N rows x key-value heads,
@@ -11,7 +12,6 @@ together.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +26,12 @@ from stage_rl.rollout.sampling import Drawn, Sampling, draw_tokens
 BLOCK = 32
 """Positions that lie together."""
 
+LAYOUTS = {
+    "blocks": ("WRKUE", "WRKUE"),
+    "rows": ("RKWUE", "RKWUE"),
+    "transposed": ("RKWEU", "RKWUE"),
+}
+"""The axes of keys and of values in memory, the outermost first."""
 
 FP8 = torch.float8_e4m3fn
 """Of a cache in 8 bits: each key and value, a head's share of a position, has a scale in fp32."""
@@ -53,9 +59,9 @@ class CacheShape:
 class KeyValueCache:
     """Keys and values of every layer, in blocks of positions.
 
-    The blocks are outermost: what is live is then read from end to end, and where a position lies
-    does not depend on their number. Torch's own attention wants the positions of a row side by
-    side: for it there is one block.
+    A GPU has the blocks outermost: what is live is then read from end to end, and where a position
+    lies does not depend on their number. A CPU has the rows outermost: torch's own attention wants
+    the positions of a row side by side, and for it there is one block.
     """
 
     keys: tuple[Tensor, ...]
@@ -73,20 +79,27 @@ class KeyValueCache:
         num_positions: int,
         device: torch.device,
         *,
-        one_block: bool = False,
+        layout: str = "blocks",
     ) -> KeyValueCache:
-        """Zeros: a position that is masked still enters a matmul, so it must be finite."""
+        """Zeros, in one of `LAYOUTS`: a position that is masked still enters a matmul, so it must
+        be finite.
+        """
         num_blocks = math.ceil(num_positions / BLOCK)
-        blocks = (1, num_blocks * BLOCK) if one_block else (num_blocks, BLOCK)
-        layer_shape = (2, blocks[0], num_rows, shape.num_heads, blocks[1], shape.head_dim)
-        layers = [
-            torch.zeros(layer_shape, dtype=shape.dtype, device=device)
-            for _ in range(shape.num_layers)
-        ]
-        scaled = shape.num_layers if shape.dtype == FP8 else 0
-        scales = [torch.zeros(layer_shape[:-1], device=device) for _ in range(scaled)]
-        parts = ([layer[part] for layer in some] for some in (layers, scales) for part in (0, 1))
-        return cls(*map(tuple, parts))
+        blocks = (1, num_blocks * BLOCK) if layout == "rows" else (num_blocks, BLOCK)
+        layer_shape = (blocks[0], num_rows, shape.num_heads, blocks[1], shape.head_dim)
+
+        def layers(part: int) -> tuple[Tensor, ...]:
+            order = ["WRKUE".index(axis) for axis in LAYOUTS[layout][part]]
+            sizes = [layer_shape[axis] for axis in order]
+            back = [order.index(axis) for axis in range(5)]
+            return tuple(
+                torch.zeros(sizes, dtype=shape.dtype, device=device).permute(back)
+                for _ in range(shape.num_layers)
+            )
+
+        scaled = range(shape.num_layers if shape.dtype == FP8 else 0)
+        scales = (tuple(torch.zeros(layer_shape[:-1], device=device) for _ in scaled) for _ in "kv")
+        return cls(layers(0), layers(1), *scales)
 
     @property
     def parts(self) -> tuple[tuple[Tensor, ...], ...]:
@@ -116,6 +129,8 @@ class KeyValueCache:
             return self
 
         def fewer(part: Tensor) -> Tensor:
+            if part.stride(0) <= part.stride(1):  # the rows are outermost
+                return part[:, :num_rows]
             shape = (part.shape[0], num_rows, *part.shape[2:])
             return part.view(-1)[: math.prod(shape)].view(shape)
 
@@ -217,8 +232,8 @@ Attend = Callable[[int, Tensor, HeadNorms], Tensor]
 class Backend:
     """The steps between the matmuls of a decode, by torch's own operations."""
 
-    blocks = False
-    """Whether it reads a cache in blocks of `BLOCK` positions."""
+    layout = "rows"
+    """Of the cache that it reads."""
 
     def norm(
         self,
@@ -269,16 +284,13 @@ class Backend:
         # A CPU multiplies in the dtype of the cache; elsewhere this is the form to compare with.
         known = mask.device.type == "cpu" and not cache.key_scales
         kind = cache.keys[0].dtype if known else torch.float32
-        read = decode_attention
-        if kind == torch.bfloat16 and _matmuls_are_faster():
-            read, kind = matmul_attention, torch.float32
         mask = mask.to(kind)
 
         def attend(layer: int, qkv_RC: Tensor, norms: HeadNorms) -> Tensor:
             query, keys, values = apply_rotary(qkv_RC, heads, norms, cos=cos, sin=sin)
             cache.append(layer, keys, values, index)
             query = query.to(kind).view(len(query), heads.num_kv_heads, -1, heads.head_dim)
-            mixed = read(query, *cache.read(layer), mask)
+            mixed = decode_attention(query, *cache.read(layer), mask)
             return mixed.view(len(query), -1)
 
         return attend
@@ -334,37 +346,6 @@ def decode_attention(
     )
 
 
-def matmul_attention(
-    query_RKJE: Tensor, keys_WRKUE: Tensor, values_WRKUE: Tensor, mask_R1S: Tensor
-) -> Tensor:
-    """`decode_attention` of queries and a mask in fp32, by batched matmuls in the cache's dtype.
-
-    What takes time is to read the keys, so a query comes in two columns: itself in bf16, and what
-    is left of it. Its rounding, which the fused form has, goes; the scores are rounded instead.
-    """
-    rows_and_heads, dtype = query_RKJE.shape[:2], keys_WRKUE.dtype
-    keys_NSE, values_NSE = (
-        _side_by_side(part, mask_R1S.shape[-1]).flatten(0, 1) for part in (keys_WRKUE, values_WRKUE)
-    )
-    high_RKJE = query_RKJE.to(dtype)
-    columns = torch.cat([high_RKJE, (query_RKJE - high_RKJE).to(dtype)], 2).flatten(0, 1)
-    of_high, of_rest = keys_NSE.bmm(columns.transpose(1, 2)).float().chunk(2, -1)
-    scores_RKJS = (of_high + of_rest).transpose(1, 2).unflatten(0, rows_and_heads)
-    scale = query_RKJE.shape[-1] ** -0.5
-    shares_RKJS = torch.add(mask_R1S[:, None], scores_RKJS, alpha=scale).softmax(-1)
-    return shares_RKJS.flatten(0, 1).to(dtype).bmm(values_NSE).unflatten(0, rows_and_heads)
-
-
 def _side_by_side(part_WRKUE: Tensor, num_live: int) -> Tensor:
     """The live positions of a cache, RKSE: one block where it lies, several copied."""
     return part_WRKUE.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :num_live]
-
-
-@functools.cache
-def _matmuls_are_faster() -> bool:
-    """Whether `matmul_attention` beats torch's fused one in bf16: measured with AVX512-BF16, where
-    there is no AMX.
-    """
-    # Not every torch that the package allows has it.
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("avx512_bf16")) and not capabilities.get("amx_bf16")

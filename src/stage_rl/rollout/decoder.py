@@ -136,9 +136,9 @@ class Decoder:
 
     def new_cache(self, num_rows: int, num_positions: int) -> KeyValueCache:
         """An empty cache for the rows of a decode."""
-        device, one_block = self.final_norm.device, not self.backend.blocks
+        device, layout = self.final_norm.device, self.backend.layout
         shape = self.cache_shape
-        return KeyValueCache.empty(shape, num_rows, num_positions, device, one_block=one_block)
+        return KeyValueCache.empty(shape, num_rows, num_positions, device, layout=layout)
 
     def prefill(
         self,

@@ -11,6 +11,7 @@ import logging
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
@@ -25,10 +26,13 @@ from stage_rl.rollout.attention import Backend, KeyValueCache, SharedPrompts
 from stage_rl.rollout.decoder import CACHE_DTYPES, LINEAR_DTYPES, Decoder
 from stage_rl.rollout.sampling import Sampling
 
-BACKENDS = ("eager", "triton")
+BACKENDS = ("eager", "numba", "triton")
 
 FAST_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 """Any of these capabilities multiplies bf16 matrices at least as fast as fp32 ones."""
+
+OPENMP_OF_NUMBA = "numba.np.ufunc.omppool"
+"""Its threads wait as torch's do; those of its own pool sleep too long."""
 
 IMAGES_ON_CPU = 64
 """Images of one pass on a CPU."""
@@ -58,8 +62,9 @@ class Engine:
 
     `dtype` is `float32`, or `mixed` for bf16 linear layers. A GPU runs kernels of our own
     (`backend` None or `triton`) and replays each step from a CUDA graph; a CPU torch's operations
-    (`eager`). `cache_dtype` is `auto`, that of the linear layers, or `fp8`. The weights are those
-    of the last `reload`; buffers keep their addresses.
+    (`eager`), or where they are faster what Numba compiles (`numba`). `cache_dtype` is `auto`, that
+    of the linear layers, or `fp8`. The weights are those of the last `reload`; buffers keep their
+    addresses.
     """
 
     def __init__(
@@ -84,7 +89,7 @@ class Engine:
         self.policy, self.dtype, self.cache_dtype = policy, dtype, cache_dtype
         self.max_images = max_images
         """Images of one pass; None: what the memory of a GPU holds, 64 on a CPU."""
-        self._backend = _pick_backend(backend, policy.device)
+        self._backend = _pick_backend(backend, policy.device, cache_dtype)
         self._columns = Columns.of(policy.layout, policy.device)
         self._cuda_graph = policy.device.type == "cuda" if cuda_graph is None else cuda_graph
         self._decoder: Decoder | None = None
@@ -422,18 +427,44 @@ class DecodeState:
         return Generated(**{f"{name}_NT": part[:, :-1].clone() for name, part in parts.items()})
 
 
-def _pick_backend(name: str | None, device: torch.device) -> Backend:
-    """The backend of a name; None: `triton` on a GPU, else `eager`. An unknown one is InputError.
+def _pick_backend(name: str | None, device: torch.device, cache_dtype: str) -> Backend:
+    """The backend of a name; None: the fastest that is there. An unknown one is InputError.
 
     Triton's interpreter (TRITON_INTERPRET=1) runs its kernels on a CPU.
     """
-    name = name or ("triton" if device.type == "cuda" else "eager")
+    if name is None and device.type == "cuda":
+        name = "triton"
+    elif name is None:
+        name = "numba" if cache_dtype != "fp8" and _numba_is_faster() else "eager"
     if name not in BACKENDS:
         raise InputError(f"backend: unknown '{name}'; write one of: {', '.join(BACKENDS)}")
     if name == "eager":
         return Backend()
+    if name == "numba":
+        if cache_dtype == "fp8":
+            raise InputError("cache_dtype: numba has no fp8; write backend=eager, or auto")
+        from stage_rl.rollout.numba_kernels import NumbaBackend
+
+        return NumbaBackend()
     if find_spec("triton") is None:
         raise InputError("the engine's kernels need triton; write: pip install 'stage-rl[triton]'")
     from stage_rl.rollout.kernels import TritonBackend
 
     return TritonBackend()
+
+
+@functools.cache
+def _numba_is_faster() -> bool:
+    """Whether Numba's kernels are there and beat torch's operations: measured with AVX512-BF16 and
+    no AMX, where torch's attention in bf16 is slow.
+    """
+    # Not every torch that the package allows has it.
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    if not capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
+        return False
+    try:
+        import_module(OPENMP_OF_NUMBA)
+    except ImportError:
+        log.info("sampling is faster with Numba and OpenMP: pip install 'stage-rl[cpu]'")
+        return False
+    return True

@@ -38,7 +38,7 @@ from stage_rl.rollout.sampling import Drawn, Sampling
 class TritonBackend(Backend):
     """The same steps as kernels, which read the live positions alone and need no `num_live`."""
 
-    blocks = True
+    layout = "blocks"
 
     def norm(
         self,

@@ -1,0 +1,302 @@
+"""The steps between the matmuls of a decode on a CPU, compiled by Numba.
+
+Torch's own attention is made for many queries, and each of its operations starts the threads anew.
+Here what a layer does between two matmuls is one pass over rows and heads.
+
+Shape suffixes: R rows, M rows, D model width, C width of queries, keys and values together,
+K key-value heads, W blocks of positions, U positions of a block, S positions, E head dimension.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import float32, int32, njit, prange, types
+from numba.extending import intrinsic
+from torch import Tensor
+
+from stage_rl.rollout.attention import (
+    Attend,
+    Backend,
+    HeadNorms,
+    Heads,
+    KeyValueCache,
+    SharedPrompts,
+)
+
+# Sums are in any order. Nothing is said of NaN: it stays one.
+MATH = {"reassoc", "contract", "nsz"}
+inlined: Any = njit(fastmath=MATH, error_model="numpy")
+parallel: Any = njit(fastmath=MATH, error_model="numpy", parallel=True, cache=True)
+
+LOG2_E, SMALLEST_EXPONENT = float32(1 / math.log(2)), float32(-126)
+C1, C2, C3, C4, C5, C6 = (float32(math.log(2) ** k / math.factorial(k)) for k in range(1, 7))
+"""Of the Taylor series of 2^x."""
+NO_NORM = np.empty(0, np.float32)
+CACHE_LINE = 64
+"""Bytes that a processor fetches at a time."""
+
+
+@intrinsic
+def widened(context: Any, number: Any) -> Any:
+    """A number of an array as float32; one in bf16 comes as its 16 bits."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        (number,) = arguments
+        if signature.args[0] == types.float32:
+            return number
+        wide = builder.zext(number, ir.IntType(32))
+        return builder.bitcast(builder.shl(wide, ir.Constant(wide.type, 16)), ir.FloatType())
+
+    return types.float32(number), generate
+
+
+@intrinsic
+def narrowed(context: Any, number: Any, array: Any) -> Any:
+    """A float32 as a number of an array: in bf16 to nearest, ties to even, as its 16 bits."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        number = arguments[0]
+        if signature.return_type == types.float32:
+            return number
+
+        def constant(value: int) -> Any:
+            return ir.Constant(ir.IntType(32), value)
+
+        bits = builder.bitcast(number, ir.IntType(32))
+        odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
+        rounded = builder.add(builder.add(bits, constant(0x7FFF)), odd)
+        is_nan = builder.fcmp_unordered("uno", number, number)
+        high = builder.lshr(builder.select(is_nan, constant(0x7FC00000), rounded), constant(16))
+        return builder.trunc(high, ir.IntType(16))
+
+    return array.dtype(types.float32, array), generate
+
+
+@intrinsic
+def power_of_two(context: Any, exponent: Any) -> Any:
+    """2 to an int32 in [-126, 127]."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        biased = builder.add(arguments[0], ir.Constant(ir.IntType(32), 127))
+        bits = builder.shl(biased, ir.Constant(ir.IntType(32), 23))
+        return builder.bitcast(bits, ir.FloatType())
+
+    return types.float32(types.int32), generate
+
+
+@intrinsic
+def prefetch(context: Any, array: Any, index: Any) -> Any:
+    """Asks for the memory of a number of a flat array."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        held = context.make_array(signature.args[0])(context, builder, arguments[0])
+        i32, byte = ir.IntType(32), ir.IntType(8).as_pointer()
+        place = builder.bitcast(builder.gep(held.data, [arguments[1]]), byte)
+        kind = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
+        builder.call(function, [place, i32(0), i32(3), i32(1)])  # to read, into all caches, data
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64), generate
+
+
+@inlined
+def exp(x):
+    """e^x of an x <= 0, within 3e-7 of it: of libm's no loop makes vectors."""
+    exponent = x * LOG2_E
+    exponent = SMALLEST_EXPONENT if exponent < SMALLEST_EXPONENT else exponent
+    whole = math.floor(exponent + float32(0.5))
+    f = exponent - float32(whole)
+    series = float32(1) + f * (C1 + f * (C2 + f * (C3 + f * (C4 + f * (C5 + f * C6)))))
+    return series * power_of_two(int32(whole))
+
+
+@inlined
+def rotate(into_E, head_E, norm_E, eps, cos_E, sin_E):
+    """A head, through its norm where that has a width, rotated."""
+    half = len(into_E) // 2
+    for e in range(len(into_E)):
+        into_E[e] = widened(head_E[e])
+    if len(norm_E):
+        square = float32(0)
+        for e in range(len(into_E)):
+            square += into_E[e] * into_E[e]
+        scale = float32(1) / math.sqrt(square / float32(len(into_E)) + eps)
+        for e in range(len(into_E)):
+            into_E[e] *= scale * norm_E[e]
+    for e in range(half):
+        low, high = into_E[e], into_E[e + half]
+        into_E[e] = low * cos_E[e] + high * sin_E[e]
+        into_E[e + half] = high * cos_E[e + half] + low * sin_E[e + half]
+
+
+@inlined
+def weighted_sum(into_E, weights_S, rows_SE, ahead):
+    """The sum of rows by their weights, four rows at a time.
+
+    Meanwhile as much of `ahead` is fetched, what will be read next: it lies elsewhere, and no
+    processor foresees that.
+    """
+    into_E[:] = float32(0)
+    width, line = len(into_E), CACHE_LINE // ahead.itemsize
+    fours = len(weights_S) - len(weights_S) % 4
+    for s in range(0, fours, 4):
+        w0, w1, w2, w3 = weights_S[s], weights_S[s + 1], weights_S[s + 2], weights_S[s + 3]
+        r0, r1, r2, r3 = rows_SE[s], rows_SE[s + 1], rows_SE[s + 2], rows_SE[s + 3]
+        for number in range(s * width, (s + 4) * width, line):
+            prefetch(ahead, number)
+        for e in range(width):
+            two = w0 * widened(r0[e]) + w1 * widened(r1[e])
+            into_E[e] += two + w2 * widened(r2[e]) + w3 * widened(r3[e])
+    for s in range(fours, len(weights_S)):
+        weight, row = weights_S[s], rows_SE[s]
+        for e in range(width):
+            into_E[e] += weight * widened(row[e])
+
+
+@inlined
+def exponentials(scores_S):
+    """e to the scores less their largest, in place; their sum."""
+    top = scores_S[0]
+    for s in range(len(scores_S)):
+        top = max(top, scores_S[s])
+    total = float32(0)
+    for s in range(len(scores_S)):
+        share = exp(scores_S[s] - top)
+        scores_S[s] = share
+        total += share
+    return total
+
+
+@parallel
+def attend(
+    qkv_RC,
+    cos_RE,
+    sin_RE,
+    q_norm_E,
+    k_norm_E,
+    eps,
+    positions_R,
+    keys_RKWEU,
+    values_RKSE,
+    out_RC,
+    threads,
+):
+    """Rotates, writes the new position to the cache, and reads for each head up to it.
+
+    The scores are a sum of the rows of transposed keys, so that they too are made in vectors.
+    """
+    num_kv_heads, head_dim, block = keys_RKWEU.shape[1], keys_RKWEU.shape[3], keys_RKWEU.shape[4]
+    num_heads = out_RC.shape[1] // head_dim
+    queries, scale = num_heads // num_kv_heads, float32(1 / math.sqrt(head_dim))
+    lanes = len(qkv_RC) * num_kv_heads
+    share = (lanes + threads - 1) // threads
+    for thread in prange(threads):
+        head, mixed = np.empty(head_dim, np.float32), np.empty(head_dim, np.float32)
+        row_of_scores = np.empty(values_RKSE.shape[2], np.float32)
+        for lane in range(thread * share, min(lanes, (thread + 1) * share)):
+            r, k = lane // num_kv_heads, lane % num_kv_heads
+            position, keys_WEU, values_SE = positions_R[r], keys_RKWEU[r, k], values_RKSE[r, k]
+            scores, values = row_of_scores[: position + 1], values_SE.reshape(-1)
+            later = min(lane + 1, lanes - 1)
+            next_keys = keys_RKWEU[later // num_kv_heads, later % num_kv_heads].reshape(-1)
+            key = qkv_RC[r, (num_heads + k) * head_dim :][:head_dim]
+            value = qkv_RC[r, (num_heads + num_kv_heads + k) * head_dim :][:head_dim]
+            rotate(head, key, k_norm_E, eps, cos_RE[r], sin_RE[r])
+            for e in range(head_dim):
+                keys_WEU[position // block, e, position % block] = narrowed(head[e], keys_RKWEU)
+                values_SE[position, e] = value[e]
+            for h in range(k * queries, (k + 1) * queries):
+                query, out = qkv_RC[r, h * head_dim :][:head_dim], out_RC[r, h * head_dim :]
+                rotate(head, query, q_norm_E, eps, cos_RE[r], sin_RE[r])
+                for e in range(head_dim):
+                    head[e] *= scale
+                for w in range(position // block + 1):
+                    of_block, first = scores[w * block : (w + 1) * block], w * block * head_dim
+                    weighted_sum(of_block, head, keys_WEU[w], values[first:])
+                total = exponentials(scores)
+                weighted_sum(mixed, scores, values_SE, next_keys)
+                for e in range(head_dim):
+                    out[e] = narrowed(mixed[e] / total, out_RC)
+
+
+@parallel
+def add_and_norm(states_MD, delta_MD, weight_D, eps, out_MD):
+    """Adds a change to the residual stream where there is one, and norms the stream."""
+    width = states_MD.shape[1]
+    for m in prange(len(states_MD)):
+        states, out = states_MD[m], out_MD[m]
+        if len(delta_MD):
+            for d in range(width):
+                states[d] += widened(delta_MD[m, d])
+        square = float32(0)
+        for d in range(width):
+            square += states[d] * states[d]
+        scale = float32(1) / math.sqrt(square / float32(width) + eps)
+        for d in range(width):
+            out[d] = narrowed(states[d] * scale * weight_D[d], out_MD)
+
+
+class NumbaBackend(Backend):
+    """The same steps as kernels, which read the live positions alone and need no `num_live`.
+
+    A cache in fp8 is not for them.
+    """
+
+    layout = "transposed"
+
+    def norm(
+        self,
+        states_MD: Tensor,
+        weight_D: Tensor,
+        *,
+        eps: float,
+        dtype: torch.dtype,
+        delta_MD: Tensor | None = None,
+        delta_norm_D: Tensor | None = None,
+    ) -> Tensor:
+        if delta_norm_D is not None:
+            assert delta_MD is not None
+            delta_MD = super().norm(delta_MD.float(), delta_norm_D, eps=eps, dtype=torch.float32)
+        out = torch.empty_like(states_MD, dtype=dtype)
+        delta = states_MD[:0] if delta_MD is None else delta_MD
+        add_and_norm(*map(_array, (states_MD, delta, weight_D)), np.float32(eps), _array(out))
+        return out
+
+    def attention(
+        self,
+        heads: Heads,
+        cache: KeyValueCache,
+        positions_R: Tensor,
+        coords_RA: Tensor,
+        prompts: SharedPrompts,
+        num_live: int,
+    ) -> Attend:
+        threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+        numba.set_num_threads(threads)
+        rotation = [_array(table_R1E[:, 0]) for table_R1E in heads.rotation(coords_RA)]
+        eps, positions = np.float32(heads.norm_eps), _array(positions_R)
+
+        def attend_layer(layer: int, qkv_RC: Tensor, norms: HeadNorms) -> Tensor:
+            out = qkv_RC.new_empty(len(qkv_RC), heads.num_heads * heads.head_dim)
+            weights = (
+                NO_NORM if w is None else _array(w) for w in (norms.q_norm_E, norms.k_norm_E)
+            )
+            keys = cache.keys[layer].permute(1, 2, 0, 4, 3)
+            values = cache.values[layer].permute(1, 2, 0, 3, 4).flatten(2, 3)
+            held = map(_array, (keys, values, out))
+            attend(_array(qkv_RC), *rotation, *weights, eps, positions, *held, threads)
+            return out
+
+        return attend_layer
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    """The memory of a tensor; of one in bf16 its bits."""
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()

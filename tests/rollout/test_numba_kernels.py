@@ -1,0 +1,146 @@
+"""What Numba compiles for a CPU against torch's own operations."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+pytest.importorskip("numba")
+from numba import njit
+
+from stage_rl.rollout import numba_kernels
+from stage_rl.rollout.attention import (
+    Backend,
+    CacheShape,
+    HeadNorms,
+    Heads,
+    KeyValueCache,
+    SharedPrompts,
+)
+from stage_rl.rollout.numba_kernels import NumbaBackend, narrowed, widened
+
+CPU = torch.device("cpu")
+NEAR = {torch.float32: 1e-5, torch.bfloat16: 0.02}
+
+
+def attended(backend, dtype, cache, qkv_RC, heads, norms, positions_R):
+    rows_R = torch.arange(len(positions_R))
+    attend = backend.attention(
+        heads,
+        cache,
+        positions_R,
+        torch.stack([positions_R, positions_R // 2], 1)[:, : 1 if heads.axis_E is None else 2],
+        SharedPrompts(torch.ones_like(rows_R), rows_R),
+        int(positions_R.max()) + 1,
+    )
+    return attend(0, qkv_RC.to(dtype), norms).float()
+
+
+def case(queries=2, width=16, normed=(), axes=1, dtype=torch.float32):
+    """Rows at the edges of blocks of 32, and torch's cache beside the one of the kernels."""
+    torch.manual_seed(0)
+    positions_R = torch.tensor([0, 1, 30, 31, 32, 63, 64, 69])
+    cos, sin = torch.randn(2, 80, width)
+    axis_E = torch.arange(width) % axes if axes > 1 else None
+    heads = Heads(2 * queries, 2, width, 1e-5, cos, sin, axis_E)
+    weights = {name: torch.randn(width) for name in normed}
+    shape = CacheShape(1, 2, width, dtype)
+    keys_values = torch.randn(2, len(positions_R), 2, 70, width)
+    caches = [
+        KeyValueCache.empty(shape, len(positions_R), 70, CPU, layout=backend.layout)
+        for backend in (Backend, NumbaBackend)
+    ]
+    for cache in caches:
+        cache.fill(0, *keys_values, 1)
+    qkv_RC = torch.randn(len(positions_R), (2 * queries + 4) * width)
+    return caches, qkv_RC, heads, HeadNorms(weights.get("q"), weights.get("k")), positions_R
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"dtype": torch.bfloat16},
+        {"queries": 1, "width": 32, "dtype": torch.bfloat16},
+        {"queries": 3, "width": 12, "normed": ("q",)},
+        {"normed": ("q", "k"), "axes": 2},
+        {"normed": ("k",), "dtype": torch.bfloat16},
+    ],
+)
+def test_attention_and_the_cache_are_those_of_torch(options, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    caches, *inputs, positions_R = case(**options)
+    dtype = options.get("dtype", torch.float32)
+    theirs, ours = (
+        attended(backend, dtype, cache, *inputs, positions_R)
+        for backend, cache in zip((Backend(), NumbaBackend()), caches, strict=True)
+    )
+    assert_close(ours, theirs, atol=NEAR[dtype], rtol=NEAR[dtype])
+    for part, other in ((c.read(0)[i] for c in caches) for i in (0, 1)):
+        mine = torch.cat(list(other), 2)[:, :, :70].float()
+        assert_close(mine, part[0, :, :, :70].float(), atol=1e-5, rtol=2**-7)
+
+
+def test_what_is_not_finite_stays_so_and_in_its_row():
+    caches, qkv_RC, *inputs = case(dtype=torch.bfloat16)
+    clean = attended(NumbaBackend(), torch.bfloat16, copy.deepcopy(caches[1]), qkv_RC, *inputs)
+    qkv_RC[3, 5], qkv_RC[6, -1] = torch.nan, torch.inf
+    spoiled = attended(NumbaBackend(), torch.bfloat16, caches[1], qkv_RC, *inputs)
+    # A query of row 3: of its head all is unknown. A value of row 6: its width, for both queries.
+    assert spoiled[3, :16].isnan().all()
+    assert spoiled[6, [47, 63]].isinf().all()
+    spoiled[3, :16], spoiled[6, [47, 63]] = clean[3, :16], clean[6, [47, 63]]
+    assert torch.equal(spoiled, clean)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", ["alone", "added", "delta_normed"])
+def test_the_norm_of_the_stream_is_that_of_torch(dtype, form):
+    torch.manual_seed(0)
+    states_MD, weight_D = torch.randn(5, 48), torch.rand(48)
+    options = {"eps": 1e-5, "dtype": dtype}
+    options |= {} if form == "alone" else {"delta_MD": torch.randn(5, 48).to(dtype)}
+    options |= {"delta_norm_D": torch.rand(48)} if form == "delta_normed" else {}
+    mine, torchs = states_MD.clone(), states_MD.clone()
+    ours = NumbaBackend().norm(mine, weight_D, **options)
+    theirs = Backend().norm(torchs, weight_D, **options)
+    assert ours.dtype == theirs.dtype == dtype
+    assert_close(ours, theirs, atol=1e-6, rtol=1e-6 if dtype == torch.float32 else 2**-7)
+    assert_close(mine, torchs, atol=1e-6, rtol=1e-6)
+
+
+def test_exp_is_that_of_numpy():
+    @njit
+    def all_of(x):
+        return np.array([numba_kernels.exp(each) for each in x])
+
+    x = np.linspace(-80, 0, 4001, dtype=np.float32)
+    assert all_of(x) == pytest.approx(np.exp(x.astype(np.float64)), rel=1e-5)
+    near = x[x > -1]
+    assert all_of(near) == pytest.approx(np.exp(near.astype(np.float64)), rel=3e-7)
+    ends = all_of(np.array([0, -1000, -np.inf, np.nan], dtype=np.float32))
+    assert ends[0] == 1
+    assert ends[1:3].max() < 2e-38
+    assert np.isnan(ends[3])
+
+
+def test_bf16_is_rounded_as_torch_rounds_it():
+    @njit
+    def there_and_back(numbers, bits):
+        back = np.empty_like(numbers)
+        for i in range(len(numbers)):
+            bits[i] = narrowed(numbers[i], bits)
+            back[i] = widened(bits[i])
+        return back
+
+    torch.manual_seed(0)
+    # Ties to even on both sides, the largest, and what is not a number.
+    special = torch.tensor([257.0, 259.0, -257.0, 3.4e38, 1e-40, torch.inf, torch.nan, 0.0])
+    numbers = torch.cat([torch.randn(1000) * 1e3, special])
+    bits = torch.empty(len(numbers), dtype=torch.uint16)
+    back = there_and_back(numbers.numpy(), bits.numpy())
+    assert_close(torch.from_numpy(back), numbers.bfloat16().float(), atol=0, rtol=0, equal_nan=True)
+    assert torch.equal(bits.view(torch.bfloat16)[:-2], numbers.bfloat16()[:-2])
