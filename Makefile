@@ -29,7 +29,7 @@ floor: .venv-floor/installed
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(PIP) -e '.[report]'
+	$(PIP) -e '.[cpu,report]'
 	touch $@
 
 # It holds what `train` needs too, and says so.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from pathlib import Path
 
 BLOCK_TIME = {"KMP_BLOCKTIME": "1"}
@@ -33,6 +33,9 @@ def limit_spinning(environment: MutableMapping[str, str] = os.environ) -> None:
     if not any(name in environment for name in CHOSEN_BY_USER):
         environment.update(BLOCK_TIME)
 
+
+other_regions: list[Callable[[], object]] = []
+"""Parallel regions of the OpenMPs beside torch's that are loaded: each has its own teams."""
 
 _parked: threading.Event | None = None
 """Ends the team that waits; None while there is none."""
@@ -62,6 +65,8 @@ def _park(released: threading.Event) -> None:
     import torch  # how threads wait is set before it loads
 
     torch.zeros(2**20).add_(1)  # large enough for all threads, so this one has a team of its own
+    for region in other_regions:
+        region()
     released.wait()
 
 

@@ -31,7 +31,7 @@ def test_a_published_size_is_measured_in_bf16_and_by_windows(tiny_published):
 )
 def test_the_bar_of_a_cpu_asks_for_speed_and_equal_tokens(changed, reached, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    measures = {"mixed_speedup": 2.0, "float32_speedup": 1.2, "greedy_equal": 1.0} | changed
+    measures = {"mixed_speedup": 3.0, "float32_speedup": 1.2, "greedy_equal": 1.0} | changed
     assert rollout._reached("shapes", 64, measures) is reached
     assert rollout._reached("shapes", 32, measures) is None
     assert rollout._reached("janus-7b", 64, measures) is None

@@ -23,7 +23,7 @@ from stage_rl.errors import InputError
 FOLDER = "benchmarks"
 NOT_MEASURED = "not measured"
 BEGIN, END = "<!-- stage bench show: begin -->", "<!-- stage bench show: end -->"
-PACKAGES = ("stage-rl", "transformers", "triton", "torchao", "numpy")
+PACKAGES = ("stage-rl", "transformers", "triton", "torchao", "numba", "numpy")
 """Beside torch; a record names those that are installed."""
 
 CPU_ROWS = {
@@ -37,8 +37,14 @@ CPU_ROWS = {
     "cpu-fsdp2": "stage bench fsdp2",
     "cpu-decode-attention": "stage bench decode-attention",
     "cpu-draw": "stage bench draw",
+    "amx-rollout": "stage bench rollout --rounds 5",
+    "amx-step": "stage bench step --rounds 5",
+    "amx-busy": "stage bench busy --rounds 5",
+    "amx-mismatch": "stage bench mismatch",
 }
-"""Names of files without suffix, and the commands that make them with --json FILE."""
+"""Names of files without suffix, and the commands that make them with --json FILE; `amx` on a
+processor with matrix units for bf16.
+"""
 GPU_ROWS = {
     "gpu-correctness": "stage bench gpu --part correctness",
     "gpu-rollout": "stage bench gpu --part rollout",

@@ -20,6 +20,7 @@ from numba import float32, int32, njit, prange, types
 from numba.extending import intrinsic
 from torch import Tensor
 
+from stage_rl import openmp
 from stage_rl.rollout.attention import (
     Attend,
     Backend,
@@ -251,6 +252,11 @@ class NumbaBackend(Backend):
 
     layout = "transposed"
 
+    def __init__(self) -> None:
+        # Numba's OpenMP is not the one that torch brings along.
+        if _region not in openmp.other_regions:
+            openmp.other_regions.append(_region)
+
     def norm(
         self,
         states_MD: Tensor,
@@ -295,6 +301,12 @@ class NumbaBackend(Backend):
             return out
 
         return attend_layer
+
+
+def _region() -> None:
+    """A parallel region of all threads."""
+    rows = torch.ones(numba.config.NUMBA_NUM_THREADS, 1)
+    NumbaBackend().norm(rows, rows[0], eps=0.0, dtype=torch.float32)
 
 
 def _array(tensor: Tensor) -> np.ndarray:
