@@ -34,7 +34,7 @@ from stage_rl.errors import InputError, RankError, RecipeError, StageError, Stop
 
 T = TypeVar("T")
 
-PACKAGES = ("stage-rl", "torch", "transformers", "numpy", "safetensors")
+PACKAGES = ("stage-rl", "torch", "transformers", "numpy", "numba", "safetensors")
 """Whose versions a run notes."""
 
 LONGEST_WAIT = timedelta(minutes=30)
