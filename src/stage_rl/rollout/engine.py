@@ -453,14 +453,13 @@ def _pick_backend(name: str | None, device: torch.device, cache_dtype: str) -> B
     return TritonBackend()
 
 
-@functools.cache
 def _numba_is_faster() -> bool:
-    """Whether Numba's kernels are there and beat torch's operations: measured with AVX512-BF16 and
-    no AMX, where torch's attention in bf16 is slow.
+    """Whether Numba's kernels are there and beat torch's operations: measured without AMX, in bf16
+    with AVX512-BF16 and in fp32 with AVX2.
     """
     # Not every torch that the package allows has it.
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    if not capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
+    if not capabilities.get("avx2") or capabilities.get("amx_bf16"):
         return False
     try:
         import_module(OPENMP_OF_NUMBA)
