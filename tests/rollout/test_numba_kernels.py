@@ -1,6 +1,10 @@
 """What Numba compiles for a CPU against torch's own operations."""
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -144,3 +148,39 @@ def test_bf16_is_rounded_as_torch_rounds_it():
     back = there_and_back(numbers.numpy(), bits.numpy())
     assert_close(torch.from_numpy(back), numbers.bfloat16().float(), atol=0, rtol=0, equal_nan=True)
     assert torch.equal(bits.view(torch.bfloat16)[:-2], numbers.bfloat16()[:-2])
+
+
+DIGEST = """
+import hashlib, sys
+sys.path.insert(0, sys.argv[1])
+import test_numba_kernels as tests
+from stage_rl.rollout.numba_kernels import NumbaBackend
+seen = hashlib.sha256()
+for dtype in (tests.torch.bfloat16, tests.torch.float32):
+    caches, *inputs = tests.case(normed=("q",), dtype=dtype)
+    for _ in range(2):
+        seen.update(tests.attended(NumbaBackend(), dtype, caches[1], *inputs).numpy().tobytes())
+    states = tests.torch.randn(5, 50)
+    normed = NumbaBackend().norm(states, states[0].abs(), eps=1e-5, dtype=dtype, delta_MD=states)
+    seen.update(normed.float().numpy().tobytes())
+print(seen.hexdigest())
+"""
+
+
+def test_all_code_that_is_made_of_the_kernels_rounds_alike(tmp_path):
+    """Loaded from the disk as compiled, and for a processor without vectors of its own."""
+
+    def digest(cache, **environment):
+        done = subprocess.run(
+            [sys.executable, "-c", DIGEST, str(Path(__file__).parent)],
+            env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / cache), **environment},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return done.stdout
+
+    compiled = digest("own")
+    assert list((tmp_path / "own").rglob("*.nbc"))
+    assert digest("own") == compiled
+    assert digest("other", NUMBA_CPU_NAME="generic") == compiled

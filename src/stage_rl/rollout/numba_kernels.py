@@ -30,10 +30,10 @@ from stage_rl.rollout.attention import (
     SharedPrompts,
 )
 
-# Sums are in any order. Nothing is said of NaN: it stays one.
-MATH = {"reassoc", "contract", "nsz"}
-inlined: Any = njit(fastmath=MATH, error_model="numpy")
-parallel: Any = njit(fastmath=MATH, error_model="numpy", parallel=True, cache=True)
+# Every operation is as it is written, so that all code that is made of it rounds alike: what comes
+# from the disk is not what was compiled, and what is compiled depends on the processor.
+inlined: Any = njit(error_model="numpy")
+parallel: Any = njit(error_model="numpy", parallel=True, cache=True)
 
 LOG2_E, SMALLEST_EXPONENT = float32(1 / math.log(2)), float32(-126)
 C1, C2, C3, C4, C5, C6 = (float32(math.log(2) ** k / math.factorial(k)) for k in range(1, 7))
@@ -80,6 +80,16 @@ def narrowed(context: Any, number: Any, array: Any) -> Any:
 
 
 @intrinsic
+def fma(context: Any, left: Any, right: Any, addend: Any) -> Any:
+    """left x right + addend, rounded once."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fma(*arguments)
+
+    return types.float32(types.float32, types.float32, types.float32), generate
+
+
+@intrinsic
 def power_of_two(context: Any, exponent: Any) -> Any:
     """2 to an int32 in [-126, 127]."""
 
@@ -114,8 +124,30 @@ def exp(x):
     exponent = SMALLEST_EXPONENT if exponent < SMALLEST_EXPONENT else exponent
     whole = math.floor(exponent + float32(0.5))
     f = exponent - float32(whole)
-    series = float32(1) + f * (C1 + f * (C2 + f * (C3 + f * (C4 + f * (C5 + f * C6)))))
-    return series * power_of_two(int32(whole))
+    series = fma(f, fma(f, fma(f, fma(f, fma(f, C6, C5), C4), C3), C2), C1)
+    return fma(f, series, float32(1)) * power_of_two(int32(whole))
+
+
+@inlined
+def dot(left, right):
+    """The sum of products, in four sums."""
+    a = b = c = d = float32(0)
+    fours = len(left) - len(left) % 4
+    for i in range(0, fours, 4):
+        a, b = fma(left[i], right[i], a), fma(left[i + 1], right[i + 1], b)
+        c, d = fma(left[i + 2], right[i + 2], c), fma(left[i + 3], right[i + 3], d)
+    for i in range(fours, len(left)):
+        a = fma(left[i], right[i], a)
+    return (a + b) + (c + d)
+
+
+@njit(fastmath={"nnan", "nsz"})
+def largest(numbers):
+    """Exact in any order; of numbers with a NaN among them any."""
+    top = numbers[0]
+    for i in range(len(numbers)):
+        top = max(top, numbers[i])
+    return top
 
 
 @inlined
@@ -125,16 +157,13 @@ def rotate(into_E, head_E, norm_E, eps, cos_E, sin_E):
     for e in range(len(into_E)):
         into_E[e] = widened(head_E[e])
     if len(norm_E):
-        square = float32(0)
-        for e in range(len(into_E)):
-            square += into_E[e] * into_E[e]
-        scale = float32(1) / math.sqrt(square / float32(len(into_E)) + eps)
+        scale = float32(1) / math.sqrt(dot(into_E, into_E) / float32(len(into_E)) + eps)
         for e in range(len(into_E)):
             into_E[e] *= scale * norm_E[e]
     for e in range(half):
         low, high = into_E[e], into_E[e + half]
-        into_E[e] = low * cos_E[e] + high * sin_E[e]
-        into_E[e + half] = high * cos_E[e + half] + low * sin_E[e + half]
+        into_E[e] = fma(high, sin_E[e], low * cos_E[e])
+        into_E[e + half] = fma(low, sin_E[e + half], high * cos_E[e + half])
 
 
 @inlined
@@ -153,26 +182,12 @@ def weighted_sum(into_E, weights_S, rows_SE, ahead):
         for number in range(s * width, (s + 4) * width, line):
             prefetch(ahead, number)
         for e in range(width):
-            two = w0 * widened(r0[e]) + w1 * widened(r1[e])
-            into_E[e] += two + w2 * widened(r2[e]) + w3 * widened(r3[e])
+            two = fma(w1, widened(r1[e]), fma(w0, widened(r0[e]), into_E[e]))
+            into_E[e] = fma(w3, widened(r3[e]), fma(w2, widened(r2[e]), two))
     for s in range(fours, len(weights_S)):
         weight, row = weights_S[s], rows_SE[s]
         for e in range(width):
-            into_E[e] += weight * widened(row[e])
-
-
-@inlined
-def exponentials(scores_S):
-    """e to the scores less their largest, in place; their sum."""
-    top = scores_S[0]
-    for s in range(len(scores_S)):
-        top = max(top, scores_S[s])
-    total = float32(0)
-    for s in range(len(scores_S)):
-        share = exp(scores_S[s] - top)
-        scores_S[s] = share
-        total += share
-    return total
+            into_E[e] = fma(weight, widened(row[e]), into_E[e])
 
 
 @parallel
@@ -201,6 +216,7 @@ def attend(
     for thread in prange(threads):
         head, mixed = np.empty(head_dim, np.float32), np.empty(head_dim, np.float32)
         row_of_scores = np.empty(values_RKSE.shape[2], np.float32)
+        ones = np.ones(values_RKSE.shape[2], np.float32)
         for lane in range(thread * share, min(lanes, (thread + 1) * share)):
             r, k = lane // num_kv_heads, lane % num_kv_heads
             position, keys_WEU, values_SE = positions_R[r], keys_RKWEU[r, k], values_RKSE[r, k]
@@ -221,7 +237,10 @@ def attend(
                 for w in range(position // block + 1):
                     of_block, first = scores[w * block : (w + 1) * block], w * block * head_dim
                     weighted_sum(of_block, head, keys_WEU[w], values[first:])
-                total = exponentials(scores)
+                top = largest(scores)
+                for s in range(position + 1):
+                    scores[s] = exp(scores[s] - top)
+                total = dot(scores, ones)
                 weighted_sum(mixed, scores, values_SE, next_keys)
                 for e in range(head_dim):
                     out[e] = narrowed(mixed[e] / total, out_RC)
@@ -236,10 +255,7 @@ def add_and_norm(states_MD, delta_MD, weight_D, eps, out_MD):
         if len(delta_MD):
             for d in range(width):
                 states[d] += widened(delta_MD[m, d])
-        square = float32(0)
-        for d in range(width):
-            square += states[d] * states[d]
-        scale = float32(1) / math.sqrt(square / float32(width) + eps)
+        scale = float32(1) / math.sqrt(dot(states, states) / float32(width) + eps)
         for d in range(width):
             out[d] = narrowed(states[d] * scale * weight_D[d], out_MD)
 
