@@ -16,8 +16,8 @@ import numba
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import float32, int32, njit, prange, types
-from numba.extending import intrinsic
+from numba import extending, float32, int32, njit, prange, types
+from numba.core import config
 from torch import Tensor
 
 from stage_rl import openmp
@@ -30,8 +30,9 @@ from stage_rl.rollout.attention import (
     SharedPrompts,
 )
 
-# Every operation is as it is written, so that all code that is made of it rounds alike: what comes
-# from the disk is not what was compiled, and what is compiled depends on the processor.
+intrinsic: Any = extending.intrinsic
+# Without fast math: code that was loaded from the disk, or made for another processor, is optimized
+# otherwise, and all of it shall round alike.
 inlined: Any = njit(error_model="numpy")
 parallel: Any = njit(error_model="numpy", parallel=True, cache=True)
 
@@ -41,6 +42,7 @@ C1, C2, C3, C4, C5, C6 = (float32(math.log(2) ** k / math.factorial(k)) for k in
 NO_NORM = np.empty(0, np.float32)
 CACHE_LINE = 64
 """Bytes that a processor fetches at a time."""
+MOST_THREADS: int = vars(config)["NUMBA_NUM_THREADS"]
 
 
 @intrinsic
@@ -300,7 +302,7 @@ class NumbaBackend(Backend):
         prompts: SharedPrompts,
         num_live: int,
     ) -> Attend:
-        threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+        threads = min(torch.get_num_threads(), MOST_THREADS)
         numba.set_num_threads(threads)
         rotation = [_array(table_R1E[:, 0]) for table_R1E in heads.rotation(coords_RA)]
         eps, positions = np.float32(heads.norm_eps), _array(positions_R)
@@ -321,7 +323,7 @@ class NumbaBackend(Backend):
 
 def _region() -> None:
     """A parallel region of all threads."""
-    rows = torch.ones(numba.config.NUMBA_NUM_THREADS, 1)
+    rows = torch.ones(MOST_THREADS, 1)
     NumbaBackend().norm(rows, rows[0], eps=0.0, dtype=torch.float32)
 
 
