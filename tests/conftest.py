@@ -16,6 +16,9 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
 if "PYTEST_XDIST_WORKER" in os.environ:
     # As many processes as processors: a thread each, before torch loads.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # What Numba keeps on disk has no lock against two processes that compile different types.
+    kept = Path(__file__).parents[1] / ".pytest_cache" / "numba" / os.environ["PYTEST_XDIST_WORKER"]
+    os.environ.setdefault("NUMBA_CACHE_DIR", str(kept))
 
 PARTS = '''
 from stage_rl.policies.base import PolicyConfig

@@ -63,19 +63,23 @@ def test_a_second_team_waits_while_others_use_the_cores(monkeypatch):
     for name in CHOSEN_BY_USER:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(openmp, "num_cores", lambda: 2)
-    load, seen, regions = iter([0, 2, 2, 0]), [], []
+    monkeypatch.setattr(openmp, "_regions", [])
+    load, regions = iter([0, 2, 2, 2, 0]), []
     monkeypatch.setattr(openmp, "busy_others", lambda: next(load))
+
+    def next_look():
+        crowded = sleep_beside_others(2)
+        time.sleep(0.1)  # a team that is released ends
+        return crowded, [t.name for t in threading.enumerate()].count("parked")
 
     def region():
         regions.append(threading.current_thread().name)
 
-    monkeypatch.setattr(openmp, "other_regions", [region])
-    for _ in range(4):
-        crowded = sleep_beside_others(2)
-        time.sleep(0.1)  # a team that is released ends
-        seen.append((crowded, [t.name for t in threading.enumerate()].count("parked")))
-    assert seen == [(False, 0), (True, 1), (True, 1), (False, 0)]
-    # Of another OpenMP too it has a team.
+    assert [next_look(), next_look()] == [(False, 0), (True, 1)]
+    # What comes with another OpenMP has a team of it too.
+    openmp.add_region(region)
+    openmp.add_region(region)
+    assert [next_look(), next_look(), next_look()] == [(True, 1), (True, 1), (False, 0)]
     assert regions == ["parked"]
     # One thread waits for none, and of more than the cores none spins.
     assert not sleep_beside_others(1)

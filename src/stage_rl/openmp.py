@@ -34,11 +34,24 @@ def limit_spinning(environment: MutableMapping[str, str] = os.environ) -> None:
         environment.update(BLOCK_TIME)
 
 
-other_regions: list[Callable[[], object]] = []
-"""Parallel regions of the OpenMPs beside torch's that are loaded: each has its own teams."""
-
 _parked: threading.Event | None = None
-"""Ends the team that waits; None while there is none."""
+"""Ends the teams that wait; None while there are none."""
+
+_regions: list[Callable[[], object]] = []
+
+
+def add_region(region: Callable[[], object]) -> None:
+    """Takes a parallel region of another OpenMP than torch's, which has teams of its own."""
+    if region not in _regions:
+        _regions.append(region)
+        _release()
+
+
+def _release() -> None:
+    global _parked
+    if _parked is not None:
+        _parked.set()
+        _parked = None
 
 
 def sleep_beside_others(threads: int) -> bool:
@@ -55,9 +68,8 @@ def sleep_beside_others(threads: int) -> bool:
     if crowded and _parked is None:
         _parked = threading.Event()
         threading.Thread(target=_park, args=(_parked,), name="parked", daemon=True).start()
-    elif not crowded and _parked is not None:
-        _parked.set()
-        _parked = None
+    elif not crowded:
+        _release()
     return crowded
 
 
@@ -65,7 +77,7 @@ def _park(released: threading.Event) -> None:
     import torch  # how threads wait is set before it loads
 
     torch.zeros(2**20).add_(1)  # large enough for all threads, so this one has a team of its own
-    for region in other_regions:
+    for region in _regions:
         region()
     released.wait()
 

@@ -85,7 +85,8 @@ def test_the_likeliest_tokens_are_those_of_the_original_code(recorded, together)
 @torch.no_grad()
 def test_images_are_those_of_the_original_code(recorded):
     expected_NCHW = torch.from_numpy(REFERENCE["pixels"])
-    assert torch.equal(recorded.module.vqmodel.decode(TOKENS_NT), expected_NCHW)
+    decoded_NCHW = recorded.module.vqmodel.decode(TOKENS_NT)
+    assert_close(decoded_NCHW, expected_NCHW, atol=1e-5, rtol=0)  # equal with one thread
     scaled_NHWC = (expected_NCHW.permute(0, 2, 3, 1).clamp(-1, 1) + 1) * 127.5
     difference = recorded.images(PROMPTS, TOKENS_NT) - scaled_NHWC
     assert difference.abs().max() <= 0.5 + 1e-4

@@ -244,6 +244,11 @@ def test_a_cpu_takes_numba_where_it_is_there_and_faster(
     assert bool(caplog.messages) is (layer != "json")
 
 
-def test_numba_has_no_cache_in_fp8(tiny_janus):
-    with pytest.raises(InputError, match="cache_dtype: numba has no fp8; write"):
+def test_numba_where_it_cannot_be_is_an_error(tiny_janus, monkeypatch):
+    with pytest.raises(InputError, match="numba is for a CPU and has no fp8; write eager"):
         Engine(tiny_janus, backend="numba", cache_dtype="fp8")
+    with pytest.raises(InputError, match="numba is for a CPU"):
+        engine._pick_backend("numba", torch.device("meta"), "auto")
+    monkeypatch.setattr(engine, "OPENMP_OF_NUMBA", "no.such.module")
+    with pytest.raises(InputError, match=r"pip install 'stage-rl\[cpu\]'.*or write eager"):
+        Engine(tiny_janus, backend="numba")

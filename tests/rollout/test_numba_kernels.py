@@ -12,6 +12,7 @@ import torch
 from torch.testing import assert_close
 
 pytest.importorskip("numba")
+import numba
 from numba import njit
 
 from stage_rl.rollout import numba_kernels
@@ -86,6 +87,50 @@ def test_attention_and_the_cache_are_those_of_torch(options, threads, monkeypatc
     for part, other in ((c.read(0)[i] for c in caches) for i in (0, 1)):
         mine = torch.cat(list(other), 2)[:, :, :70].float()
         assert_close(mine, part[0, :, :, :70].float(), atol=1e-5, rtol=2**-7)
+
+
+def test_a_part_of_a_larger_cache_is_read_up_to_each_position_alone():
+    # 3 rows of one head, which two threads do not divide, in a cache that is unknown behind them.
+    torch.manual_seed(0)
+    heads = Heads(2, 1, 8, 1e-5, *torch.randn(2, 80, 8))
+    shape, positions_R = CacheShape(1, 1, 8), torch.tensor([0, 33, 63])
+    large = KeyValueCache.empty(shape, 5, 70, CPU, layout="transposed")
+    for part in (large.keys[0], large.values[0]):
+        part.fill_(torch.nan)
+    caches = [KeyValueCache.empty(shape, 3, 70, CPU, layout="rows"), large.rows(3)]
+    for row, length in enumerate(positions_R.tolist()):
+        new_2SE = torch.randn(2, length, 8)
+        for cache in caches:
+            for part_WRKUE, new_SE in zip((cache.keys[0], cache.values[0]), new_2SE, strict=True):
+                for s in range(length):
+                    block, place = divmod(s, part_WRKUE.shape[3])
+                    part_WRKUE[block, row, 0, place] = new_SE[s]
+    qkv_RC = torch.randn(3, 4 * 8)
+    inputs = qkv_RC, heads, HeadNorms(None, None), positions_R
+    theirs, ours = (
+        attended(backend, torch.float32, cache, *inputs)
+        for backend, cache in zip((Backend(), NumbaBackend()), caches, strict=True)
+    )
+    assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_where_no_folder_can_be_written_nothing_is_kept(monkeypatch):
+    asked = []
+
+    def njit(**options):
+        asked.append(options.pop("cache", False))
+        if asked[-1]:
+            raise RuntimeError("cannot cache function: no locator available")
+        return lambda function: function
+
+    monkeypatch.setattr(numba_kernels, "njit", njit)
+    assert numba_kernels.parallel(len)("four") == 4
+    assert asked == [True, False]
+
+
+def test_its_threads_are_those_of_openmp():
+    attended(NumbaBackend(), torch.float32, case()[0][1], *case()[1:])
+    assert numba.threading_layer() == "omp"
 
 
 def test_what_is_not_finite_stays_so_and_in_its_row():

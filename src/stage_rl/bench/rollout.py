@@ -77,8 +77,9 @@ def run(
     """Samples the same number of images in several ways, in turn.
 
     `model` is a folder, a hub id, `shapes`, or `janus-1b` and `janus-7b` with random weights in
-    bf16. The ways: the engine in both precisions (a size: mixed, and with a cache in fp8),
-    generate, and, from windows of tokens, a loop over a cache that grows with every token.
+    bf16. The ways: the engine in both precisions, and in bf16 by torch's operations (a size: mixed,
+    and with a cache in fp8), generate, and, from windows of tokens, a loop over a cache that grows
+    with every token.
     `processor_time` counts what the processors of this process worked, for a CPU that others use
     too.
     """
@@ -91,6 +92,7 @@ def run(
         engines["fp8"] = Engine(policy, dtype="mixed", cache_dtype="fp8")
     else:
         engines["float32"] = Engine(policy, dtype="float32")
+        engines["torch"] = Engine(policy, dtype="mixed", backend="eager")
     sampling = Sampling(guidance_scale=guidance_scale)
     forms = {name: engine_form(e, prompts, group_size, sampling) for name, e in engines.items()}
     forms["generate"] = lambda: generate(baseline, images, guidance_scale=guidance_scale)

@@ -32,7 +32,10 @@ FAST_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 """Any of these capabilities multiplies bf16 matrices at least as fast as fp32 ones."""
 
 OPENMP_OF_NUMBA = "numba.np.ufunc.omppool"
-"""Its threads wait as torch's do; those of its own pool sleep too long."""
+NO_NUMBA = (
+    "sampling is faster with Numba and the system's OpenMP; write: pip install 'stage-rl[cpu]', "
+    "and where libgomp.so.1 is missing apt install libgomp1"
+)
 
 IMAGES_ON_CPU = 64
 """Images of one pass on a CPU."""
@@ -441,8 +444,10 @@ def _pick_backend(name: str | None, device: torch.device, cache_dtype: str) -> B
     if name == "eager":
         return Backend()
     if name == "numba":
-        if cache_dtype == "fp8":
-            raise InputError("cache_dtype: numba has no fp8; write backend=eager, or auto")
+        if cache_dtype == "fp8" or device.type != "cpu":
+            raise InputError("backend: numba is for a CPU and has no fp8; write eager")
+        if not _numba_is_there():
+            raise InputError(f"backend: {NO_NUMBA}; or write eager")
         from stage_rl.rollout.numba_kernels import NumbaBackend
 
         return NumbaBackend()
@@ -461,9 +466,15 @@ def _numba_is_faster() -> bool:
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     if not capabilities.get("avx2") or capabilities.get("amx_bf16"):
         return False
+    if not _numba_is_there():
+        log.info(NO_NUMBA)
+        return False
+    return True
+
+
+def _numba_is_there() -> bool:
     try:
         import_module(OPENMP_OF_NUMBA)
     except ImportError:
-        log.info("sampling is faster with Numba and OpenMP: pip install 'stage-rl[cpu]'")
         return False
     return True

@@ -10,13 +10,14 @@ K key-value heads, W blocks of positions, U positions of a block, S positions, E
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import numba
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import extending, float32, int32, njit, prange, types
+from numba import extending, float32, njit, prange, types
 from numba.core import config
 from torch import Tensor
 
@@ -34,7 +35,18 @@ intrinsic: Any = extending.intrinsic
 # Without fast math: code that was loaded from the disk, or made for another processor, is optimized
 # otherwise, and all of it shall round alike.
 inlined: Any = njit(error_model="numpy")
-parallel: Any = njit(error_model="numpy", parallel=True, cache=True)
+settings: Any = config
+settings.THREADING_LAYER = "omp"  # threads of the others sleep too long between two calls
+
+
+def parallel(function: Any) -> Any:
+    """Compiles a function whose loops have threads; keeps it on disk where that can be written."""
+    compiled = partial(njit, error_model="numpy", parallel=True)
+    try:
+        return compiled(cache=True)(function)
+    except RuntimeError:  # Numba finds no such folder
+        return compiled()(function)
+
 
 LOG2_E, SMALLEST_EXPONENT = float32(1 / math.log(2)), float32(-126)
 C1, C2, C3, C4, C5, C6 = (float32(math.log(2) ** k / math.factorial(k)) for k in range(1, 7))
@@ -42,7 +54,7 @@ C1, C2, C3, C4, C5, C6 = (float32(math.log(2) ** k / math.factorial(k)) for k in
 NO_NORM = np.empty(0, np.float32)
 CACHE_LINE = 64
 """Bytes that a processor fetches at a time."""
-MOST_THREADS: int = vars(config)["NUMBA_NUM_THREADS"]
+MOST_THREADS: int = settings.NUMBA_NUM_THREADS
 
 
 @intrinsic
@@ -124,10 +136,11 @@ def exp(x):
     """e^x of an x <= 0, within 3e-7 of it: of libm's no loop makes vectors."""
     exponent = x * LOG2_E
     exponent = SMALLEST_EXPONENT if exponent < SMALLEST_EXPONENT else exponent
-    whole = math.floor(exponent + float32(0.5))
-    f = exponent - float32(whole)
+    whole = np.floor(exponent + float32(0.5))
+    f = exponent - whole
     series = fma(f, fma(f, fma(f, fma(f, fma(f, C6, C5), C4), C3), C2), C1)
-    return fma(f, series, float32(1)) * power_of_two(int32(whole))
+    # No integer is NaN; the series is.
+    return fma(f, series, float32(1)) * power_of_two(np.int32(whole if whole == whole else 0))
 
 
 @inlined
@@ -143,13 +156,17 @@ def dot(left, right):
     return (a + b) + (c + d)
 
 
-@njit(fastmath={"nnan", "nsz"})
+@inlined
 def largest(numbers):
-    """Exact in any order; of numbers with a NaN among them any."""
-    top = numbers[0]
-    for i in range(len(numbers)):
-        top = max(top, numbers[i])
-    return top
+    """The largest number, of four; what is NaN is passed over, unless it is the first."""
+    a = b = c = d = numbers[0]
+    fours = len(numbers) - len(numbers) % 4
+    for i in range(0, fours, 4):
+        a, b = max(a, numbers[i]), max(b, numbers[i + 1])
+        c, d = max(c, numbers[i + 2]), max(d, numbers[i + 3])
+    for i in range(fours, len(numbers)):
+        a = max(a, numbers[i])
+    return max(max(a, b), max(c, d))
 
 
 @inlined
@@ -271,9 +288,7 @@ class NumbaBackend(Backend):
     layout = "transposed"
 
     def __init__(self) -> None:
-        # Numba's OpenMP is not the one that torch brings along.
-        if _region not in openmp.other_regions:
-            openmp.other_regions.append(_region)
+        openmp.add_region(_region)  # Numba's OpenMP is not the one that torch brings along
 
     def norm(
         self,
