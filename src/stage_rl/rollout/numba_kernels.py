@@ -158,7 +158,7 @@ def dot(left, right):
 
 @inlined
 def largest(numbers):
-    """The largest number, of four; what is NaN is passed over, unless it is the first."""
+    """The largest number, found in four parts; NaN is passed over, unless it is the first."""
     a = b = c = d = numbers[0]
     fours = len(numbers) - len(numbers) % 4
     for i in range(0, fours, 4):
