@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, MutableMapping
+from collections.abc import MutableMapping
 from pathlib import Path
 
 BLOCK_TIME = {"KMP_BLOCKTIME": "1"}
@@ -35,23 +35,7 @@ def limit_spinning(environment: MutableMapping[str, str] = os.environ) -> None:
 
 
 _parked: threading.Event | None = None
-"""Ends the teams that wait; None while there are none."""
-
-_regions: list[Callable[[], object]] = []
-
-
-def add_region(region: Callable[[], object]) -> None:
-    """Takes a parallel region of another OpenMP than torch's, which has teams of its own."""
-    if region not in _regions:
-        _regions.append(region)
-        _release()
-
-
-def _release() -> None:
-    global _parked
-    if _parked is not None:
-        _parked.set()
-        _parked = None
+"""Ends the team that waits; None while there is none."""
 
 
 def sleep_beside_others(threads: int) -> bool:
@@ -68,8 +52,9 @@ def sleep_beside_others(threads: int) -> bool:
     if crowded and _parked is None:
         _parked = threading.Event()
         threading.Thread(target=_park, args=(_parked,), name="parked", daemon=True).start()
-    elif not crowded:
-        _release()
+    elif not crowded and _parked is not None:
+        _parked.set()
+        _parked = None
     return crowded
 
 
@@ -77,8 +62,6 @@ def _park(released: threading.Event) -> None:
     import torch  # how threads wait is set before it loads
 
     torch.zeros(2**20).add_(1)  # large enough for all threads, so this one has a team of its own
-    for region in _regions:
-        region()
     released.wait()
 
 

@@ -21,7 +21,6 @@ from numba import extending, float32, njit, prange, types
 from numba.core import config
 from torch import Tensor
 
-from stage_rl import openmp
 from stage_rl.rollout.attention import (
     Attend,
     Backend,
@@ -287,9 +286,6 @@ class NumbaBackend(Backend):
 
     layout = "transposed"
 
-    def __init__(self) -> None:
-        openmp.add_region(_region)  # Numba's OpenMP is not the one that torch brings along
-
     def norm(
         self,
         states_MD: Tensor,
@@ -334,12 +330,6 @@ class NumbaBackend(Backend):
             return out
 
         return attend_layer
-
-
-def _region() -> None:
-    """A parallel region of all threads."""
-    rows = torch.ones(MOST_THREADS, 1)
-    NumbaBackend().norm(rows, rows[0], eps=0.0, dtype=torch.float32)
 
 
 def _array(tensor: Tensor) -> np.ndarray:
