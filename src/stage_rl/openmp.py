@@ -58,6 +58,11 @@ def sleep_beside_others(threads: int) -> bool:
     return crowded
 
 
+def is_crowded() -> bool:
+    """Whether `sleep_beside_others` found that others use the cores."""
+    return _parked is not None
+
+
 def _park(released: threading.Event) -> None:
     import torch  # how threads wait is set before it loads
 

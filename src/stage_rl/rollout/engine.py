@@ -448,7 +448,7 @@ def _pick_backend(name: str | None, device: torch.device, cache_dtype: str) -> B
             raise InputError("backend: numba is for a CPU and has no fp8; write eager")
         if not _numba_is_there():
             raise InputError(f"backend: {NO_NUMBA}; or write eager")
-        from stage_rl.rollout.numba_kernels import NumbaBackend
+        from stage_rl.rollout.numba_backend import NumbaBackend
 
         return NumbaBackend()
     if find_spec("triton") is None:

@@ -13,22 +13,10 @@ import math
 from functools import partial
 from typing import Any
 
-import numba
 import numpy as np
-import torch
 from llvmlite import ir
 from numba import extending, float32, njit, prange, types
 from numba.core import config
-from torch import Tensor
-
-from stage_rl.rollout.attention import (
-    Attend,
-    Backend,
-    HeadNorms,
-    Heads,
-    KeyValueCache,
-    SharedPrompts,
-)
 
 intrinsic: Any = extending.intrinsic
 # Without fast math: code that was loaded from the disk, or made for another processor, is optimized
@@ -50,9 +38,10 @@ def parallel(function: Any) -> Any:
 LOG2_E, SMALLEST_EXPONENT = float32(1 / math.log(2)), float32(-126)
 C1, C2, C3, C4, C5, C6 = (float32(math.log(2) ** k / math.factorial(k)) for k in range(1, 7))
 """Of the Taylor series of 2^x."""
-NO_NORM = np.empty(0, np.float32)
 CACHE_LINE = 64
 """Bytes that a processor fetches at a time."""
+PIECE = 64
+"""Numbers that are summed by themselves, so that a processor has several sums at a time."""
 MOST_THREADS: int = settings.NUMBA_NUM_THREADS
 
 
@@ -132,14 +121,16 @@ def prefetch(context: Any, array: Any, index: Any) -> Any:
 
 @inlined
 def exp(x):
-    """e^x of an x <= 0, within 3e-7 of it: of libm's no loop makes vectors."""
+    """e^x of an x <= 0, within 3e-7 of it, or 0 below 2^-126: of libm's no loop makes vectors."""
     exponent = x * LOG2_E
-    exponent = SMALLEST_EXPONENT if exponent < SMALLEST_EXPONENT else exponent
+    is_zero = exponent < SMALLEST_EXPONENT
+    exponent = SMALLEST_EXPONENT if is_zero else exponent
     whole = np.floor(exponent + float32(0.5))
     f = exponent - whole
     series = fma(f, fma(f, fma(f, fma(f, fma(f, C6, C5), C4), C3), C2), C1)
     # No integer is NaN; the series is.
-    return fma(f, series, float32(1)) * power_of_two(np.int32(whole if whole == whole else 0))
+    power = fma(f, series, float32(1)) * power_of_two(np.int32(whole if whole == whole else 0))
+    return float32(0) if is_zero else power
 
 
 @inlined
@@ -169,6 +160,56 @@ def largest(numbers):
 
 
 @inlined
+def total(numbers):
+    """The sum of numbers, in four sums."""
+    a = b = c = d = float32(0)
+    fours = len(numbers) - len(numbers) % 4
+    for i in range(0, fours, 4):
+        a, b = a + numbers[i], b + numbers[i + 1]
+        c, d = c + numbers[i + 2], d + numbers[i + 3]
+    for i in range(fours, len(numbers)):
+        a += numbers[i]
+    return (a + b) + (c + d)
+
+
+@inlined
+def distribution(weights_V, logits_V):
+    """Lowers logits until the largest is 0, and makes weights of them; returns what they were
+    lowered by, the sum of the weights, and the entropy (nats).
+    """
+    top, all_weights, by_logits = largest(logits_V), float32(0), float32(0)
+    for v in range(len(logits_V)):
+        logits_V[v] -= top
+        weights_V[v] = exp(logits_V[v])
+    for first in range(0, len(logits_V), PIECE):
+        weights, logits = weights_V[first : first + PIECE], logits_V[first : first + PIECE]
+        all_weights += total(weights)
+        by_logits += dot(weights, logits)
+    return top, all_weights, math.log(all_weights) - by_logits / all_weights
+
+
+@inlined
+def first_above(weights_V, share, all_weights):
+    """The first entry up to which the weights sum to more than a share of all; where rounding
+    leaves none, the last one with a weight.
+    """
+    threshold, below = share * all_weights, float32(0)
+    for first in range(0, len(weights_V), PIECE):
+        piece = weights_V[first : first + PIECE]
+        behind = below + total(piece)
+        if behind > threshold:
+            for v in range(len(piece)):
+                below += piece[v]
+                if below > threshold and piece[v] > 0:
+                    return first + v
+        below = behind
+    for v in range(len(weights_V) - 1, 0, -1):
+        if weights_V[v] > 0:
+            return v
+    return 0
+
+
+@inlined
 def rotate(into_E, head_E, norm_E, eps, cos_E, sin_E):
     """A head, through its norm where that has a width, rotated."""
     half = len(into_E) // 2
@@ -186,26 +227,40 @@ def rotate(into_E, head_E, norm_E, eps, cos_E, sin_E):
 
 @inlined
 def weighted_sum(into_E, weights_S, rows_SE, ahead):
-    """The sum of rows by their weights, four rows at a time.
+    """The sum of rows by their weights, eight rows at a time.
 
     Meanwhile as much of `ahead` is fetched, what will be read next: it lies elsewhere, and no
     processor foresees that.
     """
     into_E[:] = float32(0)
     width, line = len(into_E), CACHE_LINE // ahead.itemsize
-    fours = len(weights_S) - len(weights_S) % 4
-    for s in range(0, fours, 4):
+    eights = len(weights_S) - len(weights_S) % 8
+    for s in range(0, eights, 8):
         w0, w1, w2, w3 = weights_S[s], weights_S[s + 1], weights_S[s + 2], weights_S[s + 3]
+        w4, w5, w6, w7 = weights_S[s + 4], weights_S[s + 5], weights_S[s + 6], weights_S[s + 7]
         r0, r1, r2, r3 = rows_SE[s], rows_SE[s + 1], rows_SE[s + 2], rows_SE[s + 3]
-        for number in range(s * width, (s + 4) * width, line):
+        r4, r5, r6, r7 = rows_SE[s + 4], rows_SE[s + 5], rows_SE[s + 6], rows_SE[s + 7]
+        for number in range(s * width, (s + 8) * width, line):
             prefetch(ahead, number)
         for e in range(width):
-            two = fma(w1, widened(r1[e]), fma(w0, widened(r0[e]), into_E[e]))
-            into_E[e] = fma(w3, widened(r3[e]), fma(w2, widened(r2[e]), two))
-    for s in range(fours, len(weights_S)):
+            left = fma(w1, widened(r1[e]), fma(w0, widened(r0[e]), into_E[e]))
+            left = fma(w3, widened(r3[e]), fma(w2, widened(r2[e]), left))
+            right = fma(w5, widened(r5[e]), w4 * widened(r4[e]))
+            right = fma(w7, widened(r7[e]), fma(w6, widened(r6[e]), right))
+            into_E[e] = left + right
+    for s in range(eights, len(weights_S)):
         weight, row = weights_S[s], rows_SE[s]
         for e in range(width):
             into_E[e] = fma(weight, widened(row[e]), into_E[e])
+
+
+@inlined
+def softmax(scores_S):
+    """Turns scores into weights, of which the largest is 1; returns their sum."""
+    top = largest(scores_S)
+    for s in range(len(scores_S)):
+        scores_S[s] = exp(scores_S[s] - top)
+    return total(scores_S)
 
 
 @parallel
@@ -224,7 +279,8 @@ def attend(
 ):
     """Rotates, writes the new position to the cache, and reads for each head up to it.
 
-    The scores are a sum of the rows of transposed keys, so that they too are made in vectors.
+    The scores are a sum of the rows of transposed keys, so that they too are made in vectors. They
+    are made of whole blocks: what is left of a loop behind its vectors takes longer than they do.
     """
     num_kv_heads, head_dim, block = keys_RKWEU.shape[1], keys_RKWEU.shape[3], keys_RKWEU.shape[4]
     num_heads = out_RC.shape[1] // head_dim
@@ -233,14 +289,14 @@ def attend(
     share = (lanes + threads - 1) // threads
     for thread in prange(threads):
         head, mixed = np.empty(head_dim, np.float32), np.empty(head_dim, np.float32)
-        row_of_scores = np.empty(values_RKSE.shape[2], np.float32)
-        ones = np.ones(values_RKSE.shape[2], np.float32)
+        scores_of_all = np.empty(values_RKSE.shape[2], np.float32)
         for lane in range(thread * share, min(lanes, (thread + 1) * share)):
             r, k = lane // num_kv_heads, lane % num_kv_heads
             position, keys_WEU, values_SE = positions_R[r], keys_RKWEU[r, k], values_RKSE[r, k]
-            scores, values = row_of_scores[: position + 1], values_SE.reshape(-1)
-            later = min(lane + 1, lanes - 1)
+            num_blocks = position // block + 1
+            values, later = values_SE.reshape(-1), min(lane + 1, lanes - 1)
             next_keys = keys_RKWEU[later // num_kv_heads, later % num_kv_heads].reshape(-1)
+            scores = scores_of_all[: num_blocks * block]
             key = qkv_RC[r, (num_heads + k) * head_dim :][:head_dim]
             value = qkv_RC[r, (num_heads + num_kv_heads + k) * head_dim :][:head_dim]
             rotate(head, key, k_norm_E, eps, cos_RE[r], sin_RE[r])
@@ -252,16 +308,18 @@ def attend(
                 rotate(head, query, q_norm_E, eps, cos_RE[r], sin_RE[r])
                 for e in range(head_dim):
                     head[e] *= scale
-                for w in range(position // block + 1):
-                    of_block, first = scores[w * block : (w + 1) * block], w * block * head_dim
-                    weighted_sum(of_block, head, keys_WEU[w], values[first:])
-                top = largest(scores)
-                for s in range(position + 1):
-                    scores[s] = exp(scores[s] - top)
-                total = dot(scores, ones)
-                weighted_sum(mixed, scores, values_SE, next_keys)
+                for w in range(num_blocks):
+                    weighted_sum(
+                        scores[w * block : (w + 1) * block],
+                        head,
+                        keys_WEU[w],
+                        values[w * block * head_dim :],
+                    )
+                scores[position + 1 :] = -np.inf
+                all_weights = softmax(scores)
+                weighted_sum(mixed, scores[: position + 1], values_SE, next_keys)
                 for e in range(head_dim):
-                    out[e] = narrowed(mixed[e] / total, out_RC)
+                    out[e] = narrowed(mixed[e] / all_weights, out_RC)
 
 
 @parallel
@@ -278,60 +336,46 @@ def add_and_norm(states_MD, delta_MD, weight_D, eps, out_MD):
             out[d] = narrowed(states[d] * scale * weight_D[d], out_MD)
 
 
-class NumbaBackend(Backend):
-    """The same steps as kernels, which read the live positions alone and need no `num_live`.
+@parallel
+def silu_times(gate_up_MF, out_MF):
+    """silu(gate) x up, each rounded."""
+    width = out_MF.shape[1]
+    for m in prange(len(out_MF)):
+        gates, ups, out = gate_up_MF[m, :width], gate_up_MF[m, width:], out_MF[m]
+        for f in range(width):
+            gate = widened(gates[f])
+            small = exp(-abs(gate))
+            sigmoid = (float32(1) if gate > 0 else small) / (float32(1) + small)
+            silu = widened(narrowed(gate * sigmoid, out_MF))
+            out[f] = narrowed(silu * widened(ups[f]), out_MF)
 
-    A cache in fp8 is not for them.
+
+@parallel
+def draw_column(logits_RV, uniforms_N, scale, temperature, tokens_N, statistics_4N, threads):
+    """Guidance, softmax, draw and statistics; of 2 N rows the second half is unconditional.
+
+    Statistics: log-probability, that of the distribution that is drawn from, entropy, that of the
+    guided distribution.
     """
-
-    layout = "transposed"
-
-    def norm(
-        self,
-        states_MD: Tensor,
-        weight_D: Tensor,
-        *,
-        eps: float,
-        dtype: torch.dtype,
-        delta_MD: Tensor | None = None,
-        delta_norm_D: Tensor | None = None,
-    ) -> Tensor:
-        if delta_norm_D is not None:
-            assert delta_MD is not None
-            delta_MD = super().norm(delta_MD.float(), delta_norm_D, eps=eps, dtype=torch.float32)
-        out = torch.empty_like(states_MD, dtype=dtype)
-        delta = states_MD[:0] if delta_MD is None else delta_MD
-        add_and_norm(*map(_array, (states_MD, delta, weight_D)), np.float32(eps), _array(out))
-        return out
-
-    def attention(
-        self,
-        heads: Heads,
-        cache: KeyValueCache,
-        positions_R: Tensor,
-        coords_RA: Tensor,
-        prompts: SharedPrompts,
-        num_live: int,
-    ) -> Attend:
-        threads = min(torch.get_num_threads(), MOST_THREADS)
-        numba.set_num_threads(threads)
-        rotation = [_array(table_R1E[:, 0]) for table_R1E in heads.rotation(coords_RA)]
-        eps, positions = np.float32(heads.norm_eps), _array(positions_R)
-
-        def attend_layer(layer: int, qkv_RC: Tensor, norms: HeadNorms) -> Tensor:
-            out = qkv_RC.new_empty(len(qkv_RC), heads.num_heads * heads.head_dim)
-            weights = (
-                NO_NORM if w is None else _array(w) for w in (norms.q_norm_E, norms.k_norm_E)
-            )
-            keys = cache.keys[layer].permute(1, 2, 0, 4, 3)
-            values = cache.values[layer].permute(1, 2, 0, 3, 4).flatten(2, 3)
-            held = map(_array, (keys, values, out))
-            attend(_array(qkv_RC), *rotation, *weights, eps, positions, *held, threads)
-            return out
-
-        return attend_layer
-
-
-def _array(tensor: Tensor) -> np.ndarray:
-    """The memory of a tensor; of one in bf16 its bits."""
-    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    num_images, width = len(uniforms_N), logits_RV.shape[1]
+    share = (num_images + threads - 1) // threads
+    for thread in prange(threads):
+        logits, weights = np.empty(width, np.float32), np.empty(width, np.float32)
+        for n in range(thread * share, min(num_images, (thread + 1) * share)):
+            cond, known = logits_RV[n], statistics_4N[:, n]
+            logits[:] = cond
+            top, cond_weights, known[2] = distribution(weights, logits)
+            all_weights, known[3] = cond_weights, known[2]
+            if len(logits_RV) > num_images:
+                free = logits_RV[num_images + n]
+                for v in range(width):
+                    logits[v] = fma(scale, cond[v] - free[v], free[v])
+                _, all_weights, known[3] = distribution(weights, logits)
+            if temperature != float32(1):
+                for v in range(width):
+                    logits[v] /= temperature
+                _, all_weights, _ = distribution(weights, logits)
+            token = first_above(weights, uniforms_N[n], all_weights)
+            tokens_N[n] = token
+            known[0] = cond[token] - top - math.log(cond_weights)
+            known[1] = logits[token] - math.log(all_weights)
