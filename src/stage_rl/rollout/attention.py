@@ -1,6 +1,6 @@
 """The key-value cache, and the steps of a decode between its matmuls.
 
-`Backend` is torch's own operations, on any device; `kernels` has the GPU's form, `numba_kernels` a
+`Backend` is torch's own operations, on any device; `kernels` has the GPU's form, `numba_backend` a
 CPU's.
 
 Shape suffixes: B rows of the prefill (unique prompts), R rows of the decode, M rows x positions,

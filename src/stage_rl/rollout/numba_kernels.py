@@ -1,10 +1,11 @@
 """The steps between the matmuls of a decode on a CPU, compiled by Numba.
 
 Torch's own attention is made for many queries, and each of its operations starts the threads anew.
-Here what a layer does between two matmuls is one pass over rows and heads.
+Here what a layer does between two matmuls is one pass over rows and heads, and a draw is one.
 
 Shape suffixes: R rows, M rows, D model width, C width of queries, keys and values together,
-K key-value heads, W blocks of positions, U positions of a block, S positions, E head dimension.
+K key-value heads, W blocks of positions, U positions of a block, S positions, E head dimension,
+F width of the gate, N images, V codebook size.
 """
 
 from __future__ import annotations
