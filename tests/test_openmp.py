@@ -11,6 +11,7 @@ from stage_rl.openmp import (
     limit_spinning,
     overcommitment,
     sleep_beside_others,
+    threads_beside_others,
 )
 
 
@@ -73,14 +74,23 @@ def test_a_second_team_waits_while_others_use_the_cores(monkeypatch):
         if not crowded:  # a team that is released ends
             for thread in parked():
                 thread.join(timeout=60)
-        seen.append((crowded, len(parked())))
-    assert seen == [(False, 0), (True, 1), (True, 1), (False, 0)]
+        seen.append((crowded, len(parked()), threads_beside_others(2)))
+    assert seen == [(False, 0, 2), (True, 1, 1), (True, 1, 1), (False, 0, 2)]
     # One thread waits for none, and of more than the cores none spins.
     assert not sleep_beside_others(1)
     assert not sleep_beside_others(3)
     monkeypatch.setenv("GOMP_SPINCOUNT", "300000")
     monkeypatch.setattr(openmp, "busy_others", lambda: 2)
     assert not sleep_beside_others(2)
+
+
+def test_of_many_cores_those_are_left_that_others_do_not_use(monkeypatch):
+    monkeypatch.setattr(openmp, "num_cores", lambda: 16)
+    for others, left in ((0, 16), (3, 13), (40, 1)):
+        monkeypatch.setattr(openmp, "_others", others)
+        assert threads_beside_others(16) == left
+    monkeypatch.setattr(openmp, "_others", 3)
+    assert threads_beside_others(8) == 8
 
 
 def test_what_runs_beside_is_the_fewest_of_some_looks(monkeypatch, tmp_path):

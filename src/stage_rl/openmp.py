@@ -36,6 +36,8 @@ def limit_spinning(environment: MutableMapping[str, str] = os.environ) -> None:
 
 _parked: threading.Event | None = None
 """Ends the team that waits; None while there is none."""
+_others = 0
+"""Threads that others ran when `sleep_beside_others` found the cores crowded."""
 
 
 def sleep_beside_others(threads: int) -> bool:
@@ -45,10 +47,12 @@ def sleep_beside_others(threads: int) -> bool:
     GNU's OpenMP hardly spins while it has more threads than cores, and a second team that does
     nothing makes them more. No number depends on it.
     """
-    global _parked
+    global _parked, _others
     if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         return False
-    crowded = 1 < threads <= num_cores() < threads + busy_others()
+    others = busy_others() if 1 < threads <= num_cores() else 0
+    crowded = others > num_cores() - threads >= 0
+    _others = others if crowded else 0
     if crowded and _parked is None:
         _parked = threading.Event()
         threading.Thread(target=_park, args=(_parked,), name="parked", daemon=True).start()
@@ -58,9 +62,11 @@ def sleep_beside_others(threads: int) -> bool:
     return crowded
 
 
-def is_crowded() -> bool:
-    """Whether `sleep_beside_others` found that others use the cores."""
-    return _parked is not None
+def threads_beside_others(threads: int) -> int:
+    """Of so many threads those that have a core of their own beside what `sleep_beside_others`
+    found, at least one: for work whose numbers do not depend on how many threads do it.
+    """
+    return max(1, min(threads, num_cores() - _others)) if _others else threads
 
 
 def _park(released: threading.Event) -> None:

@@ -244,6 +244,15 @@ def test_a_cpu_takes_numba_where_it_is_there_and_faster(
     assert bool(caplog.messages) is (layer != "json")
 
 
+@pytest.mark.parametrize("sampling", [{}, {"guidance_scale": 5.0, "temperature": 0.9}])
+def test_an_engine_of_numba_draws_the_tokens_of_torch(tiny_janus, sampling):
+    pytest.importorskip("numba")
+    ours, theirs = (
+        tokens(Engine(tiny_janus, backend=backend), **sampling) for backend in ("numba", "eager")
+    )
+    assert torch.equal(ours, theirs)
+
+
 def test_numba_where_it_cannot_be_is_an_error(tiny_janus, monkeypatch):
     with pytest.raises(InputError, match="numba is for a CPU and has no fp8; write eager"):
         Engine(tiny_janus, backend="numba", cache_dtype="fp8")

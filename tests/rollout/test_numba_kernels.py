@@ -65,6 +65,12 @@ def case(queries=2, width=16, normed=(), axes=1, dtype=torch.float32):
     return caches, qkv_RC, heads, HeadNorms(weights.get("q"), weights.get("k")), positions_R
 
 
+def use_threads(monkeypatch, threads):
+    """So many, whatever else runs."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(numba_backend, "threads_beside_others", lambda threads: threads)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(
     "options",
@@ -78,7 +84,7 @@ def case(queries=2, width=16, normed=(), axes=1, dtype=torch.float32):
     ],
 )
 def test_attention_and_the_cache_are_those_of_torch(options, threads, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    use_threads(monkeypatch, threads)
     caches, *inputs, positions_R = case(**options)
     dtype = options.get("dtype", torch.float32)
     theirs, ours = (
@@ -91,7 +97,8 @@ def test_attention_and_the_cache_are_those_of_torch(options, threads, monkeypatc
         assert_close(mine, part[0, :, :, :70].float(), atol=1e-5, rtol=2**-7)
 
 
-def test_a_part_of_a_larger_cache_is_read_up_to_each_position_alone():
+def test_a_part_of_a_larger_cache_is_read_up_to_each_position_alone(monkeypatch):
+    use_threads(monkeypatch, 2)
     # 3 rows of one head, which two threads do not divide, in a cache that is unknown behind them.
     torch.manual_seed(0)
     heads = Heads(2, 1, 8, 1e-5, *torch.randn(2, 80, 8))
@@ -164,16 +171,20 @@ def test_the_norm_of_the_stream_is_that_of_torch(dtype, form):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_swiglu_is_that_of_torch(dtype):
+def test_swiglu_is_that_of_torch_rounding_for_rounding(dtype):
     torch.manual_seed(0)
-    gate_up_MF = 10 * torch.randn(5, 2 * 48)
+    gate_up_MF = 10 * torch.randn(50, 2 * 48)
     gate_up_MF[0, :4] = torch.tensor([90.0, -90.0, 0.0, torch.nan])
     ours, theirs = (b.swiglu(gate_up_MF.to(dtype)) for b in (NumbaBackend(), Backend()))
-    near = 1e-6 if dtype == torch.float32 else 2**-7
-    assert_close(ours, theirs, atol=1e-6, rtol=near, equal_nan=True)
+    assert_close(
+        ours, theirs, atol=1e-6, rtol=1e-6 if dtype == torch.float32 else 2**-7, equal_nan=True
+    )
+    # Two numbers that lie on both sides of what is rounded up are few.
+    if dtype == torch.bfloat16:
+        assert (ours != theirs)[1:].float().mean() < 0.01
 
 
-@pytest.mark.parametrize("width", [64, 300])
+@pytest.mark.parametrize("width", [10, 64, 300])
 @pytest.mark.parametrize(
     "sampling",
     [
@@ -181,7 +192,7 @@ def test_swiglu_is_that_of_torch(dtype):
         Sampling(5.0),
         Sampling(0.0, temperature=0.5, guided_entropy=True),
         Sampling(temperature=2.0, guided_entropy=True),
-        Sampling(3.0, top_k=20),  # by torch's operations
+        Sampling(3.0, top_k=5),  # by torch's operations
     ],
 )
 def test_a_column_is_drawn_as_by_torch(sampling, width):
@@ -203,24 +214,25 @@ def test_a_token_without_probability_is_never_drawn(uniform, token, low):
     assert drawn.entropy_N.item() == pytest.approx(0.6931472, abs=1e-6)
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_what_is_drawn_from_logits_that_are_not_finite_says_so(value):
+@pytest.mark.parametrize(("value", "place"), [(torch.nan, 7), (torch.nan, 0), (torch.inf, 7)])
+def test_what_is_drawn_from_logits_that_are_not_finite_says_so(value, place):
     logits_RV = torch.zeros(2, 300)
-    logits_RV[1, 7] = value
+    logits_RV[1, place] = value
     drawn = NumbaBackend().draw(logits_RV, torch.tensor([0.5, 0.5]), Sampling())
     assert 0 <= drawn.tokens_N[1].item() < 300
     assert drawn.guided_logprobs_N.isfinite().tolist() == [True, False]
 
 
-def test_beside_others_one_thread_does_all_and_gives_the_same(monkeypatch):
+def test_beside_others_fewer_threads_do_the_same(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     torch.manual_seed(0)
-    logits_RV, uniforms_N, seen = torch.randn(7, 300), torch.rand(7), []
-    for crowded in (False, True):
-        monkeypatch.setattr(numba_backend, "is_crowded", lambda crowded=crowded: crowded)
-        drawn = vars(NumbaBackend().draw(logits_RV, uniforms_N, Sampling()))
+    logits_RV, uniforms_N, seen = torch.randn(14, 300), torch.rand(7), []
+    for left in (2, 1):
+        monkeypatch.setattr(numba_backend, "threads_beside_others", lambda _, left=left: left)
+        drawn = vars(NumbaBackend().draw(logits_RV, uniforms_N, Sampling(3.0)))
         attention = attended(NumbaBackend(), torch.float32, case()[0][1], *case()[1:])
-        seen.append((numba.get_num_threads(), drawn, attention))
+        gate = NumbaBackend().swiglu(logits_RV)
+        seen.append((numba.get_num_threads(), drawn, attention, gate))
     assert [threads for threads, *_ in seen] == [min(2, numba_kernels.MOST_THREADS), 1]
     assert_close(*(numbers for _, *numbers in seen), atol=0, rtol=0)
 

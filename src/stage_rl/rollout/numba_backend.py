@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stage_rl.openmp import is_crowded
+from stage_rl.openmp import threads_beside_others
 from stage_rl.rollout import numba_kernels as kernels
 from stage_rl.rollout.attention import (
     Attend,
@@ -61,6 +61,7 @@ class NumbaBackend(Backend):
         """
         if not sampling.whole:
             return super().draw(logits_RV, uniforms_N, sampling)
+        assert len(logits_RV) == (2 if sampling.guided else 1) * len(uniforms_N), logits_RV.shape
         tokens_N = torch.empty(len(uniforms_N), dtype=torch.long)
         statistics_4N = torch.empty(4, len(uniforms_N))
         kernels.draw_column(
@@ -104,10 +105,10 @@ class NumbaBackend(Backend):
 
 
 def _use_threads() -> int:
-    """Sets how many threads the kernels have. Beside others one: it waits for none, and no number
-    depends on it.
+    """Sets how many threads the kernels have. Beside others fewer: one without a core is waited
+    for, and no number depends on how many there are.
     """
-    threads = 1 if is_crowded() else min(torch.get_num_threads(), kernels.MOST_THREADS)
+    threads = min(threads_beside_others(torch.get_num_threads()), kernels.MOST_THREADS)
     numba.set_num_threads(threads)
     return threads
 

@@ -122,7 +122,7 @@ def prefetch(context: Any, array: Any, index: Any) -> Any:
 
 @inlined
 def exp(x):
-    """e^x of an x <= 0, within 3e-7 of it, or 0 below 2^-126: of libm's no loop makes vectors."""
+    """e^x of an x <= 0, within 3e-7, or 0 below 2^-126: of libm's no loop makes vectors."""
     exponent = x * LOG2_E
     is_zero = exponent < SMALLEST_EXPONENT
     exponent = SMALLEST_EXPONENT if is_zero else exponent
@@ -363,20 +363,21 @@ def draw_column(logits_RV, uniforms_N, scale, temperature, tokens_N, statistics_
     for thread in prange(threads):
         logits, weights = np.empty(width, np.float32), np.empty(width, np.float32)
         for n in range(thread * share, min(num_images, (thread + 1) * share)):
-            cond, known = logits_RV[n], statistics_4N[:, n]
+            cond, statistics = logits_RV[n], statistics_4N[:, n]
             logits[:] = cond
-            top, cond_weights, known[2] = distribution(weights, logits)
-            all_weights, known[3] = cond_weights, known[2]
+            top, cond_weights, entropy = distribution(weights, logits)
+            all_weights, guided_entropy = cond_weights, entropy
             if len(logits_RV) > num_images:
-                free = logits_RV[num_images + n]
+                uncond = logits_RV[num_images + n]
                 for v in range(width):
-                    logits[v] = fma(scale, cond[v] - free[v], free[v])
-                _, all_weights, known[3] = distribution(weights, logits)
+                    logits[v] = fma(scale, cond[v] - uncond[v], uncond[v])
+                _, all_weights, guided_entropy = distribution(weights, logits)
             if temperature != float32(1):
                 for v in range(width):
                     logits[v] /= temperature
                 _, all_weights, _ = distribution(weights, logits)
             token = first_above(weights, uniforms_N[n], all_weights)
             tokens_N[n] = token
-            known[0] = cond[token] - top - math.log(cond_weights)
-            known[1] = logits[token] - math.log(all_weights)
+            statistics[0] = cond[token] - top - math.log(cond_weights)
+            statistics[1] = logits[token] - math.log(all_weights)
+            statistics[2], statistics[3] = entropy, guided_entropy
