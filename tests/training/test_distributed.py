@@ -247,7 +247,9 @@ def test_a_process_that_is_killed_ends_the_run_and_its_last_checkpoint_resumes(r
     settings = (killed, "run.save_every=1", "steps=3")
     done = torchrun(recipe(*settings), tmp_path)
     assert done.returncode != 0
-    assert "another process of the run was killed or fell silent" in done.stderr, done.stderr
+    # The other one notices by itself, or torchrun stops it first.
+    said = ("another process of the run was killed or fell silent", "stopped; the same command")
+    assert any(text in done.stderr for text in said), done.stderr
     assert [path.name for path in checkpoints(tmp_path / "run" / "checkpoints")] == [
         "step_000002",
         "step_000001",
