@@ -68,6 +68,7 @@ def test_a_slope_is_the_derivative_of_the_log_probability_by_the_last_state():
         )
 
 
+@pytest.mark.slow
 def test_a_trained_policy_is_looked_at_beside_the_reference_of_its_run(tmp_path):
     pairs = f"{SMALL} rollout.prompts_per_step=4 rollout.group_size=2"  # often both wrong
     settings = f"{pairs} steps=1 optimizer.warmup_steps=0 optimizer.lr=1e-3 evaluation=null"

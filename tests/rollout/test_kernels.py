@@ -290,7 +290,7 @@ def test_what_is_drawn_from_logits_that_are_not_finite_says_so():
     ("family", "guidance_scale", "form"),
     [
         ("tiny_janus", 1.0, "shared"),
-        ("tiny_llamagen", 1.0, "masked"),
+        pytest.param("tiny_llamagen", 1.0, "masked", marks=pytest.mark.slow),
         pytest.param("tiny_llamagen", 3.0, "shared", marks=pytest.mark.slow),
         pytest.param("tiny_emu3", 3.0, "masked", marks=pytest.mark.slow),
     ],
