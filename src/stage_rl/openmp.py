@@ -66,7 +66,7 @@ def threads_beside_others(threads: int) -> int:
     """Of so many threads those that have a core of their own beside what `sleep_beside_others`
     found, at least one: for work whose numbers do not depend on how many threads do it.
     """
-    return max(1, min(threads, num_cores() - _others)) if _others else threads
+    return max(1, min(threads, num_cores() - _others))
 
 
 def _park(released: threading.Event) -> None:
