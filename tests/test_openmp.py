@@ -101,6 +101,9 @@ def test_what_runs_beside_is_the_fewest_of_some_looks(monkeypatch, tmp_path):
     monkeypatch.setattr(openmp.time, "sleep", lambda _: file.write_text(next(looks, "0 0 0 3/9 1")))
     # 4, 2, 5 and 4 run, this one among them.
     assert openmp.busy_others() == 1
+    file.write_text("9.00 9.00 9.00 1/312 77\n")
+    assert openmp.busy_others() == 0
+    assert file.read_text().split()[3] == "1/312"  # one look is enough where nothing runs
     monkeypatch.setattr(openmp, "LOAD", tmp_path / "none")
     monkeypatch.setattr(os, "getloadavg", lambda: (1.8, 9.0, 9.0))
     assert openmp.busy_others() == 2

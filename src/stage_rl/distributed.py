@@ -134,17 +134,22 @@ SINGLE = World()
 
 def environment(num_ranks: int) -> dict[str, Any]:
     """What a run was made with, as its first process sees it."""
-    installed = {found.name for found in metadata.distributions()}
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": cpu_name(),
         "command": " ".join(sys.argv),
-        "packages": {name: metadata.version(name) for name in PACKAGES if name in installed},
+        "packages": versions_of(PACKAGES),
         "processes": num_ranks,
         "threads": torch.get_num_threads(),
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
+
+
+def versions_of(packages: Sequence[str]) -> dict[str, str]:
+    """Of those that are installed."""
+    found = {name: next(iter(metadata.distributions(name=name)), None) for name in packages}
+    return {name: package.version for name, package in found.items() if package is not None}
 
 
 def cpu_name() -> str:

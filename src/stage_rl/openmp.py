@@ -92,14 +92,20 @@ def busy_others() -> int:
     where the system does not say.
     """
     try:
-        looks = []
-        for _ in range(LOOKS):
-            looks.append(int(LOAD.read_text().split()[3].partition("/")[0]) - 1)  # without this one
-            time.sleep(LOOK_EVERY_S)
-        return max(min(looks), 0)
+        fewest = _running()
+        for _ in range(LOOKS - 1):
+            if fewest > 0:
+                time.sleep(LOOK_EVERY_S)
+                fewest = min(fewest, _running())
+        return max(fewest, 0)
     except (OSError, ValueError, IndexError):
         # The load is this process's own start as well, part of one core.
         return int(os.getloadavg()[0] + 0.25) if hasattr(os, "getloadavg") else 0
+
+
+def _running() -> int:
+    """Threads of the system that run now, without this one."""
+    return int(LOAD.read_text().split()[3].partition("/")[0]) - 1
 
 
 def num_cores() -> int:

@@ -11,13 +11,13 @@ import json
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from stage_rl.bench.base import BenchResult, machine
+from stage_rl.distributed import versions_of
 from stage_rl.errors import InputError
 
 FOLDER = "benchmarks"
@@ -81,17 +81,12 @@ def record_of(
         "settings": dict(settings),
         "command": " ".join(["stage", *sys.argv[1:]]),
         "date": datetime.now(UTC).date().isoformat(),
-        "machine": machine() | {"packages": _versions(), "driver": _driver()},
+        "machine": machine() | {"packages": versions_of(PACKAGES), "driver": _driver()},
         "headline": result.headline,
         "reached": result.reached,
         "measures": dict(result.measures),
         "table": list(result.table),
     }
-
-
-def _versions() -> dict[str, str]:
-    installed = {found.name for found in metadata.distributions()}
-    return {name: metadata.version(name) for name in PACKAGES if name in installed}
 
 
 def _driver() -> str | None:

@@ -30,6 +30,11 @@ class NumbaBackend(Backend):
 
     layout = "transposed"
 
+    def __init__(self) -> None:
+        threads = torch.get_num_threads()
+        _use_threads()  # the first time it starts Numba's, which gives torch one for each core
+        torch.set_num_threads(threads)
+
     def norm(
         self,
         states_MD: Tensor,
