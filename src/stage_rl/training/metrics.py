@@ -373,7 +373,8 @@ def traced(file: Path | None) -> Iterator[None]:
         return
     kinds = [ProfilerActivity.CPU]
     kinds += [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
-    with profile(activities=kinds) as found:
+    # torch 2.11 warns where events are not said to be kept.
+    with profile(activities=kinds, acc_events=True) as found:
         yield
     replace_file(file, lambda path: found.export_chrome_trace(str(path)))
 

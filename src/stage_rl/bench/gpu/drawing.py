@@ -56,7 +56,7 @@ def profile_step(sizes: Sizes, model: str) -> BenchResult:
         step()
     on_gpu = engine.policy.device.type == "cuda"
     activities = [ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
-    with profile(activities=activities) as found:
+    with profile(activities=activities, acc_events=True) as found:
         step()
         if on_gpu:
             torch.cuda.synchronize()

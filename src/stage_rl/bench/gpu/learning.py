@@ -142,7 +142,7 @@ def attention_backends(sizes: Sizes) -> BenchResult:
     recipe = _recipe(sizes, sizes.small, sizes.overrides)
     trainer = build_trainer(recipe, recipe.prompts.build())
     train_step(trainer, 0)
-    with profile(activities=[ProfilerActivity.CPU]) as found:
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as found:
         train_step(trainer, 1)
     calls = Counter(e.name for e in found.events() or () if "_scaled_dot_product_" in e.name)
     named = {name.removeprefix("aten::_scaled_dot_product_"): n for name, n in calls.items()}
