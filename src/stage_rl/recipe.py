@@ -119,7 +119,7 @@ class TrainingConfig(Settings):
     """What a decoder layer computes again in the backward pass: selective: all but matmuls
     and attention, full: everything; the gradient is the same."""
     compile: bool = False
-    """Compile each decoder layer (torch.compile)."""
+    """Compile each decoder layer (torch.compile), which on a CPU takes a C++ compiler."""
     reference: Literal["resident", "streamed"] = "resident"
     """Where the reference's layers are: beside the policy, or in host memory, read layer by layer;
     the numbers are the same. An adapter's reference takes no memory."""

@@ -127,6 +127,13 @@ def test_wrong_options_are_refused_before_any_work(tmp_path, options, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_without_a_compiler_it_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(InputError, match=r"no-such-compiler.* or write --no-compile"):
+        pretrain.main(out=str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_last_chunk_of_a_pool_holds_the_rest(tmp_path):
     for size, parts in ((2 * CHUNK, [CHUNK, CHUNK]), (CHUNK + 5, [CHUNK, 5]), (5, [5])):
         assert list(chunks(tmp_path, size).values()) == parts

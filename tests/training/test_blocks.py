@@ -35,16 +35,18 @@ def test_gradients_are_those_without_checkpointing(tiny_janus, checkpointing, mi
         assert torch.equal(gradient, expected[name]), name
 
 
+@pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("checkpointing", ["none", "selective"])
 def test_gradients_of_compiled_layers_are_those_of_plain_ones(
-    tiny_janus, checkpointing, monkeypatch
+    tiny_janus, checkpointing, mixed, monkeypatch
 ):
     # The backend that generates no code: what dynamo traces is what is tested.
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f: compiler(f, backend="aot_eager"))
     plain = copy.deepcopy(tiny_janus)
     prepare_blocks(tiny_janus.trunk_blocks, checkpointing=checkpointing, compiled=True)
-    expected, found = gradients(plain), gradients(tiny_janus)
+    # In bf16 as close only by the same attention, which a compiled layer calls as it is.
+    expected, found = gradients(plain, mixed=mixed), gradients(tiny_janus, mixed=mixed)
     assert expected.keys() == found.keys()
     for name, gradient in found.items():
         assert torch.allclose(gradient, expected[name], atol=1e-6, rtol=1e-4), name

@@ -50,23 +50,6 @@ def test_the_peak_of_a_gpu_is_known_by_its_name_or_not_at_all(monkeypatch, name,
     assert peak_bf16(torch.device("cpu")) is None
 
 
-def test_the_reference_is_compiled_with_the_policy(recipe, monkeypatch):
-    compiled = []
-
-    def compile_(forward):
-        compiled.append(forward)
-        return forward
-
-    monkeypatch.setattr(torch, "compile", compile_)
-    settings = recipe("training.compile=true", "probe.every=0")
-    built = build_trainer(settings, settings.prompts.build())
-    policy, reference = (len(p.trunk_blocks) for p in (built.policy, built.reference))
-    assert len(compiled) == policy + reference == 4
-    owners = {id(forward.__self__) for forward in compiled}
-    blocks = (*built.policy.trunk_blocks, *built.reference.trunk_blocks)
-    assert owners == {id(block) for block in blocks}
-
-
 @pytest.mark.parametrize("dtype", ["mixed", "float32"])
 def test_the_samplers_head_alone_takes_tf32_and_with_a_bf16_trunk_alone(recipe, monkeypatch, dtype):
     matmul = torch.backends.cuda.matmul

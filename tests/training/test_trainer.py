@@ -1,5 +1,7 @@
 """What a trainer refuses before the first step."""
 
+import sys
+
 import pytest
 import torch
 
@@ -101,8 +103,20 @@ def test_the_recipe_says_how_many_images_are_sampled_at_one_time_and_what_is_kep
 
 def test_layers_of_policy_and_reference_are_compiled(recipe, monkeypatch):
     compiled = []
+    monkeypatch.setenv("CXX", sys.executable)  # any program: nothing is compiled here
     monkeypatch.setattr(torch, "compile", lambda f: compiled.append(f.__self__) or f)
     wanted = recipe("training.compile=true")
     trainer = build_trainer(wanted, wanted.prompts.build())
     layers = [*trainer.policy.trunk_blocks, *trainer.reference.trunk_blocks]
     assert [id(layer) for layer in compiled] == [id(layer) for layer in layers]
+
+
+def test_without_a_compiler_a_run_that_compiles_is_refused(recipe, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    wanted = recipe("training.compile=true")
+    with pytest.raises(InputError) as caught:
+        build_trainer(wanted, wanted.prompts.build())
+    assert str(caught.value) == (
+        "training.compile: no C++ compiler 'no-such-compiler' found; install it, name another in "
+        "CXX, or write false"
+    )

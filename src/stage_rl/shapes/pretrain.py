@@ -31,6 +31,7 @@ from stage_rl.shapes.pretrain_detector import train_detector
 from stage_rl.shapes.pretrain_policy import PolicyTraining, fill_pool, train_policy
 from stage_rl.shapes.pretrain_tokenizer import TokenizerTraining, train_tokenizer
 from stage_rl.shapes.prompts import WORDS
+from stage_rl.training.parallelize import require_compiler
 
 SIZE = JanusSize(width=192, layers=6, heads=6, mlp=512, codebook_size=2048, codebook_dim=8)
 
@@ -87,8 +88,8 @@ def main(
     ):
         if value < smallest:
             raise InputError(f"--{name}: {value} is too small; write at least {smallest}")
-    if not no_compile and not any(map(shutil.which, ("g++", "c++", "clang++", "cl"))):
-        raise InputError("no C++ compiler found; install one (such as g++), or add --no-compile")
+    if not no_compile:
+        require_compiler("pretrain", instead="--no-compile")
     pretrain(plan, Path(out), workers=workers)
 
 

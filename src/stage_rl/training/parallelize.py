@@ -8,6 +8,9 @@ every rank.
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,6 +27,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from stage_rl.errors import InputError
 from stage_rl.policies.base import Policy
 
 
@@ -86,6 +90,15 @@ def spread_like(tensor: Tensor, like: Tensor) -> Tensor:
         return tensor
     tensor = tensor.to(like.device)
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def require_compiler(key: str, *, instead: str) -> None:
+    """torch.compile calls a C++ compiler on a CPU; InputError at `key` where there is none."""
+    usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    compiler = os.environ.get("CXX") or usual
+    if shutil.which(compiler) is None:
+        text = f"no C++ compiler {compiler!r} found; install it, name another in CXX, or write"
+        raise InputError(f"{key}: {text} {instead}")
 
 
 def prepare_blocks(

@@ -40,7 +40,7 @@ from stage_rl.training.checkpoint import (
 from stage_rl.training.measure import MicroBatch, Precision, micro_batches
 from stage_rl.training.memory import check_memory, for_one_process, gpu_memory_gb
 from stage_rl.training.optim import build_optimizer
-from stage_rl.training.parallelize import prepare_blocks, shard
+from stage_rl.training.parallelize import prepare_blocks, require_compiler, shard
 from stage_rl.training.reference import build_reference
 from stage_rl.training.update import Update
 from stage_rl.types import Prompt, Rollout
@@ -66,6 +66,8 @@ def build_trainer(
     """
     let_segments_grow()
     device = pick_device(recipe.training.device, key="training.device")
+    if recipe.training.compile and device.type == "cpu":
+        require_compiler("training.compile", instead="false")
     check_memory(recipe, gpu_memory_gb(recipe), num_processes=world.size)
     say(f"policy: {recipe.policy.kind} {getattr(recipe.policy, 'path', '')} on {device}")
     policy = recipe.policy.build(device)
