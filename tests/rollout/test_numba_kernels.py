@@ -278,6 +278,7 @@ def test_bf16_is_rounded_as_torch_rounds_it():
 DIGEST = """
 import hashlib, sys
 sys.path.insert(0, sys.argv[1])
+import test_numba_decoder as layers
 import test_numba_kernels as tests
 from stage_rl.rollout.numba_backend import NumbaBackend
 dtype, seen = tests.torch.float32, hashlib.sha256()
@@ -289,13 +290,15 @@ normed = NumbaBackend().norm(states, states[0].abs(), eps=1e-5, dtype=dtype, del
 drawn = NumbaBackend().draw(states, tests.torch.rand(32), tests.Sampling(3.0, temperature=0.9))
 for part in (normed, NumbaBackend().swiglu(normed), drawn.tokens_N, drawn.logprobs_N):
     seen.update(part.numpy().tobytes())
-print(seen.hexdigest(), tests.torch.get_num_threads())
+states = layers.steps(layers.loaded(layers.PackedDecoder, layers.weights()), 9)
+packed = hashlib.sha256(states.numpy().tobytes() * tests.numba_kernels.multiplies_bf16())
+print(seen.hexdigest(), tests.torch.get_num_threads(), packed.hexdigest())
 """
 
 
 def digest(cache, **environment):
-    """Of what the kernels give in a process that keeps their code in a folder, and how many threads
-    torch has after them.
+    """Of what the kernels give in a process that keeps their code in a folder, how many threads
+    torch has after them, and of what packed layers give.
     """
     done = subprocess.run(
         [sys.executable, "-c", DIGEST, str(Path(__file__).parent)],
@@ -308,12 +311,13 @@ def digest(cache, **environment):
 
 
 def test_code_that_is_loaded_from_the_disk_rounds_as_compiled(tmp_path):
-    compiled, _ = digest(tmp_path)
+    compiled, _, packed = digest(tmp_path)
     assert list(tmp_path.rglob("*.nbc"))
     # Nor do Numba's threads, of which there is one for each core, make torch's more.
-    assert digest(tmp_path, OMP_NUM_THREADS="1") == [compiled, "1"]
+    assert digest(tmp_path, OMP_NUM_THREADS="1") == [compiled, "1", packed]
 
 
 @pytest.mark.slow
 def test_code_for_a_processor_without_vectors_of_its_own_rounds_alike(tmp_path):
-    assert digest(tmp_path / "other", NUMBA_CPU_NAME="generic") == digest(tmp_path / "own")
+    other, own = digest(tmp_path / "other", NUMBA_CPU_NAME="generic"), digest(tmp_path / "own")
+    assert other[:2] == own[:2]

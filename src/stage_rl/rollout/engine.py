@@ -110,7 +110,7 @@ class Engine:
         with self.policy.unsharded():
             if self._decoder is None:
                 weights = self.policy.decoder_weights()
-                self._decoder = Decoder(
+                self._decoder = _decoder_class(self._backend)(
                     weights,
                     dtype=self.dtype,
                     backend=self._backend,
@@ -456,6 +456,15 @@ def _pick_backend(name: str | None, device: torch.device, cache_dtype: str) -> B
     from stage_rl.rollout.kernels import TritonBackend
 
     return TritonBackend()
+
+
+def _decoder_class(backend: Backend) -> type[Decoder]:
+    """The decoder that runs most of its steps by this backend."""
+    if backend.layout != "transposed":
+        return Decoder
+    from stage_rl.rollout.numba_decoder import PackedDecoder
+
+    return PackedDecoder
 
 
 def _numba_is_faster() -> bool:

@@ -32,7 +32,7 @@ class NumbaBackend(Backend):
 
     def __init__(self) -> None:
         threads = torch.get_num_threads()
-        _use_threads()  # the first time it starts Numba's, which gives torch one for each core
+        use_threads()  # the first time it starts Numba's, which gives torch one for each core
         torch.set_num_threads(threads)
 
     def norm(
@@ -51,13 +51,13 @@ class NumbaBackend(Backend):
         out = torch.empty_like(states_MD, dtype=dtype)
         delta = states_MD[:0] if delta_MD is None else delta_MD
         kernels.add_and_norm(
-            *map(_array, (states_MD, delta, weight_D)), np.float32(eps), _array(out)
+            *map(as_array, (states_MD, delta, weight_D)), np.float32(eps), as_array(out)
         )
         return out
 
     def swiglu(self, gate_up_MF: Tensor) -> Tensor:
         out = gate_up_MF.new_empty(len(gate_up_MF), gate_up_MF.shape[1] // 2)
-        kernels.silu_times(_array(gate_up_MF), _array(out))
+        kernels.silu_times(as_array(gate_up_MF), as_array(out))
         return out
 
     def draw(self, logits_RV: Tensor, uniforms_N: Tensor, sampling: Sampling) -> Drawn:
@@ -70,13 +70,13 @@ class NumbaBackend(Backend):
         tokens_N = torch.empty(len(uniforms_N), dtype=torch.long)
         statistics_4N = torch.empty(4, len(uniforms_N))
         kernels.draw_column(
-            _array(logits_RV),
-            _array(uniforms_N),
+            as_array(logits_RV),
+            as_array(uniforms_N),
             np.float32(sampling.guidance_scale),
             np.float32(sampling.temperature),
-            _array(tokens_N),
-            _array(statistics_4N),
-            _use_threads(),
+            as_array(tokens_N),
+            as_array(statistics_4N),
+            use_threads(),
         )
         logprobs_N, guided_logprobs_N, entropy_N, guided_entropy_N = statistics_4N
         asked = guided_entropy_N if sampling.guided_entropy else None
@@ -91,25 +91,33 @@ class NumbaBackend(Backend):
         prompts: SharedPrompts,
         num_live: int,
     ) -> Attend:
-        threads = _use_threads()
-        rotation = [_array(table_R1E[:, 0]) for table_R1E in heads.rotation(coords_RA)]
-        eps, positions = np.float32(heads.norm_eps), _array(positions_R)
+        threads = use_threads()
+        rotation = [as_array(table_R1E[:, 0]) for table_R1E in heads.rotation(coords_RA)]
+        eps, positions = np.float32(heads.norm_eps), as_array(positions_R)
 
         def attend_layer(layer: int, qkv_RC: Tensor, norms: HeadNorms) -> Tensor:
             out = qkv_RC.new_empty(len(qkv_RC), heads.num_heads * heads.head_dim)
-            weights = (
-                NO_NORM if w is None else _array(w) for w in (norms.q_norm_E, norms.k_norm_E)
-            )
-            keys = cache.keys[layer].permute(1, 2, 0, 4, 3)
-            values = cache.values[layer].permute(1, 2, 0, 3, 4).flatten(2, 3)
-            held = map(_array, (keys, values, out))
-            kernels.attend(_array(qkv_RC), *rotation, *weights, eps, positions, *held, threads)
+            held = (*self.cache_arrays(cache, layer), as_array(out))
+            rotate = (*rotation, *norm_arrays(norms), eps)
+            kernels.attend(as_array(qkv_RC), *rotate, positions, *held, threads)
             return out
 
         return attend_layer
 
+    def cache_arrays(self, cache: KeyValueCache, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """Keys (RKWEU) and values (RKSE) of a layer as the kernels take them."""
+        keys = cache.keys[layer].permute(1, 2, 0, 4, 3)
+        values = cache.values[layer].permute(1, 2, 0, 3, 4).flatten(2, 3)
+        return as_array(keys), as_array(values)
 
-def _use_threads() -> int:
+
+def norm_arrays(norms: HeadNorms) -> tuple[np.ndarray, ...]:
+    """The weights of queries and of keys, of no width where there are none."""
+    weights = norms.q_norm_E, norms.k_norm_E
+    return tuple(NO_NORM if weight is None else as_array(weight) for weight in weights)
+
+
+def use_threads() -> int:
     """Sets how many threads the kernels have. Beside others fewer: one without a core is waited
     for, and no number depends on how many there are.
     """
@@ -118,6 +126,6 @@ def _use_threads() -> int:
     return threads
 
 
-def _array(tensor: Tensor) -> np.ndarray:
+def as_array(tensor: Tensor) -> np.ndarray:
     """The memory of a tensor; of one in bf16 its bits."""
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()

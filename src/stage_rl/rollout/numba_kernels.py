@@ -15,9 +15,10 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from llvmlite import ir
 from numba import extending, float32, njit, prange, types
-from numba.core import config
+from numba.core import cgutils, config
 
 intrinsic: Any = extending.intrinsic
 # Without fast math: code that was loaded from the disk, or made for another processor, is optimized
@@ -25,6 +26,15 @@ intrinsic: Any = extending.intrinsic
 inlined: Any = njit(error_model="numpy")
 settings: Any = config
 settings.THREADING_LAYER = "omp"  # threads of the others sleep too long between two calls
+
+
+def multiplies_bf16() -> bool:
+    """Whether the processor, and Numba's code for it, has what `multiply_tile` is made of."""
+    # Not every torch that the package allows has it.
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16")) and not (
+        settings.CPU_NAME or settings.CPU_FEATURES
+    )
 
 
 def parallel(function: Any) -> Any:
@@ -44,6 +54,10 @@ CACHE_LINE = 64
 PIECE = 64
 """Numbers that are summed by themselves, so that a processor has several sums at a time."""
 MOST_THREADS: int = settings.NUMBA_NUM_THREADS
+LANES, TILE_ROWS, TILE_COLUMNS = 16, 8, 32
+"""Numbers in fp32 of a vector; the part of a product whose sums are held in registers."""
+CHUNK = 64
+"""Rows that go through a layer together: what they leave between two matmuls stays in the cache."""
 
 
 @intrinsic
@@ -118,6 +132,73 @@ def prefetch(context: Any, array: Any, index: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(array, types.int64), generate
+
+
+class _BFloat(ir.Type):
+    """LLVM's bf16, which its operations take; llvmlite has no name for it."""
+
+    def __str__(self) -> str:
+        return "bfloat"
+
+
+def _bf16_operation(builder: Any, name: str, result: Any, *taken: Any) -> Any:
+    name = f"llvm.x86.avx512bf16.{name}.512"
+    known = builder.module.globals.get(name)
+    return known or ir.Function(builder.module, ir.FunctionType(result, taken), name)
+
+
+@intrinsic
+def multiply_tile(context: Any, left: Any, m: Any, panel: Any, bias: Any, out: Any, n: Any) -> Any:
+    """Rows m to m + 7 and columns n to n + 31 of a product, on a processor with AVX512-BF16.
+
+    `left` MK and `out` MN in bf16, the bias N in fp32; a panel holds its columns by pairs of rows.
+    In fp32 one pair of products is added after another, as oneDNN does.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word, size, vectors = ir.IntType(32), ir.IntType(64), range(TILE_COLUMNS // LANES)
+        words, floats = ir.VectorType(word, LANES), ir.VectorType(ir.FloatType(), LANES)
+        pairs, halves = ir.VectorType(_BFloat(), 2 * LANES), ir.VectorType(_BFloat(), LANES)
+        multiply = _bf16_operation(builder, "dpbf16ps", floats, floats, pairs, pairs)
+        rounded = _bf16_operation(builder, "cvtneps2bf16", halves, floats)
+        left, panel, bias, out = (
+            context.make_array(signature.args[i])(context, builder, arguments[i])
+            for i in (0, 2, 3, 4)
+        )
+        m, n = arguments[1], arguments[5]
+        rows = [builder.add(m, size(row)) for row in range(TILE_ROWS)]
+        columns = [builder.add(n, size(LANES * v)) for v in vectors]
+        depth, width = (builder.extract_value(array.shape, 1) for array in (left, out))
+        starts = [builder.mul(row, depth) for row in rows]
+
+        def place(array: Any, index: Any, kind: Any) -> Any:
+            return builder.bitcast(builder.gep(array.data, [index]), kind.as_pointer())
+
+        def load(array: Any, index: Any, kind: Any) -> Any:
+            return builder.load(place(array, index, kind), align=2)
+
+        # What has a place of its own on the stack is held in registers.
+        nothing = ir.Constant(floats, [0.0] * LANES)
+        sums = [[cgutils.alloca_once_value(builder, nothing) for _ in vectors] for _ in rows]
+        with cgutils.for_range(builder, builder.udiv(depth, size(2))) as loop:
+            first = builder.mul(loop.index, size(TILE_COLUMNS))
+            held = [load(panel, builder.add(first, size(LANES * v)), pairs) for v in vectors]
+            for start, row_sums in zip(starts, sums, strict=True):
+                pair = load(left, builder.add(start, builder.mul(loop.index, size(2))), word)
+                vector = builder.insert_element(ir.Constant(words, None), pair, word(0))
+                vector = builder.shuffle_vector(vector, vector, ir.Constant(words, None))
+                vector = builder.bitcast(vector, pairs)
+                for place_of_sum, column in zip(row_sums, held, strict=True):
+                    added = builder.call(multiply, [builder.load(place_of_sum), vector, column])
+                    builder.store(added, place_of_sum)
+        for row, row_sums in zip(rows, sums, strict=True):
+            for column, place_of_sum in zip(columns, row_sums, strict=True):
+                whole = builder.fadd(builder.load(place_of_sum), load(bias, column, floats))
+                into = place(out, builder.add(builder.mul(row, width), column), halves)
+                builder.store(builder.call(rounded, [whole]), into, align=2)
+        return context.get_dummy_value()
+
+    return types.void(left, types.int64, panel, bias, out, types.int64), generate
 
 
 @inlined
@@ -264,6 +345,60 @@ def softmax(scores_S):
     return total(scores_S)
 
 
+@inlined
+def attend_lane(
+    qkv_C,
+    k,
+    position,
+    q_norm_E,
+    k_norm_E,
+    eps,
+    cos_E,
+    sin_E,
+    keys_WEU,
+    values_SE,
+    ahead,
+    out,
+    room,
+):
+    """What the query heads of one row and one key-value head read; writes the new position.
+
+    The scores are a sum of the rows of transposed keys, so that they too are made in vectors. They
+    are made of whole blocks: what is left of a loop behind its vectors takes longer than they do.
+    `room`: for a head, for what it reads, and for its scores.
+    """
+    head_dim, block = keys_WEU.shape[1:]
+    num_heads = len(out) // head_dim
+    num_kv_heads = (len(qkv_C) // head_dim - num_heads) // 2
+    queries, scale = num_heads // num_kv_heads, float32(1 / math.sqrt(head_dim))
+    num_blocks, values = position // block + 1, values_SE.reshape(-1)
+    head, mixed, scores = room[:head_dim], room[head_dim : 2 * head_dim], room[2 * head_dim :]
+    scores = scores[: num_blocks * block]
+    key = qkv_C[(num_heads + k) * head_dim :][:head_dim]
+    value = qkv_C[(num_heads + num_kv_heads + k) * head_dim :][:head_dim]
+    rotate(head, key, k_norm_E, eps, cos_E, sin_E)
+    for e in range(head_dim):
+        keys_WEU[position // block, e, position % block] = narrowed(head[e], keys_WEU)
+        values_SE[position, e] = value[e]
+    for h in range(k * queries, (k + 1) * queries):
+        query, read = qkv_C[h * head_dim :][:head_dim], out[h * head_dim :]
+        rotate(head, query, q_norm_E, eps, cos_E, sin_E)
+        for e in range(head_dim):
+            head[e] *= scale
+        for w in range(num_blocks):
+            weighted_sum(
+                scores[w * block : (w + 1) * block],
+                head,
+                keys_WEU[w],
+                values[w * block * head_dim :],
+            )
+        scores[position + 1 :] = -np.inf
+        all_weights = softmax(scores)
+        weighted_sum(mixed, scores[: position + 1], values_SE, ahead)
+        for e in range(head_dim):
+            read[e] = narrowed(mixed[e] / all_weights, out)
+
+
 @parallel
 def attend(
     qkv_RC,
@@ -278,77 +413,156 @@ def attend(
     out_RC,
     threads,
 ):
-    """Rotates, writes the new position to the cache, and reads for each head up to it.
-
-    The scores are a sum of the rows of transposed keys, so that they too are made in vectors. They
-    are made of whole blocks: what is left of a loop behind its vectors takes longer than they do.
-    """
-    num_kv_heads, head_dim, block = keys_RKWEU.shape[1], keys_RKWEU.shape[3], keys_RKWEU.shape[4]
-    num_heads = out_RC.shape[1] // head_dim
-    queries, scale = num_heads // num_kv_heads, float32(1 / math.sqrt(head_dim))
+    """Rotates, writes the new position to the cache, and reads for each head up to it."""
+    num_kv_heads, head_dim = keys_RKWEU.shape[1], keys_RKWEU.shape[3]
     lanes = len(qkv_RC) * num_kv_heads
     share = (lanes + threads - 1) // threads
     for thread in prange(threads):
-        head, mixed = np.empty(head_dim, np.float32), np.empty(head_dim, np.float32)
-        scores_of_all = np.empty(values_RKSE.shape[2], np.float32)
+        room = np.empty(2 * head_dim + values_RKSE.shape[2], np.float32)
         for lane in range(thread * share, min(lanes, (thread + 1) * share)):
-            r, k = lane // num_kv_heads, lane % num_kv_heads
-            position, keys_WEU, values_SE = positions_R[r], keys_RKWEU[r, k], values_RKSE[r, k]
-            num_blocks = position // block + 1
-            values, later = values_SE.reshape(-1), min(lane + 1, lanes - 1)
-            next_keys = keys_RKWEU[later // num_kv_heads, later % num_kv_heads].reshape(-1)
-            scores = scores_of_all[: num_blocks * block]
-            key = qkv_RC[r, (num_heads + k) * head_dim :][:head_dim]
-            value = qkv_RC[r, (num_heads + num_kv_heads + k) * head_dim :][:head_dim]
-            rotate(head, key, k_norm_E, eps, cos_RE[r], sin_RE[r])
-            for e in range(head_dim):
-                keys_WEU[position // block, e, position % block] = narrowed(head[e], keys_RKWEU)
-                values_SE[position, e] = value[e]
-            for h in range(k * queries, (k + 1) * queries):
-                query, out = qkv_RC[r, h * head_dim :][:head_dim], out_RC[r, h * head_dim :]
-                rotate(head, query, q_norm_E, eps, cos_RE[r], sin_RE[r])
-                for e in range(head_dim):
-                    head[e] *= scale
-                for w in range(num_blocks):
-                    weighted_sum(
-                        scores[w * block : (w + 1) * block],
-                        head,
-                        keys_WEU[w],
-                        values[w * block * head_dim :],
-                    )
-                scores[position + 1 :] = -np.inf
-                all_weights = softmax(scores)
-                weighted_sum(mixed, scores[: position + 1], values_SE, next_keys)
-                for e in range(head_dim):
-                    out[e] = narrowed(mixed[e] / all_weights, out_RC)
+            r, k, later = lane // num_kv_heads, lane % num_kv_heads, min(lane + 1, lanes - 1)
+            ahead = keys_RKWEU[later // num_kv_heads, later % num_kv_heads].reshape(-1)
+            attend_lane(
+                qkv_RC[r],
+                k,
+                positions_R[r],
+                q_norm_E,
+                k_norm_E,
+                eps,
+                cos_RE[r],
+                sin_RE[r],
+                keys_RKWEU[r, k],
+                values_RKSE[r, k],
+                ahead,
+                out_RC[r],
+                room,
+            )
+
+
+@inlined
+def add(states_D, delta_D):
+    """Adds a change to a row of the residual stream."""
+    for d in range(len(states_D)):
+        states_D[d] += widened(delta_D[d])
+
+
+@inlined
+def norm(states_D, weight_D, eps, out_D):
+    """RMSNorm of a row."""
+    scale = float32(1) / math.sqrt(dot(states_D, states_D) / float32(len(states_D)) + eps)
+    for d in range(len(states_D)):
+        out_D[d] = narrowed(states_D[d] * scale * weight_D[d], out_D)
+
+
+@inlined
+def gate(gate_up_F, out_F):
+    """silu(gate) x up of a row, each rounded."""
+    width = len(out_F)
+    gates, ups = gate_up_F[:width], gate_up_F[width:]
+    for f in range(width):
+        gate = widened(gates[f])
+        small = exp(-abs(gate))
+        sigmoid = (float32(1) if gate > 0 else small) / (float32(1) + small)
+        silu = widened(narrowed(gate * sigmoid, out_F))
+        out_F[f] = narrowed(silu * widened(ups[f]), out_F)
 
 
 @parallel
 def add_and_norm(states_MD, delta_MD, weight_D, eps, out_MD):
     """Adds a change to the residual stream where there is one, and norms the stream."""
-    width = states_MD.shape[1]
     for m in prange(len(states_MD)):
-        states, out = states_MD[m], out_MD[m]
         if len(delta_MD):
-            for d in range(width):
-                states[d] += widened(delta_MD[m, d])
-        scale = float32(1) / math.sqrt(dot(states, states) / float32(width) + eps)
-        for d in range(width):
-            out[d] = narrowed(states[d] * scale * weight_D[d], out_MD)
+            add(states_MD[m], delta_MD[m])
+        norm(states_MD[m], weight_D, eps, out_MD[m])
 
 
 @parallel
 def silu_times(gate_up_MF, out_MF):
     """silu(gate) x up, each rounded."""
-    width = out_MF.shape[1]
     for m in prange(len(out_MF)):
-        gates, ups, out = gate_up_MF[m, :width], gate_up_MF[m, width:], out_MF[m]
-        for f in range(width):
-            gate = widened(gates[f])
-            small = exp(-abs(gate))
-            sigmoid = (float32(1) if gate > 0 else small) / (float32(1) + small)
-            silu = widened(narrowed(gate * sigmoid, out_MF))
-            out[f] = narrowed(silu * widened(ups[f]), out_MF)
+        gate(gate_up_MF[m], out_MF[m])
+
+
+@inlined
+def multiply(left_MK, packed, bias_N, num_rows, out_MN):
+    """left x packed + bias of the first rows, in whole tiles."""
+    for p in range(len(packed)):
+        for m in range(0, num_rows, TILE_ROWS):
+            multiply_tile(left_MK, m, packed[p], bias_N, out_MN, p * TILE_COLUMNS)
+
+
+@parallel
+def run_layer(
+    states_RD,
+    attention_norm_D,
+    wqkv,
+    bias_C,
+    wo,
+    mlp_norm_D,
+    w_gate_up,
+    w_down,
+    no_bias,
+    eps,
+    cos_RE,
+    sin_RE,
+    q_norm_E,
+    k_norm_E,
+    head_eps,
+    positions_R,
+    keys_RKWEU,
+    values_RKSE,
+    threads,
+):
+    """A layer, with its matmuls, of rows that need nothing of each other: no thread waits for one.
+
+    Weights in bf16, packed; the residual stream is changed in place.
+    """
+    num_rows, width = states_RD.shape
+    num_kv_heads, head_dim = keys_RKWEU.shape[1], keys_RKWEU.shape[3]
+    share = (num_rows + threads - 1) // threads
+    for thread in prange(threads):
+        room = np.empty(2 * head_dim + values_RKSE.shape[2], np.float32)
+        # The rows of the last tile that there are not stay 0.
+        normed, delta = np.zeros((CHUNK, width), np.uint16), np.empty((CHUNK, width), np.uint16)
+        qkv = np.empty((CHUNK, len(wqkv) * TILE_COLUMNS), np.uint16)
+        mixed = np.zeros((CHUNK, wo.shape[1] * 2), np.uint16)
+        gate_up = np.empty((CHUNK, len(w_gate_up) * TILE_COLUMNS), np.uint16)
+        inner = np.zeros((CHUNK, w_down.shape[1] * 2), np.uint16)
+        end = min(num_rows, (thread + 1) * share)
+        for first in range(thread * share, end, CHUNK):
+            count = min(CHUNK, end - first)
+            for i in range(count):
+                norm(states_RD[first + i], attention_norm_D, eps, normed[i])
+            multiply(normed, wqkv, bias_C, count, qkv)
+            for lane in range(count * num_kv_heads):
+                i, k = lane // num_kv_heads, lane % num_kv_heads
+                later = min(first * num_kv_heads + lane + 1, num_rows * num_kv_heads - 1)
+                ahead = keys_RKWEU[later // num_kv_heads, later % num_kv_heads].reshape(-1)
+                attend_lane(
+                    qkv[i],
+                    k,
+                    positions_R[first + i],
+                    q_norm_E,
+                    k_norm_E,
+                    head_eps,
+                    cos_RE[first + i],
+                    sin_RE[first + i],
+                    keys_RKWEU[first + i, k],
+                    values_RKSE[first + i, k],
+                    ahead,
+                    mixed[i],
+                    room,
+                )
+            multiply(mixed, wo, no_bias, count, delta)
+            for i in range(count):
+                add(states_RD[first + i], delta[i])
+                norm(states_RD[first + i], mlp_norm_D, eps, normed[i])
+            multiply(normed, w_gate_up, no_bias, count, gate_up)
+            for i in range(count):
+                gate(gate_up[i], inner[i])
+            multiply(inner, w_down, no_bias, count, delta)
+            for i in range(count):
+                add(states_RD[first + i], delta[i])
 
 
 @parallel
