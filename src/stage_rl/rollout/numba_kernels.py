@@ -23,7 +23,7 @@ from numba.core import cgutils, config
 intrinsic: Any = extending.intrinsic
 # Without fast math: code that was loaded from the disk, or made for another processor, is optimized
 # otherwise, and all of it shall round alike.
-inlined: Any = njit(error_model="numpy")
+inlined: Any = njit(error_model="numpy", forceinline=True)
 settings: Any = config
 settings.THREADING_LAYER = "omp"  # threads of the others sleep too long between two calls
 
@@ -54,6 +54,7 @@ CACHE_LINE = 64
 PIECE = 64
 """Numbers that are summed by themselves, so that a processor has several sums at a time."""
 MOST_THREADS: int = settings.NUMBA_NUM_THREADS
+AVX = "x86.avx512bf16"
 LANES, TILE_ROWS, TILE_COLUMNS = 16, 8, 32
 """Numbers in fp32 of a vector; the part of a product whose sums are held in registers."""
 CHUNK = 64
@@ -134,17 +135,118 @@ def prefetch(context: Any, array: Any, index: Any) -> Any:
     return types.void(array, types.int64), generate
 
 
+def _operation(builder: Any, name: str, result: Any, *taken: Any) -> Any:
+    """An operation of LLVM that llvmlite has no name for."""
+    known = builder.module.globals.get(f"llvm.{name}")
+    kind = ir.FunctionType(result, taken)
+    return known or ir.Function(builder.module, kind, f"llvm.{name}")
+
+
+class Vector(types.Type):
+    """Numbers in fp32 that one instruction takes together; what is held so is held in registers."""
+
+    def __init__(self) -> None:
+        super().__init__(f"vector of {LANES} float32")
+
+
+VECTOR = Vector()
+
+
+@extending.register_model(Vector)
+class _VectorModel(extending.models.PrimitiveModel):
+    def __init__(self, manager: Any, kind: Any) -> None:
+        super().__init__(manager, kind, ir.VectorType(ir.FloatType(), LANES))
+
+
+@intrinsic
+def two_vectors(context: Any, array: Any, index: Any) -> Any:
+    """Numbers of a flat array from an index on: the first half and the second, or in bf16, widened,
+    those at even places and those at odd ones, which takes half the instructions.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        held = context.make_array(signature.args[0])(context, builder, arguments[0])
+        place = builder.gep(held.data, [arguments[1]])
+        word, floats = ir.IntType(32), ir.VectorType(ir.FloatType(), LANES)
+        if signature.args[0].dtype == types.float32:
+            places = (place, builder.gep(place, [word(LANES)]))
+            both = [
+                builder.load(builder.bitcast(at, floats.as_pointer()), align=4) for at in places
+            ]
+        else:
+            words = ir.VectorType(word, LANES)
+            pairs = builder.load(builder.bitcast(place, words.as_pointer()), align=2)
+            even = builder.shl(pairs, ir.Constant(words, [16] * LANES))
+            odd = builder.and_(pairs, ir.Constant(words, [0xFFFF0000] * LANES))
+            both = [builder.bitcast(each, floats) for each in (even, odd)]
+        return context.make_tuple(builder, signature.return_type, both)
+
+    return types.UniTuple(VECTOR, 2)(array, types.int64), generate
+
+
+@intrinsic
+def put_two(context: Any, first: Any, second: Any, array: Any, index: Any, like: Any) -> Any:
+    """Writes to a flat array of fp32 what `two_vectors` of `like` would read."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        first, second, array, index, _ = arguments
+        held = context.make_array(signature.args[2])(context, builder, array)
+        joined = range(2 * LANES)
+        if signature.args[4].dtype != types.float32:
+            joined = [place // 2 + LANES * (place % 2) for place in joined]
+        order = ir.Constant(ir.VectorType(ir.IntType(32), 2 * LANES), list(joined))
+        both = builder.shuffle_vector(first, second, order)
+        place = builder.bitcast(builder.gep(held.data, [index]), both.type.as_pointer())
+        builder.store(both, place, align=4)
+        return context.get_dummy_value()
+
+    return types.void(first, second, array, types.int64, like), generate
+
+
+def _repeated(builder: Any, number: Any) -> Any:
+    alone = ir.Constant(ir.VectorType(number.type, LANES), None)
+    alone = builder.insert_element(alone, number, ir.IntType(32)(0))
+    places = ir.Constant(ir.VectorType(ir.IntType(32), LANES), None)
+    return builder.shuffle_vector(alone, alone, places)
+
+
+@intrinsic
+def splat(context: Any, number: Any) -> Any:
+    """A vector of one number."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return _repeated(builder, arguments[0])
+
+    return VECTOR(types.float32), generate
+
+
+@intrinsic
+def vector_fma(context: Any, left: Any, right: Any, addend: Any) -> Any:
+    """left x right + addend, rounded once."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = arguments[0].type
+        fma = _operation(builder, f"fma.v{LANES}f32", kind, kind, kind, kind)
+        return builder.call(fma, arguments)
+
+    return VECTOR(left, right, addend), generate
+
+
+@intrinsic
+def vector_sum(context: Any, left: Any, right: Any) -> Any:
+    """left + right."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fadd(*arguments)
+
+    return VECTOR(left, right), generate
+
+
 class _BFloat(ir.Type):
     """LLVM's bf16, which its operations take; llvmlite has no name for it."""
 
     def __str__(self) -> str:
         return "bfloat"
-
-
-def _bf16_operation(builder: Any, name: str, result: Any, *taken: Any) -> Any:
-    name = f"llvm.x86.avx512bf16.{name}.512"
-    known = builder.module.globals.get(name)
-    return known or ir.Function(builder.module, ir.FunctionType(result, taken), name)
 
 
 @intrinsic
@@ -157,10 +259,10 @@ def multiply_tile(context: Any, left: Any, m: Any, panel: Any, bias: Any, out: A
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         word, size, vectors = ir.IntType(32), ir.IntType(64), range(TILE_COLUMNS // LANES)
-        words, floats = ir.VectorType(word, LANES), ir.VectorType(ir.FloatType(), LANES)
+        floats = ir.VectorType(ir.FloatType(), LANES)
         pairs, halves = ir.VectorType(_BFloat(), 2 * LANES), ir.VectorType(_BFloat(), LANES)
-        multiply = _bf16_operation(builder, "dpbf16ps", floats, floats, pairs, pairs)
-        rounded = _bf16_operation(builder, "cvtneps2bf16", halves, floats)
+        multiply = _operation(builder, f"{AVX}.dpbf16ps.512", floats, floats, pairs, pairs)
+        rounded = _operation(builder, f"{AVX}.cvtneps2bf16.512", halves, floats)
         left, panel, bias, out = (
             context.make_array(signature.args[i])(context, builder, arguments[i])
             for i in (0, 2, 3, 4)
@@ -185,9 +287,7 @@ def multiply_tile(context: Any, left: Any, m: Any, panel: Any, bias: Any, out: A
             held = [load(panel, builder.add(first, size(LANES * v)), pairs) for v in vectors]
             for start, row_sums in zip(starts, sums, strict=True):
                 pair = load(left, builder.add(start, builder.mul(loop.index, size(2))), word)
-                vector = builder.insert_element(ir.Constant(words, None), pair, word(0))
-                vector = builder.shuffle_vector(vector, vector, ir.Constant(words, None))
-                vector = builder.bitcast(vector, pairs)
+                vector = builder.bitcast(_repeated(builder, pair), pairs)
                 for place_of_sum, column in zip(row_sums, held, strict=True):
                     added = builder.call(multiply, [builder.load(place_of_sum), vector, column])
                     builder.store(added, place_of_sum)
@@ -308,32 +408,47 @@ def rotate(into_E, head_E, norm_E, eps, cos_E, sin_E):
 
 
 @inlined
-def weighted_sum(into_E, weights_S, rows_SE, ahead):
-    """The sum of rows by their weights, eight rows at a time.
+def weighted_sum(into_E, weights_S, numbers, first, ahead, next_first):
+    """The sum of rows of `numbers`, which begin at `first`, by their weights, eight rows at a time.
 
     Meanwhile as much of `ahead` is fetched, what will be read next: it lies elsewhere, and no
     processor foresees that.
     """
-    into_E[:] = float32(0)
-    width, line = len(into_E), CACHE_LINE // ahead.itemsize
+    width, both, line = len(into_E), 2 * LANES, CACHE_LINE // ahead.itemsize
     eights = len(weights_S) - len(weights_S) % 8
-    for s in range(0, eights, 8):
-        w0, w1, w2, w3 = weights_S[s], weights_S[s + 1], weights_S[s + 2], weights_S[s + 3]
-        w4, w5, w6, w7 = weights_S[s + 4], weights_S[s + 5], weights_S[s + 6], weights_S[s + 7]
-        r0, r1, r2, r3 = rows_SE[s], rows_SE[s + 1], rows_SE[s + 2], rows_SE[s + 3]
-        r4, r5, r6, r7 = rows_SE[s + 4], rows_SE[s + 5], rows_SE[s + 6], rows_SE[s + 7]
-        for number in range(s * width, (s + 8) * width, line):
-            prefetch(ahead, number)
-        for e in range(width):
-            left = fma(w1, widened(r1[e]), fma(w0, widened(r0[e]), into_E[e]))
-            left = fma(w3, widened(r3[e]), fma(w2, widened(r2[e]), left))
-            right = fma(w5, widened(r5[e]), w4 * widened(r4[e]))
-            right = fma(w7, widened(r7[e]), fma(w6, widened(r6[e]), right))
-            into_E[e] = left + right
-    for s in range(eights, len(weights_S)):
-        weight, row = weights_S[s], rows_SE[s]
-        for e in range(width):
-            into_E[e] = fma(weight, widened(row[e]), into_E[e])
+    for e in range(0, width - width % both, both):
+        sum0, sum1 = splat(float32(0)), splat(float32(0))
+        for s in range(0, eights, 8):
+            for number in range(s * both, (s + 8) * both, line):
+                prefetch(ahead, next_first + e * len(weights_S) + number)
+            at = first + s * width + e
+            right0, right1 = splat(float32(0)), splat(float32(0))
+            for i in range(4):
+                row0, row1 = two_vectors(numbers, at)
+                w = splat(weights_S[s + i])
+                sum0, sum1 = vector_fma(w, row0, sum0), vector_fma(w, row1, sum1)
+                row0, row1 = two_vectors(numbers, at + 4 * width)
+                w = splat(weights_S[s + 4 + i])
+                right0, right1 = vector_fma(w, row0, right0), vector_fma(w, row1, right1)
+                at += width
+            sum0, sum1 = vector_sum(sum0, right0), vector_sum(sum1, right1)
+        for s in range(eights, len(weights_S)):
+            row0, row1 = two_vectors(numbers, first + s * width + e)
+            w = splat(weights_S[s])
+            sum0, sum1 = vector_fma(w, row0, sum0), vector_fma(w, row1, sum1)
+        put_two(sum0, sum1, into_E, e, numbers)
+    for e in range(width - width % both, width):
+        rest = float32(0)
+        for s in range(0, eights, 8):
+            at, right = first + s * width + e, float32(0)
+            for i in range(4):
+                rest = fma(weights_S[s + i], widened(numbers[at]), rest)
+                right = fma(weights_S[s + 4 + i], widened(numbers[at + 4 * width]), right)
+                at += width
+            rest += right
+        for s in range(eights, len(weights_S)):
+            rest = fma(weights_S[s], widened(numbers[first + s * width + e]), rest)
+        into_E[e] = rest
 
 
 @inlined
@@ -355,9 +470,12 @@ def attend_lane(
     eps,
     cos_E,
     sin_E,
-    keys_WEU,
-    values_SE,
-    ahead,
+    keys,
+    keys_at,
+    values,
+    values_at,
+    next_keys_at,
+    block,
     out,
     room,
 ):
@@ -365,36 +483,35 @@ def attend_lane(
 
     The scores are a sum of the rows of transposed keys, so that they too are made in vectors. They
     are made of whole blocks: what is left of a loop behind its vectors takes longer than they do.
-    `room`: for a head, for what it reads, and for its scores.
+    The row's keys (WEU) and values (SE) lie in the whole cache from `keys_at` and `values_at` on.
+    `room` is for a head, for what it reads, and for its scores.
     """
-    head_dim, block = keys_WEU.shape[1:]
+    head_dim = len(cos_E)
     num_heads = len(out) // head_dim
     num_kv_heads = (len(qkv_C) // head_dim - num_heads) // 2
     queries, scale = num_heads // num_kv_heads, float32(1 / math.sqrt(head_dim))
-    num_blocks, values = position // block + 1, values_SE.reshape(-1)
-    head, mixed, scores = room[:head_dim], room[head_dim : 2 * head_dim], room[2 * head_dim :]
-    scores = scores[: num_blocks * block]
+    num_blocks = position // block + 1
+    head, mixed = room[:head_dim], room[head_dim : 2 * head_dim]
+    scores = room[2 * head_dim : 2 * head_dim + num_blocks * block]
     key = qkv_C[(num_heads + k) * head_dim :][:head_dim]
     value = qkv_C[(num_heads + num_kv_heads + k) * head_dim :][:head_dim]
     rotate(head, key, k_norm_E, eps, cos_E, sin_E)
+    new_key = keys_at + position // block * head_dim * block + position % block
     for e in range(head_dim):
-        keys_WEU[position // block, e, position % block] = narrowed(head[e], keys_WEU)
-        values_SE[position, e] = value[e]
+        keys[new_key + e * block] = narrowed(head[e], keys)
+        values[values_at + position * head_dim + e] = value[e]
     for h in range(k * queries, (k + 1) * queries):
-        query, read = qkv_C[h * head_dim :][:head_dim], out[h * head_dim :]
+        query, read = qkv_C[h * head_dim :][:head_dim], out[h * head_dim :][:head_dim]
         rotate(head, query, q_norm_E, eps, cos_E, sin_E)
         for e in range(head_dim):
             head[e] *= scale
         for w in range(num_blocks):
-            weighted_sum(
-                scores[w * block : (w + 1) * block],
-                head,
-                keys_WEU[w],
-                values[w * block * head_dim :],
-            )
+            before = w * block * head_dim
+            scores_of_block = scores[w * block : (w + 1) * block]
+            weighted_sum(scores_of_block, head, keys, keys_at + before, values, values_at + before)
         scores[position + 1 :] = -np.inf
         all_weights = softmax(scores)
-        weighted_sum(mixed, scores[: position + 1], values_SE, ahead)
+        weighted_sum(mixed, scores[: position + 1], values, values_at, keys, next_keys_at)
         for e in range(head_dim):
             read[e] = narrowed(mixed[e] / all_weights, out)
 
@@ -414,14 +531,14 @@ def attend(
     threads,
 ):
     """Rotates, writes the new position to the cache, and reads for each head up to it."""
-    num_kv_heads, head_dim = keys_RKWEU.shape[1], keys_RKWEU.shape[3]
-    lanes = len(qkv_RC) * num_kv_heads
+    num_kv_heads, num_positions, head_dim = values_RKSE.shape[1:]
+    lanes, row = len(qkv_RC) * num_kv_heads, num_positions * head_dim
+    keys, values, block = keys_RKWEU.reshape(-1), values_RKSE.reshape(-1), keys_RKWEU.shape[4]
     share = (lanes + threads - 1) // threads
     for thread in prange(threads):
-        room = np.empty(2 * head_dim + values_RKSE.shape[2], np.float32)
+        room = np.empty(2 * head_dim + num_positions, np.float32)
         for lane in range(thread * share, min(lanes, (thread + 1) * share)):
-            r, k, later = lane // num_kv_heads, lane % num_kv_heads, min(lane + 1, lanes - 1)
-            ahead = keys_RKWEU[later // num_kv_heads, later % num_kv_heads].reshape(-1)
+            r, k = lane // num_kv_heads, lane % num_kv_heads
             attend_lane(
                 qkv_RC[r],
                 k,
@@ -431,9 +548,12 @@ def attend(
                 eps,
                 cos_RE[r],
                 sin_RE[r],
-                keys_RKWEU[r, k],
-                values_RKSE[r, k],
-                ahead,
+                keys,
+                lane * row,
+                values,
+                lane * row,
+                (lane + 1) * row,
+                block,
                 out_RC[r],
                 room,
             )
@@ -518,10 +638,12 @@ def run_layer(
     Weights in bf16, packed; the residual stream is changed in place.
     """
     num_rows, width = states_RD.shape
-    num_kv_heads, head_dim = keys_RKWEU.shape[1], keys_RKWEU.shape[3]
+    num_kv_heads, num_positions, head_dim = values_RKSE.shape[1:]
+    row = num_positions * head_dim
+    keys, values, block = keys_RKWEU.reshape(-1), values_RKSE.reshape(-1), keys_RKWEU.shape[4]
     share = (num_rows + threads - 1) // threads
     for thread in prange(threads):
-        room = np.empty(2 * head_dim + values_RKSE.shape[2], np.float32)
+        room = np.empty(2 * head_dim + num_positions, np.float32)
         # The rows of the last tile that there are not stay 0.
         normed, delta = np.zeros((CHUNK, width), np.uint16), np.empty((CHUNK, width), np.uint16)
         qkv = np.empty((CHUNK, len(wqkv) * TILE_COLUMNS), np.uint16)
@@ -534,23 +656,24 @@ def run_layer(
             for i in range(count):
                 norm(states_RD[first + i], attention_norm_D, eps, normed[i])
             multiply(normed, wqkv, bias_C, count, qkv)
-            for lane in range(count * num_kv_heads):
-                i, k = lane // num_kv_heads, lane % num_kv_heads
-                later = min(first * num_kv_heads + lane + 1, num_rows * num_kv_heads - 1)
-                ahead = keys_RKWEU[later // num_kv_heads, later % num_kv_heads].reshape(-1)
+            for lane in range(first * num_kv_heads, (first + count) * num_kv_heads):
+                r, k = lane // num_kv_heads, lane % num_kv_heads
                 attend_lane(
-                    qkv[i],
+                    qkv[r - first],
                     k,
-                    positions_R[first + i],
+                    positions_R[r],
                     q_norm_E,
                     k_norm_E,
                     head_eps,
-                    cos_RE[first + i],
-                    sin_RE[first + i],
-                    keys_RKWEU[first + i, k],
-                    values_RKSE[first + i, k],
-                    ahead,
-                    mixed[i],
+                    cos_RE[r],
+                    sin_RE[r],
+                    keys,
+                    lane * row,
+                    values,
+                    lane * row,
+                    (lane + 1) * row,
+                    block,
+                    mixed[r - first],
                     room,
                 )
             multiply(mixed, wo, no_bias, count, delta)
