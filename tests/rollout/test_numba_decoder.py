@@ -19,8 +19,10 @@ pytestmark = pytest.mark.skipif(
 WIDTH, INNER, HEAD, POSITIONS = 64, 96, 32, 70
 
 
-def weights(*, heads=2, kv_heads=2, inner=INNER, bias=False, norms=(), seed=0) -> DecoderWeights:
-    """Two layers of random weights; `norms` are names of optional ones."""
+def weights(
+    *, heads=2, kv_heads=2, inner=INNER, bias=False, norms=(), codes=96, seed=0
+) -> DecoderWeights:
+    """Two layers and a head of random weights; `norms` are names of optional ones."""
     torch.manual_seed(seed)
     parts = {"q": heads * HEAD, "k": kv_heads * HEAD, "v": kv_heads * HEAD}
     widths = {"q_norm": HEAD, "k_norm": HEAD, "attention_out_norm": WIDTH, "mlp_out_norm": WIDTH}
@@ -52,7 +54,7 @@ def weights(*, heads=2, kv_heads=2, inner=INNER, bias=False, norms=(), seed=0) -
         rotary_cos_SR=angle.cos(),
         rotary_sin_SR=angle.sin(),
         input_embeds=torch.randn(8, WIDTH),
-        head=[(matrix(8, WIDTH), None)],
+        head=[(matrix(64, WIDTH), torch.randn(64)), (matrix(codes, 64), None)],
     )
 
 
@@ -116,6 +118,18 @@ def test_nothing_is_packed_without_the_instructions_or_of_a_large_model(monkeypa
     monkeypatch.undo()
     monkeypatch.setattr(numba_kernels, "multiplies_bf16", lambda: False)
     assert loaded(PackedDecoder, weights())._packed == []
+
+
+@pytest.mark.parametrize(("num_rows", "codes"), [(16, 96), (13, 96), (16, 100)])
+def test_the_head_gives_the_logits_of_torch(num_rows, codes):
+    ours, theirs = (loaded(kind, weights(codes=codes)) for kind in (PackedDecoder, Decoder))
+    assert len(ours._packed_head) == (2 if codes == 96 else 0)
+    states_RD = torch.randn(num_rows, WIDTH)
+    expected = theirs.logits(states_RD)
+    out_RV = torch.full((num_rows, codes), torch.nan)
+    assert ours.logits(states_RD, out_RV) is out_RV
+    assert_close(out_RV, expected, atol=1e-5, rtol=1e-5)
+    assert_close(ours.logits(states_RD), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_weights_that_are_loaded_again_are_packed_again():

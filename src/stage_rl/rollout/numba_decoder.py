@@ -1,4 +1,4 @@
-"""A decoder on a CPU whose layers are one kernel each, with their matmuls.
+"""A decoder on a CPU whose layers are one kernel each, with their matmuls, and its head.
 
 Between two operations of torch its threads wait for the slowest, and Python runs. The rows of a
 decode need nothing of each other: here a thread takes its rows through a whole layer by itself.
@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import gelu
 
 from stage_rl.policies.base import DecoderWeights
 from stage_rl.rollout import numba_kernels as kernels
@@ -51,14 +52,18 @@ class PackedDecoder(Decoder):
     def load(self, weights: DecoderWeights) -> None:
         super().load(weights)
         self._packed = [_packed(layer) for layer in self.layers] if self._is_known() else []
+        tiled = all(len(weight) % kernels.TILE_COLUMNS == 0 for weight, _ in self.head_layers)
+        self._packed_head = (
+            [(_panels(weight), _bias(weight, bias)) for weight, bias in self.head_layers]
+            if self._packed and tiled
+            else []
+        )
 
     def _is_known(self) -> bool:
         matrices = [w for layer in self.layers for w in _matrices(layer)]
         tiled = all(len(w) % kernels.TILE_COLUMNS == w.shape[1] % 2 == 0 for w in matrices)
-        layers = self.layers
-        plain = not any(
-            x.attention_out_norm is not None or x.mlp_out_norm is not None for x in layers
-        )
+        norms = [x for layer in self.layers for x in (layer.attention_out_norm, layer.mlp_out_norm)]
+        plain = all(norm is None for norm in norms)
         few = sum(w.nbytes for w in matrices) <= MOST_BYTES
         bf16 = self.linear_dtype == torch.bfloat16 and kernels.multiplies_bf16()
         return bf16 and tiled and plain and few
@@ -86,6 +91,24 @@ class PackedDecoder(Decoder):
             kernels.run_layer(states, *layer, eps, *heads, positions, *held, threads)
         return self.backend.norm(states_RD, self.final_norm, eps=self.norm_eps, dtype=torch.float32)
 
+    def logits(self, states_RD: Tensor, out_RV: Tensor | None = None) -> Tensor:
+        if not self._packed_head or len(states_RD) % kernels.TILE_ROWS:
+            return super().logits(states_RD, out_RV)
+        *inner, last = self._packed_head
+        for packed, bias in inner:
+            states_RD = gelu(_times(states_RD, packed, bias))
+        return _times(states_RD, *last, out_RV)
+
+
+def _times(
+    left_MK: Tensor, packed: np.ndarray, bias_N: np.ndarray, out_MN: Tensor | None = None
+) -> Tensor:
+    if out_MN is None:
+        out_MN = left_MK.new_empty(len(left_MK), len(bias_N))
+    arrays = as_array(left_MK), packed, bias_N, as_array(out_MN)
+    kernels.multiply_rows(*arrays, use_threads())
+    return out_MN
+
 
 def _matrices(layer: FusedLayer) -> tuple[Tensor, ...]:
     return layer.wqkv, layer.wo, layer.w_gate_up, layer.w_down
@@ -94,12 +117,20 @@ def _matrices(layer: FusedLayer) -> tuple[Tensor, ...]:
 def _packed(layer: FusedLayer) -> PackedLayer:
     wqkv, wo, w_gate_up, w_down = map(_panels, _matrices(layer))
     no_bias = np.zeros(max(map(len, _matrices(layer))), np.float32)
-    bias = no_bias if layer.bqkv is None else as_array(layer.bqkv.float())
     norms = as_array(layer.attention_norm), as_array(layer.mlp_norm)
+    bias = _bias(layer.wqkv, layer.bqkv)
     return PackedLayer(norms[0], wqkv, bias, wo, norms[1], w_gate_up, w_down, no_bias)
 
 
+def _bias(weight_NK: Tensor, bias_N: Tensor | None) -> np.ndarray:
+    return as_array(torch.zeros(len(weight_NK)) if bias_N is None else bias_N.float())
+
+
 def _panels(weight_NK: Tensor) -> np.ndarray:
-    """Panels of columns, in each of them by pairs of rows: what a tile reads from end to end."""
-    pairs = weight_NK.view(torch.int32).unflatten(0, (-1, kernels.TILE_COLUMNS)).transpose(1, 2)
-    return pairs.contiguous().view(torch.uint32).numpy()
+    """Panels of columns, in each of them row by row, or in bf16 by pairs of rows: what a tile reads
+    from end to end.
+    """
+    if weight_NK.dtype == torch.bfloat16:
+        weight_NK = weight_NK.view(torch.int32)
+    panels = weight_NK.unflatten(0, (-1, kernels.TILE_COLUMNS)).transpose(1, 2)
+    return panels.contiguous().numpy()

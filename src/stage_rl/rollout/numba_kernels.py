@@ -203,6 +203,11 @@ def put_two(context: Any, first: Any, second: Any, array: Any, index: Any, like:
     return types.void(first, second, array, types.int64, like), generate
 
 
+def _fma(builder: Any, *numbers: Any) -> Any:
+    kind = numbers[0].type
+    return builder.call(_operation(builder, f"fma.v{LANES}f32", kind, kind, kind, kind), numbers)
+
+
 def _repeated(builder: Any, number: Any) -> Any:
     alone = ir.Constant(ir.VectorType(number.type, LANES), None)
     alone = builder.insert_element(alone, number, ir.IntType(32)(0))
@@ -225,9 +230,7 @@ def vector_fma(context: Any, left: Any, right: Any, addend: Any) -> Any:
     """left x right + addend, rounded once."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kind = arguments[0].type
-        fma = _operation(builder, f"fma.v{LANES}f32", kind, kind, kind, kind)
-        return builder.call(fma, arguments)
+        return _fma(builder, *arguments)
 
     return VECTOR(left, right, addend), generate
 
@@ -251,23 +254,23 @@ class _BFloat(ir.Type):
 
 @intrinsic
 def multiply_tile(context: Any, left: Any, m: Any, panel: Any, bias: Any, out: Any, n: Any) -> Any:
-    """Rows m to m + 7 and columns n to n + 31 of a product, on a processor with AVX512-BF16.
+    """Rows m to m + 7 and columns n to n + 31 of a product with a bias, summed in fp32.
 
-    `left` MK and `out` MN in bf16, the bias N in fp32; a panel holds its columns by pairs of rows.
-    In fp32 one pair of products is added after another, as oneDNN does.
+    `left` MK and `out` MN in fp32, and a panel that holds its columns row by row; or in bf16, by
+    pairs of rows, on a processor with AVX512-BF16. One product, or pair of them, is added after
+    another, as oneDNN does.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         word, size, vectors = ir.IntType(32), ir.IntType(64), range(TILE_COLUMNS // LANES)
-        floats = ir.VectorType(ir.FloatType(), LANES)
-        pairs, halves = ir.VectorType(_BFloat(), 2 * LANES), ir.VectorType(_BFloat(), LANES)
-        multiply = _operation(builder, f"{AVX}.dpbf16ps.512", floats, floats, pairs, pairs)
-        rounded = _operation(builder, f"{AVX}.cvtneps2bf16.512", halves, floats)
+        floats, in_bf16 = ir.VectorType(ir.FloatType(), LANES), signature.args[0].dtype != float32
+        factors = ir.VectorType(_BFloat(), 2 * LANES) if in_bf16 else floats
+        rounded = ir.VectorType(_BFloat(), LANES) if in_bf16 else floats
         left, panel, bias, out = (
             context.make_array(signature.args[i])(context, builder, arguments[i])
             for i in (0, 2, 3, 4)
         )
-        m, n = arguments[1], arguments[5]
+        m, n, together = arguments[1], arguments[5], size(2 if in_bf16 else 1)
         rows = [builder.add(m, size(row)) for row in range(TILE_ROWS)]
         columns = [builder.add(n, size(LANES * v)) for v in vectors]
         depth, width = (builder.extract_value(array.shape, 1) for array in (left, out))
@@ -279,23 +282,36 @@ def multiply_tile(context: Any, left: Any, m: Any, panel: Any, bias: Any, out: A
         def load(array: Any, index: Any, kind: Any) -> Any:
             return builder.load(place(array, index, kind), align=2)
 
+        def add_product(total: Any, factor: Any, column: Any) -> Any:
+            if not in_bf16:
+                return _fma(builder, factor, column, total)
+            kinds = floats, floats, factors, factors
+            dot = _operation(builder, f"{AVX}.dpbf16ps.512", *kinds)
+            return builder.call(dot, [total, factor, column])
+
+        def narrow(total: Any) -> Any:
+            if not in_bf16:
+                return total
+            return builder.call(
+                _operation(builder, f"{AVX}.cvtneps2bf16.512", rounded, floats), [total]
+            )
+
         # What has a place of its own on the stack is held in registers.
         nothing = ir.Constant(floats, [0.0] * LANES)
         sums = [[cgutils.alloca_once_value(builder, nothing) for _ in vectors] for _ in rows]
-        with cgutils.for_range(builder, builder.udiv(depth, size(2))) as loop:
+        with cgutils.for_range(builder, builder.udiv(depth, together)) as loop:
             first = builder.mul(loop.index, size(TILE_COLUMNS))
-            held = [load(panel, builder.add(first, size(LANES * v)), pairs) for v in vectors]
+            held = [load(panel, builder.add(first, size(LANES * v)), factors) for v in vectors]
             for start, row_sums in zip(starts, sums, strict=True):
-                pair = load(left, builder.add(start, builder.mul(loop.index, size(2))), word)
-                vector = builder.bitcast(_repeated(builder, pair), pairs)
-                for place_of_sum, column in zip(row_sums, held, strict=True):
-                    added = builder.call(multiply, [builder.load(place_of_sum), vector, column])
-                    builder.store(added, place_of_sum)
+                at = builder.add(start, builder.mul(loop.index, together))
+                factor = builder.bitcast(_repeated(builder, load(left, at, word)), factors)
+                for total, column in zip(row_sums, held, strict=True):
+                    builder.store(add_product(builder.load(total), factor, column), total)
         for row, row_sums in zip(rows, sums, strict=True):
-            for column, place_of_sum in zip(columns, row_sums, strict=True):
-                whole = builder.fadd(builder.load(place_of_sum), load(bias, column, floats))
-                into = place(out, builder.add(builder.mul(row, width), column), halves)
-                builder.store(builder.call(rounded, [whole]), into, align=2)
+            for column, total in zip(columns, row_sums, strict=True):
+                whole = builder.fadd(builder.load(total), load(bias, column, floats))
+                into = place(out, builder.add(builder.mul(row, width), column), rounded)
+                builder.store(narrow(whole), into, align=2)
         return context.get_dummy_value()
 
     return types.void(left, types.int64, panel, bias, out, types.int64), generate
@@ -609,6 +625,18 @@ def multiply(left_MK, packed, bias_N, num_rows, out_MN):
     for p in range(len(packed)):
         for m in range(0, num_rows, TILE_ROWS):
             multiply_tile(left_MK, m, packed[p], bias_N, out_MN, p * TILE_COLUMNS)
+
+
+@parallel
+def multiply_rows(left_MK, packed, bias_N, out_MN, threads):
+    """left x packed + bias, of rows in whole tiles."""
+    tiles = len(left_MK) // TILE_ROWS
+    share = (tiles + threads - 1) // threads
+    for thread in prange(threads):
+        for p in range(len(packed)):
+            for tile in range(thread * share, min(tiles, (thread + 1) * share)):
+                m, n = tile * TILE_ROWS, p * TILE_COLUMNS
+                multiply_tile(left_MK, m, packed[p], bias_N, out_MN, n)
 
 
 @parallel
