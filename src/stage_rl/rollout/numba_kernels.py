@@ -1,7 +1,8 @@
-"""The steps between the matmuls of a decode on a CPU, compiled by Numba.
+"""The steps between the matmuls of a decode on a CPU, and whole layers, compiled by Numba.
 
 Torch's own attention is made for many queries, and each of its operations starts the threads anew.
-Here what a layer does between two matmuls is one pass over rows and heads, and a draw is one.
+Here what a layer does between two matmuls is one pass over rows and heads, a draw is one, and where
+the processor multiplies bf16 a layer is.
 
 Shape suffixes: R rows, M rows, D model width, C width of queries, keys and values together,
 K key-value heads, W blocks of positions, U positions of a block, S positions, E head dimension,
