@@ -14,7 +14,7 @@ from transformers import JanusVQVAE
 
 IMAGES_PER_CHUNK = 32
 
-IMAGES_PER_CHUNK_ON_CPU = 8
+IMAGES_PER_CHUNK_ON_CPU = 16
 """Images that are decoded at one time; so few stay in a processor's cache."""
 
 
