@@ -118,6 +118,14 @@ def test_a_test_of_a_gpu_that_fails_is_named(sizes):
     assert any("test_a.py::test_one" in line for line in result.table)
 
 
+@pytest.mark.slow
+def test_the_tests_of_a_gpu_run_beside_one_that_cannot_be_read(sizes):
+    (sizes.tests / "test_b.py").write_text("import no_such_module\n")
+    result = run_checks({"tests": PARTS["correctness"](sizes)["tests"]})
+    assert "1 passed" in "\n".join(result.table)
+    assert not result.reached
+
+
 def test_results_without_a_bar_miss_none():
     assert combined({"a": BenchResult("", None, {}), "b": BenchResult("", True, {})}).reached
 

@@ -61,6 +61,7 @@ def gpu_tests(sizes: Sizes) -> BenchResult:
         return BenchResult("no tests beside the package, or no pytest; run a checkout", None, {})
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu"]
     command += ["-W", "default"]  # drivers and libraries of a GPU have warnings of their own
+    command += ["--continue-on-collection-errors"]  # other tests may need what is not here
     done = subprocess.run(
         [*command, sizes.tests.name],
         cwd=sizes.tests.parent,
@@ -126,13 +127,14 @@ def repeated(sizes: Sizes) -> BenchResult:
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    """Deterministic algorithms of torch where there are some."""
+    """Deterministic algorithms of torch: where it may only warn, attention keeps its own."""
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before, warn_only=only_warned)
 
 
 def _drawn(sizes: Sizes, engine: Engine, prompts: list[Prompt]) -> Tensor:

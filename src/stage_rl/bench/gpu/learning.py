@@ -21,7 +21,7 @@ from stage_rl.bench.base import BenchResult, flat, table
 from stage_rl.bench.fsdp2 import SAVED_AT, STEPS, differences, trace
 from stage_rl.bench.gpu.checks import Checks, Sizes
 from stage_rl.bench.models import ADAPTER_7B, recipe_of
-from stage_rl.distributed import SINGLE, World
+from stage_rl.distributed import SINGLE, World, release_unused
 from stage_rl.recipe import Recipe
 from stage_rl.training.loop import train_step
 from stage_rl.training.memory import GB, predict
@@ -108,14 +108,21 @@ class OneOfOne(World):
 
 
 def shards_of_one(sizes: Sizes) -> BenchResult:
-    """Steps in fp32 under FSDP2 in a world of one against plain ones, saved and resumed by each."""
-    recipe = _recipe(sizes, sizes.small, " ".join([sizes.overrides, *IN_FP32]))
+    """Steps in fp32 under FSDP2 in a world of one against plain ones, saved and resumed by each.
+
+    Of few images: what is compared does not depend on how many, and fp32 is slow.
+    """
+    settings = [*sizes.overrides.split(), *IN_FP32]
+    recipe = recipe_of(sizes.small, settings, num_prompts=2, group_size=2)
     with tempfile.TemporaryDirectory() as name:
         one, other = Path(name, "one"), Path(name, "other")
         alone = trace(recipe, SINGLE, range(STEPS), save_to=one)
         with process_group(sizes.device):
+            release_unused()
             several = trace(recipe, OneOfOne(), range(STEPS), save_to=other)
+            release_unused()
             resumed = trace(recipe, OneOfOne(), range(SAVED_AT, STEPS), resume=one)
+        release_unused()
         back = trace(recipe, SINGLE, range(SAVED_AT, STEPS), resume=other)
     found = differences(alone, several, resumed=resumed, back=back)
     farthest = max(value for key, value in found.items() if key.startswith("parameters"))
